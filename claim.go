@@ -1,0 +1,247 @@
+package idempotency
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"time"
+)
+
+// storeContext is the context of one store call: the values of the request, a
+// deadline, and not the client's cancellation. Its timer is made only when a
+// store asks for Done. MemoryStore does not, and the timer is what makes
+// context.WithTimeout cost more than a whole replay from memory.
+type storeContext struct {
+	context.Context // for its values
+	deadline        time.Time
+
+	mu    sync.Mutex // guards what follows
+	done  chan struct{}
+	timer *time.Timer
+	err   error
+}
+
+func (c *storeContext) Deadline() (time.Time, bool) { return c.deadline, true }
+
+func (c *storeContext) Done() <-chan struct{} {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.done == nil {
+		c.done = make(chan struct{})
+		if c.err != nil {
+			close(c.done)
+		} else {
+			c.timer = time.AfterFunc(time.Until(c.deadline), func() { c.end(context.DeadlineExceeded) })
+		}
+	}
+	return c.done
+}
+
+func (c *storeContext) Err() error {
+	if !time.Now().Before(c.deadline) {
+		c.end(context.DeadlineExceeded)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.err
+}
+
+func (c *storeContext) end(err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err != nil {
+		return
+	}
+	c.err = err
+	if c.done != nil {
+		close(c.done)
+		c.timer.Stop()
+	}
+}
+
+// storeCall runs op with a context that carries the values of ctx.
+func storeCall(ctx context.Context, timeout time.Duration, op func(context.Context) error) error {
+	sc := &storeContext{Context: ctx, deadline: time.Now().Add(timeout)}
+	defer sc.end(context.Canceled)
+	return op(sc)
+}
+
+// newToken returns 16 random bytes as 22 of base64url. They tell owners apart
+// and are no secret, so they need not come from crypto/rand.
+func newToken() string {
+	var b [16]byte
+	binary.LittleEndian.PutUint64(b[:8], rand.Uint64())
+	binary.LittleEndian.PutUint64(b[8:], rand.Uint64())
+	return base64.RawURLEncoding.EncodeToString(b[:])
+}
+
+// acquire asks the store for the key, and once more when the first answer is
+// lost: the token makes that harmless. The first try gets half of StoreTimeout,
+// so that one that hangs leaves time for another.
+func (c *call) acquire(ctx context.Context, claim Claim) (rec Record, err error) {
+	op := func(ctx context.Context) (err error) {
+		rec, err = c.store.Acquire(ctx, c.storeKey, claim)
+		if err == nil && (rec.State < Acquired || rec.State > Lost) {
+			err = fmt.Errorf("store returned %v", rec.State)
+		}
+		return err
+	}
+	start := time.Now()
+	err = storeCall(ctx, c.opts.StoreTimeout/2, op)
+	if err != nil && !errors.Is(err, ErrStoreFull) {
+		err = storeCall(ctx, c.opts.StoreTimeout-time.Since(start), op)
+	}
+	if err != nil {
+		return Record{}, err
+	}
+	return rec, nil
+}
+
+// tryClaim asks for the key in the name of the request.
+func (c *call) tryClaim() (Record, error) {
+	c.claimSent = time.Now()
+	return c.acquire(c.r.Context(), Claim{
+		Token: c.token, Fingerprint: c.fingerprint,
+		Lease: c.opts.Lease, TTL: c.opts.TTL, Once: c.opts.AtMostOnce,
+	})
+}
+
+// renew extends the claim; once marks it as never to be taken over.
+func (c *call) renew(ctx context.Context, once bool) (Record, error) {
+	return c.acquire(ctx, Claim{Token: c.token, Lease: c.opts.Lease, TTL: c.opts.TTL, Once: once})
+}
+
+const (
+	firstPoll = 25 * time.Millisecond
+	lastPoll  = time.Second
+)
+
+// wait waits for the execution that holds the key, and returns what it left:
+// its response, or the key. The record is still InProgress when Wait, or the
+// client's patience, is over.
+//
+// A waiter watches first, then asks, then waits for the watch, the end of the
+// lease, its Wait or its client, whichever is first. Without a watch it polls.
+func (c *call) wait(rec Record) (Record, error) {
+	started := time.Now()
+	defer func() { c.waited = time.Since(started) }()
+	ctx, cancel := context.WithTimeout(c.r.Context(), c.opts.Wait)
+	defer cancel()
+
+	poll := firstPoll
+	for {
+		changed := c.watch(ctx)
+		if changed != nil {
+			// What changed before the watch began would not be noticed.
+			var err error
+			if rec, err = c.tryClaim(); err != nil || rec.State != InProgress {
+				return rec, err
+			}
+		}
+		pause := rec.Remaining
+		if changed == nil {
+			pause = min(pause, poll/2+rand.N(poll/2))
+			poll = min(2*poll, lastPoll)
+		}
+		if !sleepUntil(ctx, changed, max(pause, time.Millisecond)) {
+			return rec, nil
+		}
+		var err error
+		if rec, err = c.tryClaim(); err != nil || rec.State != InProgress {
+			return rec, err
+		}
+		// Someone else has the key now, or the watch was a false alarm. Not
+		// trusting it for a moment keeps a broken one from becoming a busy loop.
+		if changed != nil && !sleepUntil(ctx, nil, rand.N(firstPoll)) {
+			return rec, nil
+		}
+	}
+}
+
+// watch returns nil when the store cannot watch, or not now.
+func (c *call) watch(ctx context.Context) <-chan struct{} {
+	if c.watcher == nil {
+		return nil
+	}
+	changed, err := c.watcher.Watch(ctx, c.storeKey)
+	if err != nil {
+		c.warn("watching a key failed, polling instead", err)
+		return nil
+	}
+	return changed
+}
+
+// sleepUntil waits for d or changed. It is false when ctx ended first.
+func sleepUntil(ctx context.Context, changed <-chan struct{}, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-changed:
+	case <-timer.C:
+	case <-ctx.Done():
+		return false
+	}
+	return true
+}
+
+// commit is Execution.Commit: a renewal that also marks the claim.
+func (c *call) commit(ctx context.Context) error {
+	sent := time.Now()
+	rec, err := c.renew(ctx, true)
+	if err != nil {
+		return &causedError{ErrStoreUnavailable, err}
+	}
+	c.lease.extended(sent, rec.State)
+	if rec.State != Acquired {
+		return fmt.Errorf("%w: the key is %v", ErrLeaseLost, rec.State)
+	}
+	return nil
+}
+
+// persist repeats op, a Complete or a Release, within StoreTimeout until it
+// succeeds or its error is final.
+func (c *call) persist(ctx context.Context, op func(context.Context) error) error {
+	deadline := time.Now().Add(c.opts.StoreTimeout)
+	timeout := c.opts.StoreTimeout / 2
+	for pause := 10 * time.Millisecond; ; pause *= 2 {
+		err := storeCall(ctx, timeout, op)
+		if err == nil || isFinal(err) || time.Until(deadline) <= pause {
+			return err
+		}
+		time.Sleep(pause)
+		timeout = time.Until(deadline)
+	}
+}
+
+// isFinal reports whether repeating a store call is pointless.
+func isFinal(err error) bool {
+	return errors.Is(err, ErrLeaseLost) || errors.Is(err, ErrRolledBack)
+}
+
+// persistLater goes on with op in the background until the claim would end.
+func (c *call) persistLater(ctx context.Context, end time.Time, failure string, op func(context.Context) error) {
+	go func() {
+		err := error(nil)
+		for pause := 50 * time.Millisecond; time.Until(end) > pause; pause = min(2*pause, c.opts.Lease/6) {
+			time.Sleep(pause)
+			if err = storeCall(ctx, c.opts.StoreTimeout, op); err == nil || isFinal(err) {
+				break
+			}
+		}
+		if err != nil {
+			c.warn(failure, err)
+		}
+	}()
+}
+
+// giveBack releases in the background a claim that may or may not have been
+// made, so that the key is free when the store is back.
+func (c *call) giveBack() {
+	ctx := context.WithoutCancel(c.r.Context())
+	c.persistLater(ctx, time.Now().Add(c.opts.Lease), "releasing an uncertain claim failed",
+		func(ctx context.Context) error { return c.store.Release(ctx, c.storeKey, c.token) })
+}

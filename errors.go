@@ -1,0 +1,205 @@
+package idempotency
+
+import (
+	"encoding/json"
+	"errors"
+	"net/http"
+	"strconv"
+	"time"
+)
+
+// What a client can be told instead of its answer. [Error.Err] matches one of
+// these with [errors.Is]; for ErrStoreUnavailable and ErrRecordUnreadable it
+// also wraps the cause.
+var (
+	// ErrKeyMissing: 400, RequireKey is set and the request has no key.
+	ErrKeyMissing = errors.New("idempotency: key missing")
+
+	// ErrKeyInvalid: 400, the header is empty, repeated, too long, malformed,
+	// or refused by ValidateKey.
+	ErrKeyInvalid = errors.New("idempotency: key invalid")
+
+	// ErrKeyReused: 422, the key came before with another query, body or
+	// credentials.
+	ErrKeyReused = errors.New("idempotency: key reused for a different request")
+
+	// ErrInProgress: 409, another request with the key is still running.
+	ErrInProgress = errors.New("idempotency: request in progress")
+
+	// ErrOutcomeUnknown: 409, the run of an at-most-once key never reported
+	// how it ended, and is not repeated.
+	ErrOutcomeUnknown = errors.New("idempotency: outcome unknown")
+
+	// ErrResponseNotStored: 409, the handler ran, but its response could not
+	// be kept. OriginalStatus is its status.
+	ErrResponseNotStored = errors.New("idempotency: response not stored")
+
+	// ErrRecordUnreadable: 500, the stored response is damaged, was written by
+	// a newer release, or is sealed under another key.
+	ErrRecordUnreadable = errors.New("idempotency: stored record unreadable")
+
+	// ErrBodyIncomplete: 400, the request body broke off before the key was
+	// claimed.
+	ErrBodyIncomplete = errors.New("idempotency: request body incomplete")
+
+	// ErrBodyTooLarge: 413, the request body is over MaxBufferedBody and a
+	// custom Fingerprint needs all of it, or an outer http.MaxBytesReader
+	// refused it.
+	ErrBodyTooLarge = errors.New("idempotency: request body too large")
+
+	// ErrStoreUnavailable: 503, the store failed before the handler ran, or
+	// rolled back what it did.
+	ErrStoreUnavailable = errors.New("idempotency: store unavailable")
+)
+
+// An Error is an answer of the middleware's own. [Options.ErrorHandler]
+// receives it; an ErrorHandler must not retain or modify it.
+type Error struct {
+	// Status is the HTTP status.
+	Status int
+
+	// Code is stable snake_case for programs, one per sentinel.
+	Code string
+
+	// Detail is a sentence for a person. It never says what a store said.
+	Detail string
+
+	// Type is Options.DocsURL, or about:blank.
+	Type string
+
+	// RetryAfter is when to try again, in whole seconds. Zero: no advice.
+	RetryAfter time.Duration
+
+	// OriginalStatus is the status of a response that was not stored. Zero:
+	// there is none.
+	OriginalStatus int
+
+	// Err is the sentinel, or wraps it together with the cause. It is for
+	// logs, not for clients.
+	Err error
+}
+
+// Error returns what Err says.
+func (e *Error) Error() string { return e.Err.Error() }
+
+// Unwrap returns Err.
+func (e *Error) Unwrap() error { return e.Err }
+
+// problem is what clients see of one sentinel. The first three titles are
+// those of draft-ietf-httpapi-idempotency-key-header-07, section 2.7.
+type problem struct {
+	err        error
+	status     int
+	code       string
+	title      string
+	detail     string
+	retryAfter time.Duration
+	retryable  bool // the same request may succeed later
+}
+
+var problems = []problem{
+	{err: ErrKeyMissing, status: http.StatusBadRequest, code: "key_missing",
+		title:  "Idempotency-Key is missing",
+		detail: "This operation requires an idempotency key in the request header."},
+	{err: ErrKeyReused, status: http.StatusUnprocessableEntity, code: "key_reused",
+		title: "Idempotency-Key is already used",
+		detail: "This key was used for a request with another query, body or credentials. " +
+			"Use a new key for a new operation, and repeat an operation with the same credentials; " +
+			"a service whose credentials change with every request has to configure a scope."},
+	{err: ErrInProgress, status: http.StatusConflict, code: "in_progress",
+		title:      "A request is outstanding for this Idempotency-Key",
+		detail:     "A request with this key is still being processed. Repeat it later with the same key.",
+		retryAfter: time.Second, retryable: true},
+	{err: ErrKeyInvalid, status: http.StatusBadRequest, code: "key_invalid",
+		title:  "Idempotency-Key is invalid",
+		detail: "The idempotency key is malformed."},
+	{err: ErrOutcomeUnknown, status: http.StatusConflict, code: "outcome_unknown",
+		title: "The outcome of this request is unknown",
+		detail: "A request with this key was started and never reported its outcome. It is not repeated. " +
+			"Find out what happened before using a new key."},
+	{err: ErrResponseNotStored, status: http.StatusConflict, code: "response_not_stored",
+		title:  "The response to this request was not stored",
+		detail: "The request with this key was processed and is not repeated, but its response could not be kept."},
+	{err: ErrRecordUnreadable, status: http.StatusInternalServerError, code: "record_unreadable",
+		title:  "The stored response is unreadable",
+		detail: "The request with this key was processed and is not repeated, but its stored response cannot be read."},
+	{err: ErrBodyIncomplete, status: http.StatusBadRequest, code: "body_incomplete",
+		title:     "The request body is incomplete",
+		detail:    "The request body broke off. Nothing was processed. Repeat the request with the same key.",
+		retryable: true},
+	{err: ErrBodyTooLarge, status: http.StatusRequestEntityTooLarge, code: "body_too_large",
+		title:  "The request body is too large",
+		detail: "The request body is larger than this operation accepts. Nothing was processed."},
+	{err: ErrStoreUnavailable, status: http.StatusServiceUnavailable, code: "store_unavailable",
+		title: "The idempotency store is unavailable",
+		detail: "The request was not processed, because it could not be protected against being processed twice. " +
+			"Repeat it later with the same key.",
+		retryAfter: time.Second, retryable: true},
+}
+
+// newError returns the answer for one of the sentinels above. A cause is for
+// logs and errors.Is only.
+func newError(sentinel, cause error, docsURL string) *Error {
+	for _, p := range problems {
+		if p.err != sentinel {
+			continue
+		}
+		e := &Error{Status: p.status, Code: p.code, Detail: p.detail, Type: docsURL, RetryAfter: p.retryAfter, Err: sentinel}
+		if docsURL == "" {
+			e.Type = "about:blank"
+		}
+		if cause != nil {
+			e.Err = &causedError{sentinel, cause}
+		}
+		return e
+	}
+	panic("idempotency: no problem for " + sentinel.Error())
+}
+
+// causedError is a sentinel with the failure behind it.
+type causedError struct{ sentinel, cause error }
+
+func (e *causedError) Error() string   { return e.sentinel.Error() + ": " + e.cause.Error() }
+func (e *causedError) Unwrap() []error { return []error{e.sentinel, e.cause} }
+
+// WriteError writes err as an RFC 9457 problem with the members code,
+// retryable and, where there is one, original_status. It is the default
+// [Options.ErrorHandler], and what a custom one falls back to.
+func WriteError(w http.ResponseWriter, _ *http.Request, err *Error) {
+	body := struct {
+		Type           string `json:"type"`
+		Title          string `json:"title"`
+		Status         int    `json:"status"`
+		Detail         string `json:"detail,omitempty"`
+		Code           string `json:"code"`
+		Retryable      bool   `json:"retryable"`
+		OriginalStatus int    `json:"original_status,omitempty"`
+	}{
+		Type: err.Type, Title: http.StatusText(err.Status), Status: err.Status, Detail: err.Detail,
+		Code: err.Code, OriginalStatus: err.OriginalStatus,
+	}
+	for _, p := range problems {
+		if p.code == err.Code {
+			body.Title, body.Retryable = p.title, p.retryable
+		}
+	}
+	// Strings and numbers always marshal; invalid UTF-8 becomes U+FFFD.
+	b, _ := json.Marshal(body)
+
+	h := w.Header()
+	h.Set("Content-Type", "application/problem+json")
+	h.Del("Content-Length") // of whatever was meant to be sent instead
+	h.Set("Content-Language", "en")
+	h.Set("Cache-Control", "no-store")
+	h.Set("X-Content-Type-Options", "nosniff")
+	if err.RetryAfter > 0 {
+		seconds := (err.RetryAfter + time.Second - 1) / time.Second
+		h.Set("Retry-After", strconv.FormatInt(int64(seconds), 10))
+	}
+	if err.Type != "" && err.Type != "about:blank" {
+		h.Add("Link", "<"+err.Type+`>; rel="describedby"`)
+	}
+	w.WriteHeader(err.Status)
+	// A failed write means that the client is gone.
+	_, _ = w.Write(append(b, '\n'))
+}

@@ -1,0 +1,234 @@
+package idempotency
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+)
+
+// An Execution is one run of a handler under a key. It is safe for concurrent
+// use; after the handler has returned its methods change nothing any more.
+type Execution struct {
+	key      string
+	storeKey string
+	attempt  int
+	call     *call // nil when the run is unprotected
+
+	mu         sync.Mutex // guards what follows
+	ended      bool
+	committed  bool
+	discarded  bool
+	attachment any
+}
+
+type executionKey struct{}
+
+// FromContext returns the Execution that a handler runs in. It is false when
+// the request carries no key, or the middleware is not there.
+func FromContext(ctx context.Context) (*Execution, bool) {
+	e, ok := ctx.Value(executionKey{}).(*Execution)
+	return e, ok
+}
+
+// Key returns the client's key, unquoted.
+func (e *Execution) Key() string { return e.key }
+
+// Attempt returns 1, or more when earlier runs under the key died, or freed it.
+// A handler that can ask its downstream what became of a payment does so when
+// Attempt is over 1.
+func (e *Execution) Attempt() int { return e.attempt }
+
+// DownstreamKey returns an idempotency key for a call that the handler makes to
+// another service: the same in every attempt, distinct for each name, unrelated
+// to the client's key for those who do not know it. It has the form of a UUID
+// (version 8, RFC 9562), which every API accepts. It does not depend on the
+// payload: a changed payload must fail downstream rather than run twice.
+func (e *Execution) DownstreamKey(name string) string {
+	b := appendField([]byte("idempotency downstream key 1"), e.storeKey)
+	b = appendField(b, e.key)
+	b = appendField(b, name)
+	sum := sha256.Sum256(b)
+	sum[6] = sum[6]&0x0f | 0x80
+	sum[8] = sum[8]&0x3f | 0x80
+	s := hex.EncodeToString(sum[:16])
+	return s[:8] + "-" + s[8:12] + "-" + s[12:16] + "-" + s[16:20] + "-" + s[20:]
+}
+
+// Commit says that the effect is about to happen, or has happened, and must
+// never be repeated: from here the key is at-most-once, and whatever the
+// handler answers is stored. If the run dies after Commit, retries are answered
+// 409 outcome_unknown until TTL.
+//
+// It is one store call, which takes StoreTimeout at most. When it fails nothing
+// is promised, and the handler decides whether to go on. The error wraps
+// [ErrLeaseLost] when the key belongs to someone else by now, and
+// [ErrStoreUnavailable] when the store failed or the run is unprotected.
+func (e *Execution) Commit(ctx context.Context) error {
+	e.mu.Lock()
+	ended, committed := e.ended, e.committed
+	e.mu.Unlock()
+	switch {
+	case ended:
+		return errors.New("idempotency: Commit after the handler returned")
+	case committed:
+		return nil
+	case e.call == nil:
+		return fmt.Errorf("%w: this request runs unprotected", ErrStoreUnavailable)
+	}
+	if err := e.call.commit(ctx); err != nil {
+		return err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.committed = true
+	return nil
+}
+
+// Discard says that nothing happened: the response is not kept and the key is
+// freed, whatever the status. It has no effect after Commit.
+func (e *Execution) Discard() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.discarded = true
+}
+
+// Attach hands v to the store: the contexts of Complete and Release carry the
+// Execution, so that a store which shares a database with the handler can take
+// a transaction from [Execution.Attachment], write the response on it and
+// commit both. See [ErrRolledBack]. With an attachment a failed Complete is not
+// retried, and the handler's response is not sent: whether the transaction went
+// through is what the retry finds out.
+func (e *Execution) Attach(v any) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.attachment = v
+}
+
+// Attachment returns what was last attached, or nil.
+func (e *Execution) Attachment() any {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.attachment
+}
+
+// end is called when the handler has returned.
+func (e *Execution) end() (committed, discarded, attached bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.ended = true
+	return e.committed, e.discarded, e.attachment != nil
+}
+
+// A lease is the running claim of one execution. A timer renews it every third
+// of its length and notices when it is lost.
+type lease struct {
+	length time.Duration
+	limit  time.Time               // from here on it is not renewed
+	call   *call                   // whose claim it is
+	cancel context.CancelCauseFunc // cancels the handler's context
+
+	mu       sync.Mutex // guards what follows
+	timer    *time.Timer
+	end      time.Time // the claim holds until then at least, by our monotonic clock
+	renewing bool
+	stopped  bool
+	taken    bool // another owner was seen
+}
+
+// start begins to keep a lease that was claimed by a call sent at sent.
+func (l *lease) start(sent time.Time) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.end = sent.Add(l.length)
+	l.timer = time.AfterFunc(l.untilLocked(l.length/3), l.tick)
+}
+
+// untilLocked returns the time to the next tick: next, or the end of the
+// execution if that comes first.
+func (l *lease) untilLocked(next time.Duration) time.Duration {
+	return max(0, min(next, time.Until(l.limit), time.Until(l.end)))
+}
+
+// tick renews the lease, or cancels the handler when that is no longer
+// possible. While the store is asked the timer goes on towards the end of the
+// lease, so that a store that hangs cannot hide it.
+func (l *lease) tick() {
+	l.mu.Lock()
+	now := time.Now()
+	switch {
+	case l.stopped:
+	case !now.Before(l.end):
+		l.stopped = true
+		l.cancel(ErrLeaseLost)
+	case !now.Before(l.limit):
+		l.stopped = true
+		l.cancel(context.DeadlineExceeded)
+	case l.renewing:
+		l.timer.Reset(l.untilLocked(l.length))
+	default:
+		l.renewing = true
+		l.timer.Reset(l.untilLocked(l.length))
+		l.mu.Unlock()
+		l.renewOnce(now)
+		return
+	}
+	l.mu.Unlock()
+}
+
+func (l *lease) renewOnce(sent time.Time) {
+	rec, err := l.call.renew(l.call.r.Context(), false)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.renewing = false
+	if l.stopped {
+		return
+	}
+	switch {
+	case err != nil:
+		l.timer.Reset(l.untilLocked(l.length / 12)) // a few more tries before the end
+	case rec.State == Acquired:
+		l.extendLocked(sent)
+		l.timer.Reset(l.untilLocked(l.length / 3))
+	default:
+		l.loseLocked()
+	}
+}
+
+func (l *lease) extendLocked(sent time.Time) {
+	if end := sent.Add(l.length); end.After(l.end) {
+		l.end = end
+	}
+}
+
+func (l *lease) loseLocked() {
+	l.taken, l.stopped = true, true
+	l.timer.Stop()
+	l.cancel(ErrLeaseLost)
+}
+
+// extended tells the lease what a claim made outside of its timer came to.
+func (l *lease) extended(sent time.Time, state State) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case state == Acquired:
+		l.extendLocked(sent)
+	case !l.stopped:
+		l.loseLocked()
+	}
+}
+
+// stop ends the renewals. It returns the end of the lease and whether another
+// owner was seen. A renewal that is on its way is harmless: it finds its own
+// claim, or none.
+func (l *lease) stop() (end time.Time, taken bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.stopped = true
+	l.timer.Stop()
+	return l.end, l.taken
+}

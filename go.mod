@@ -1,0 +1,5 @@
+module github.com/go-idempotency/idempotency
+
+go 1.25.0
+
+require github.com/stretchr/testify v1.12.1 // indirect

@@ -1,0 +1,296 @@
+// Package idempotency makes retries of HTTP requests safe.
+//
+// A client that times out does not know whether its POST /charge happened, so
+// it sends the request again with the same Idempotency-Key header. The
+// middleware of this package runs the handler once, stores its complete
+// response, and answers every retry with that:
+//
+//	store := idempotency.NewMemoryStore() // NewRedisStore for many replicas
+//	mux.Handle("POST /charge", idempotency.Middleware(store, nil)(charge))
+//
+// # The promise
+//
+// While the store keeps its records: for each scope, method, path and key there
+// is at most one running execution that holds the lease, at most one stored
+// response, every replay equals that response, and a different request under
+// the same key is neither executed nor answered with it.
+//
+// The handler can run again only when
+//
+//   - the process died, panicked or lost its lease in the middle of it, and the
+//     key is not at-most-once ([Options.AtMostOnce], [Execution.Commit]);
+//   - the store lost the record, or could not take it for as long as the lease
+//     ran after the handler had finished;
+//   - the handler answered with something that says that nothing was done
+//     ([Options.ShouldStore]), or asked for it ([Execution.Discard]);
+//   - the TTL passed.
+//
+// Exactly-once effects outside of the process need the help of whoever has the
+// effect: [Execution.DownstreamKey] is a key to hand on, [Execution.Attempt]
+// tells a handler that an earlier run may have got somewhere, and
+// [Execution.Attach] makes the effect and the record one transaction.
+//
+// # Rules
+//
+// Stored before sent: a client never sees an answer that a retry could not
+// reproduce. The exceptions are a response that is streamed ([http.Flusher], or
+// larger than [Options.MaxResponseBytes]) and a store that fails after the
+// handler ran.
+//
+// A finished handler never runs again by accident: when its answer cannot be
+// kept, retries are told so.
+//
+// When in doubt, refuse: when the store is down the answer is 503, before the
+// handler runs; a record that cannot be read is an error, not a second run.
+//
+// # What a handler notices
+//
+// The context of its request is not cancelled when the client hangs up, but
+// when the lease is lost ([context.Cause] is [ErrLeaseLost]) or after
+// [Options.MaxExecution]. The response is held back until the handler returns
+// or flushes. Connections cannot be hijacked.
+package idempotency
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"errors"
+	"io"
+	"net/http"
+	"slices"
+	"time"
+)
+
+// Middleware returns middleware that runs the next handler once for each key
+// and answers every retry with the first answer. It works with any router:
+//
+//	mux.Handle("POST /charge", idempotency.Middleware(store, nil)(charge))
+//	r.Use(idempotency.Middleware(store, nil)) // chi, gorilla/mux
+//
+// A request without a key passes through untouched. The store may be shared by
+// several middlewares, and by several processes if it is that kind of store.
+//
+// Put it inside of whatever authenticates, limits, compresses, recovers or adds
+// CORS headers, and outside of whatever reads the body. Of two nested ones that
+// a request meets under one key, the outer one counts.
+//
+// Middleware panics if store is nil or opts is nonsense.
+func Middleware(store Store, opts *Options) func(http.Handler) http.Handler {
+	if store == nil {
+		panic("idempotency: store is nil; use NewMemoryStore() for a single process")
+	}
+	m := &middleware{store: store, opts: opts.withDefaults()}
+	m.watcher, _ = store.(Watcher)
+	return func(next http.Handler) http.Handler {
+		if next == nil {
+			panic("idempotency: the handler to wrap is nil")
+		}
+		return &handler{middleware: m, next: next}
+	}
+}
+
+type middleware struct {
+	store   Store
+	watcher Watcher // the same store, or nil
+	opts    Options
+}
+
+type handler struct {
+	*middleware
+	next http.Handler
+}
+
+// ServeHTTP implements http.Handler. A request without a key costs one look at
+// the header map.
+func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	lines, ok := r.Header[h.opts.Header]
+	if !ok && !h.opts.RequireKey || !slices.Contains(h.opts.Methods, r.Method) {
+		h.next.ServeHTTP(w, r)
+		return
+	}
+	c := &call{handler: h, w: w, r: r, started: time.Now()}
+	c.serve(lines)
+}
+
+// call is one request that has a key, or should have one.
+type call struct {
+	*handler
+	w       http.ResponseWriter
+	r       *http.Request
+	started time.Time
+
+	key         string // the client's
+	storeKey    string
+	token       string // what the claim is made under
+	body        requestBody
+	fingerprint []byte                // nil when the body was not read whole
+	sum         [sha256.Size + 8]byte // backing of fingerprint
+
+	claimSent time.Time // when the last claim was asked for
+	waited    time.Duration
+	execution Execution
+	lease     lease
+}
+
+// serve takes a request with a key to its answer.
+func (c *call) serve(lines []string) {
+	defer c.body.free()
+	if err := c.identify(lines); err != nil {
+		c.refuse(err)
+		return
+	}
+	if c.key == "" { // an outer Middleware has claimed it
+		c.next.ServeHTTP(c.w, c.r)
+		return
+	}
+	rec, err := c.claim()
+	switch {
+	case err != nil && c.opts.FailOpen && rec.State != InProgress:
+		c.runUnprotected(err)
+	case err != nil:
+		c.refuse(c.problem(ErrStoreUnavailable, err))
+	case rec.State == Acquired:
+		c.run(rec)
+	case rec.State == Completed:
+		c.replay(rec)
+	default:
+		c.refuse(c.problem(refusals[rec.State], nil))
+	}
+}
+
+// refusals are the answers to a request that may not run.
+var refusals = [...]error{
+	InProgress: ErrInProgress,
+	Mismatch:   ErrKeyReused,
+	Abandoned:  ErrOutcomeUnknown,
+	Lost:       ErrStoreUnavailable, // our claim came late, after we gave it up
+}
+
+// identify finds out which cell the request belongs to and what tells it apart
+// from others under the same key.
+func (c *call) identify(lines []string) *Error {
+	if len(lines) == 0 && c.opts.RequireKey {
+		return c.problem(ErrKeyMissing, nil)
+	}
+	key, detail := parseKey(lines)
+	if detail == "" && c.opts.ValidateKey != nil {
+		if err := c.opts.ValidateKey(key); err != nil {
+			detail = err.Error()
+		}
+	}
+	if detail != "" {
+		err := c.problem(ErrKeyInvalid, nil)
+		err.Detail = detail
+		return err
+	}
+	var scope string
+	if c.opts.Scope != nil {
+		scope = c.opts.Scope(c.r)
+	}
+	path, query := target(c.r)
+	buffer := buffers.Get().(*[]byte)
+	c.storeKey = hashKey((*buffer)[:0], scope, c.r.Method, path, key)
+	if outer, ok := FromContext(c.r.Context()); ok && outer.storeKey == c.storeKey {
+		return nil
+	}
+	c.key = key
+	identity := appendIdentity((*buffer)[:0], c.r, scope, key, query, c.opts.Fingerprint != nil)
+	if err := c.body.readAhead(c.r, buffer, identity, c.opts.MaxBufferedBody); err != nil {
+		return c.bodyProblem(err)
+	}
+	return c.takeFingerprint()
+}
+
+func (c *call) takeFingerprint() *Error {
+	switch {
+	case c.opts.Fingerprint != nil && !c.body.whole:
+		return c.problem(ErrBodyTooLarge, nil)
+	case c.opts.Fingerprint != nil:
+		c.fingerprint = c.body.customFingerprint(c.sum[:0], c.opts.Fingerprint(c.r, c.body.ahead))
+	case c.body.whole:
+		c.fingerprint = c.body.fingerprint(c.sum[:0])
+	}
+	return nil
+}
+
+// bodyProblem is the answer to a body that cannot be read.
+func (c *call) bodyProblem(err error) *Error {
+	var tooLarge *http.MaxBytesError
+	if errors.As(err, &tooLarge) {
+		return c.problem(ErrBodyTooLarge, err)
+	}
+	return c.problem(ErrBodyIncomplete, err)
+}
+
+// claim asks for the key and, while another execution holds it, waits. An error
+// comes with the state that was known last.
+func (c *call) claim() (Record, error) {
+	c.token = newToken()
+	rec, err := c.tryClaim()
+	if err == nil && rec.State == InProgress && c.opts.Wait != NoWait {
+		if rec, err = c.wait(rec); err != nil {
+			rec = Record{State: InProgress}
+		}
+	}
+	if err != nil && !errors.Is(err, ErrStoreFull) {
+		c.giveBack()
+	}
+	return rec, err
+}
+
+// replay answers with the stored response, if this is the request it is for.
+func (c *call) replay(rec Record) {
+	resp, err := decodeResponse(c.opts.AEAD, c.storeKey, rec.Value)
+	if err != nil {
+		c.refuse(c.problem(ErrRecordUnreadable, err))
+		return
+	}
+	same := bytes.Equal(c.fingerprint, rec.Fingerprint)
+	if c.fingerprint == nil {
+		if same, err = c.body.matches(rec.Fingerprint); err != nil {
+			c.refuse(c.bodyProblem(err))
+			return
+		}
+	}
+	switch {
+	case !same:
+		c.refuse(c.problem(ErrKeyReused, nil))
+	case resp.notStored:
+		err := c.problem(ErrResponseNotStored, nil)
+		err.OriginalStatus = resp.status
+		c.refuse(err)
+	default:
+		c.drain()
+		resp.replay(c.w)
+		c.report(OutcomeReplayed, resp.status, nil)
+	}
+}
+
+// refuse answers with an error of the middleware's own.
+func (c *call) refuse(err *Error) { c.refuseAs(Outcome(err.Code), err) }
+
+func (c *call) refuseAs(outcome Outcome, err *Error) {
+	if err.Status >= 500 {
+		c.warn("request refused", err)
+	}
+	c.drain()
+	c.opts.ErrorHandler(c.w, c.r, err)
+	c.report(outcome, err.Status, err)
+}
+
+// maxDrain is how much of a body is read that nobody asked for.
+const maxDrain = 1 << 20
+
+// drain reads on, so that the client sees the answer and not a connection that
+// is reset while it sends. A client that waits for 100 Continue has sent
+// nothing, and need not.
+func (c *call) drain() {
+	if c.r.Body == nil || c.body.whole || c.r.Header.Get("Expect") != "" {
+		return
+	}
+	_, _ = io.CopyN(io.Discard, c.r.Body, maxDrain)
+}
+
+func (c *call) problem(sentinel, cause error) *Error {
+	return newError(sentinel, cause, c.opts.DocsURL)
+}

@@ -1,0 +1,363 @@
+package idempotency
+
+import (
+	"crypto/cipher"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// A stored value is a version byte, a kind byte and what the kind says. Numbers
+// are unsigned varints, strings follow their length.
+//
+//	response:  status, length of head, head, length of body, body
+//	notStored: status
+//	sealed:    nonce, ciphertext of a kind byte and what that says
+//
+//	head:  number of values in all, fields, trailers
+//	fields, trailers: their number, then for each: op, name, number of values, values
+//
+// Records outlive deployments, so a version that was ever released stays
+// readable.
+const formVersion = 1
+
+const (
+	kindResponse  = 1
+	kindNotStored = 2
+	kindSealed    = 3
+)
+
+// maxHeadBytes bounds what headers and trailers may add to a stored response.
+const maxHeadBytes = 64 << 10
+
+var (
+	errMalformed = errors.New("malformed record")
+	errUnsealed  = errors.New("record is not sealed, but Options.AEAD is set")
+	errSealed    = errors.New("record is sealed, but Options.AEAD is not set")
+)
+
+// What a header field does to the headers that outer middleware has set.
+const (
+	opSet    = 0 // replaces
+	opAdd    = 1 // follows
+	opDelete = 2 // removes
+)
+
+// headerField is one difference that the handler made to the header.
+type headerField struct {
+	op     byte
+	name   string // as it stands in the map, canonical or not
+	values []string
+
+	transient bool // sent, but not kept for replay
+}
+
+// apply makes the difference to h.
+func (f *headerField) apply(h http.Header) {
+	switch f.op {
+	case opSet:
+		h[f.name] = f.values
+	case opAdd:
+		h[f.name] = append(slices.Clip(h[f.name]), f.values...)
+	case opDelete:
+		delete(h, f.name)
+	}
+}
+
+// storedResponse is a stored value, read in place: body is part of it.
+type storedResponse struct {
+	status    int
+	notStored bool
+	fields    []headerField
+	trailers  []headerField
+	body      []byte
+}
+
+// encodeResponse returns the stored form of a response in one allocation of its
+// exact size, or false when the headers are too large.
+func encodeResponse(status int, fields, trailers []headerField, body [][]byte) ([]byte, bool) {
+	var scratch [1024]byte
+	head := binary.AppendUvarint(scratch[:0], countValues(fields)+countValues(trailers))
+	head = appendHeaderFields(head, fields)
+	head = appendHeaderFields(head, trailers)
+	if len(head) > maxHeadBytes {
+		return nil, false
+	}
+	size := 0
+	for _, chunk := range body {
+		size += len(chunk)
+	}
+	value := make([]byte, 0, 2+3*binary.MaxVarintLen32+len(head)+size)
+	value = append(value, formVersion, kindResponse)
+	value = binary.AppendUvarint(value, uint64(status))
+	value = binary.AppendUvarint(value, uint64(len(head)))
+	value = append(value, head...)
+	value = binary.AppendUvarint(value, uint64(size))
+	for _, chunk := range body {
+		value = append(value, chunk...)
+	}
+	return value, true
+}
+
+func countValues(fields []headerField) (n uint64) {
+	for i := range fields {
+		if !fields[i].transient {
+			n += uint64(len(fields[i].values))
+		}
+	}
+	return n
+}
+
+func appendHeaderFields(b []byte, fields []headerField) []byte {
+	var n uint64
+	for i := range fields {
+		if !fields[i].transient {
+			n++
+		}
+	}
+	b = binary.AppendUvarint(b, n)
+	for i := range fields {
+		f := &fields[i]
+		if f.transient {
+			continue
+		}
+		b = append(b, f.op)
+		b = appendField(b, f.name)
+		b = appendFields(b, f.values)
+	}
+	return b
+}
+
+// encodeNotStored returns the stored form of a response that is too large, or
+// otherwise not to be had again.
+func encodeNotStored(status int) []byte {
+	return binary.AppendUvarint([]byte{formVersion, kindNotStored}, uint64(status))
+}
+
+// seal encrypts a stored form and binds it to its cell.
+func seal(aead cipher.AEAD, storeKey string, value []byte) []byte {
+	head := 2 + aead.NonceSize()
+	sealed := make([]byte, head, head+len(value)+aead.Overhead())
+	sealed[0], sealed[1] = formVersion, kindSealed
+	nonce := sealed[2:head]
+	_, _ = rand.Read(nonce) // never fails
+	return aead.Seal(sealed, nonce, value[1:], []byte(storeKey))
+}
+
+// decodeResponse reads a stored value. Everything that is not one is an error,
+// never a panic.
+func decodeResponse(aead cipher.AEAD, storeKey string, value []byte) (storedResponse, error) {
+	if len(value) < 2 {
+		return storedResponse{}, errMalformed
+	}
+	if value[0] != formVersion {
+		return storedResponse{}, fmt.Errorf("record has version %d, this release reads up to %d", value[0], formVersion)
+	}
+	kind, payload := value[1], value[2:]
+	switch {
+	case kind == kindSealed && aead == nil:
+		return storedResponse{}, errSealed
+	case kind != kindSealed && aead != nil:
+		return storedResponse{}, errUnsealed
+	case kind == kindSealed:
+		n := aead.NonceSize()
+		if len(payload) < n {
+			return storedResponse{}, errMalformed
+		}
+		plain, err := aead.Open(nil, payload[:n], payload[n:], []byte(storeKey))
+		if err != nil {
+			return storedResponse{}, err
+		}
+		if len(plain) == 0 {
+			return storedResponse{}, errMalformed
+		}
+		kind, payload = plain[0], plain[1:]
+	}
+	return decodePayload(kind, payload)
+}
+
+func decodePayload(kind byte, payload []byte) (storedResponse, error) {
+	var resp storedResponse
+	status, payload, ok := cutUvarint(payload)
+	// The recorder never stores another 1xx, and WriteHeader panics beyond 999.
+	if !ok || status != http.StatusSwitchingProtocols && status < 200 || status > 999 {
+		return resp, errMalformed
+	}
+	resp.status = int(status)
+	switch kind {
+	case kindNotStored:
+		resp.notStored = true
+		if len(payload) != 0 {
+			return resp, errMalformed
+		}
+		return resp, nil
+	case kindResponse:
+	default:
+		return resp, fmt.Errorf("record has unknown kind %d", kind)
+	}
+	size, payload, ok := cutUvarint(payload)
+	if !ok || size > uint64(len(payload)) {
+		return resp, errMalformed
+	}
+	// One string for the whole head: the fields are parts of it.
+	head := headReader{s: string(payload[:size])}
+	values := head.number()
+	if values > uint64(len(head.s)) {
+		return resp, errMalformed
+	}
+	head.values = make([]string, 0, values)
+	resp.fields = head.fields()
+	resp.trailers = head.fields()
+	size, resp.body, ok = cutUvarint(payload[size:])
+	if !ok || head.failed || head.s != "" || size != uint64(len(resp.body)) {
+		return storedResponse{}, errMalformed
+	}
+	return resp, nil
+}
+
+func cutUvarint(b []byte) (n uint64, rest []byte, ok bool) {
+	n, size := binary.Uvarint(b)
+	if size <= 0 {
+		return 0, nil, false
+	}
+	return n, b[size:], true
+}
+
+// headReader takes the head of a response apart. After a failure it returns
+// zeros.
+type headReader struct {
+	s      string
+	values []string // backing of all values
+	failed bool
+}
+
+func (r *headReader) fail() uint64 {
+	r.s, r.failed = "", true
+	return 0
+}
+
+func (r *headReader) number() (n uint64) {
+	for shift := 0; shift < 32; shift += 7 { // 35 bits hold any number here
+		if len(r.s) == 0 {
+			break
+		}
+		c := r.s[0]
+		r.s = r.s[1:]
+		n |= uint64(c&0x7f) << shift
+		if c < 0x80 {
+			return n
+		}
+	}
+	return r.fail()
+}
+
+func (r *headReader) text() string {
+	n := r.number()
+	if n > uint64(len(r.s)) {
+		r.fail()
+		return ""
+	}
+	text := r.s[:n]
+	r.s = r.s[n:]
+	return text
+}
+
+func (r *headReader) fields() []headerField {
+	n := r.number()
+	if n > uint64(len(r.s)) { // a field takes three bytes at least
+		r.fail()
+		return nil
+	}
+	fields := make([]headerField, 0, n)
+	for range n {
+		fields = append(fields, r.field())
+	}
+	return fields
+}
+
+func (r *headReader) field() headerField {
+	if r.s == "" || r.s[0] > opDelete {
+		r.fail()
+		return headerField{}
+	}
+	f := headerField{op: r.s[0]}
+	r.s = r.s[1:]
+	f.name = r.text()
+	n := r.number()
+	if n > uint64(cap(r.values)-len(r.values)) {
+		r.fail()
+		return headerField{}
+	}
+	first := len(r.values)
+	for range n {
+		r.values = append(r.values, r.text())
+	}
+	f.values = r.values[first:len(r.values):len(r.values)]
+	return f
+}
+
+// replay writes the response on top of what outer middleware has set for the
+// current request.
+func (s *storedResponse) replay(w http.ResponseWriter) {
+	h := w.Header()
+	for i := range s.fields {
+		s.fields[i].apply(h)
+	}
+	h["Idempotent-Replayed"] = []string{"true"}
+	announceTrailers(h, s.trailers)
+	w.WriteHeader(s.status)
+	if len(s.body) > 0 {
+		// A failed write means that the client is gone; it may come again.
+		_, _ = w.Write(s.body)
+	}
+	for i := range s.trailers {
+		s.trailers[i].apply(h)
+	}
+}
+
+// announceTrailers sets those trailers that nothing declares. Without them in
+// the header net/http would give a short body a Content-Length, and a body
+// that has one cannot have trailers.
+func announceTrailers(h http.Header, trailers []headerField) {
+	for i := range trailers {
+		if strings.HasPrefix(trailers[i].name, http.TrailerPrefix) {
+			trailers[i].apply(h)
+		}
+	}
+}
+
+// isConnectionLevel reports whether a header belongs to the connection (RFC
+// 9110, section 7.6.1) and not to the response; connection are the values of
+// the Connection header.
+func isConnectionLevel(name string, connection []string) bool {
+	switch http.CanonicalHeaderKey(name) {
+	case "Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-Authentication-Info",
+		"Proxy-Authorization", "Proxy-Connection", "Te", "Transfer-Encoding", "Upgrade":
+		return true
+	}
+	for _, line := range connection {
+		for named := range strings.SplitSeq(line, ",") {
+			if strings.EqualFold(strings.TrimSpace(named), name) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// markTransient marks the fields that are not kept for replay. size is that of
+// the body: a Content-Length that is not the body's would break the replay.
+func markTransient(fields []headerField, keep func(string) bool, connection []string, size int64) {
+	for i := range fields {
+		f := &fields[i]
+		name := strings.TrimPrefix(f.name, http.TrailerPrefix)
+		wrongLength := f.op != opDelete && strings.EqualFold(name, "Content-Length") &&
+			!slices.Equal(f.values, []string{strconv.FormatInt(size, 10)})
+		f.transient = wrongLength || isConnectionLevel(name, connection) || !keep(name)
+	}
+}
