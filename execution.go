@@ -207,17 +207,16 @@ func (l *lease) extendLocked(sent time.Time) {
 func (l *lease) loseLocked() {
 	l.taken, l.stopped = true, true
 	l.timer.Stop()
-	l.cancel(ErrLeaseLost)
+	l.cancel(ErrLeaseLost) // without effect if it was cancelled before
 }
 
 // extended tells the lease what a claim made outside of its timer came to.
 func (l *lease) extended(sent time.Time, state State) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	switch {
-	case state == Acquired:
+	if state == Acquired {
 		l.extendLocked(sent)
-	case !l.stopped:
+	} else {
 		l.loseLocked()
 	}
 }

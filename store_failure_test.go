@@ -1,0 +1,492 @@
+package idempotency_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/aes"
+	"crypto/cipher"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/go-idempotency/idempotency"
+	"github.com/stretchr/testify/require"
+)
+
+var errDown = errors.New("secret-host:6379 is down")
+
+// withFaults runs test in virtual time with a memory store that can fail.
+func withFaults(t *testing.T, opts idempotency.Options, handler http.HandlerFunc, test func(t *testing.T, s *faultyStore, c *client, events *eventLog)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		s, events := &faultyStore{Store: idempotency.NewMemoryStore()}, &eventLog{}
+		opts.OnEvent = events.add
+		test(t, s, newClient(s, &opts, handler), events)
+		time.Sleep(time.Hour) // what goes on in the background ends
+	})
+}
+
+func TestStoreDownBeforeTheHandler(t *testing.T) {
+	for name, fail := range map[string]func(s *faultyStore){
+		"and the claim was not made":         func(s *faultyStore) { s.fail("Acquire", errDown) },
+		"and the claim was made unnoticed":   func(s *faultyStore) { s.failAfter("Acquire", errDown) },
+		"and it answers what is not a state": func(s *faultyStore) { s.Store = zeroStateStore{s.Store} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			withFaults(t, idempotency.Options{}, nil, func(t *testing.T, s *faultyStore, c *client, events *eventLog) {
+				memory := s.Store
+				fail(s)
+				resp := c.do(c.request(exchange{key: k("a")}))
+				require.Equal(t, "1", resp.Header.Get("Retry-After"))
+				got, p := describe(t, resp)
+				require.Equal(t, "503 store_unavailable", got)
+				require.True(t, p.Retryable)
+				require.NotContains(t, p.Detail, "secret-host")
+				require.Equal(t, 2, s.count("Acquire"), "tried once more with the same token")
+				require.ErrorIs(t, events.last().Err, idempotency.ErrStoreUnavailable)
+
+				s.Store = memory
+				s.fail("Acquire", nil)
+				s.failAfter("Acquire", nil)
+				time.Sleep(time.Second) // the uncertain claim is given back, long before its lease ends
+				c.check(t, 1, exchange{key: k("a"), get: "201 charge 1"})
+				require.Equal(t, 1, c.runs())
+			})
+		})
+	}
+}
+
+type zeroStateStore struct{ idempotency.Store }
+
+func (s zeroStateStore) Acquire(context.Context, string, idempotency.Claim) (idempotency.Record, error) {
+	return idempotency.Record{}, nil
+}
+
+func TestLostReplyOfAClaimIsNotAStranger(t *testing.T) {
+	withFaults(t, idempotency.Options{Wait: idempotency.NoWait}, nil, func(t *testing.T, s *faultyStore, c *client, _ *eventLog) {
+		lost := &oneLostReply{Store: s.Store}
+		s.Store = lost
+		c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
+		require.Equal(t, 1, lost.lost)
+	})
+}
+
+// oneLostReply fails the first Acquire after it took effect.
+type oneLostReply struct {
+	idempotency.Store
+	lost int
+}
+
+func (s *oneLostReply) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+	rec, err := s.Store.Acquire(ctx, key, c)
+	if s.lost == 0 {
+		s.lost++
+		return idempotency.Record{}, errDown
+	}
+	return rec, err
+}
+
+// A claim that arrives after it was given up must not hold the key.
+func TestDelayedClaim(t *testing.T) {
+	withFaults(t, idempotency.Options{AtMostOnce: true}, nil, func(t *testing.T, s *faultyStore, c *client, _ *eventLog) {
+		arrive := make(chan struct{})
+		delayed := &delayingStore{Store: s.Store, arrive: arrive}
+		s.Store = delayed
+		c.check(t, 0, exchange{key: k("a"), get: "503 store_unavailable", took: time.Second})
+		time.Sleep(time.Second) // released in the background
+		close(arrive)
+		synctest.Wait()
+		require.Equal(t, []idempotency.State{idempotency.Lost, idempotency.Lost}, delayed.late)
+		delayed.arrive = nil
+		c.check(t, 1, exchange{key: k("a"), get: "201 charge 1"})
+	})
+}
+
+// delayingStore times out while its commands are still on their way.
+type delayingStore struct {
+	idempotency.Store
+	arrive chan struct{}
+	late   []idempotency.State
+}
+
+func (s *delayingStore) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+	if s.arrive == nil {
+		return s.Store.Acquire(ctx, key, c)
+	}
+	go func() {
+		<-s.arrive
+		rec, _ := s.Store.Acquire(context.Background(), key, c)
+		s.late = append(s.late, rec.State)
+	}()
+	<-ctx.Done()
+	return idempotency.Record{}, ctx.Err()
+}
+
+func TestFailOpen(t *testing.T) {
+	handler := func(w http.ResponseWriter, r *http.Request) {
+		e := execution(r)
+		require.Equal(t, "a", e.Key())
+		require.Equal(t, 1, e.Attempt())
+		require.NotEmpty(t, e.DownstreamKey("psp"))
+		require.ErrorIs(t, e.Commit(r.Context()), idempotency.ErrStoreUnavailable)
+		lasting(0)(w, r)
+	}
+	withFaults(t, idempotency.Options{FailOpen: true}, handler, func(t *testing.T, s *faultyStore, c *client, events *eventLog) {
+		s.fail("Acquire", errDown)
+		c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
+		c.check(t, 1, exchange{key: k("a"), get: "201 charge 2"})
+		require.Equal(t, []string{"unprotected 0", "unprotected 0"}, events.all())
+		require.ErrorIs(t, events.last().Err, errDown)
+	})
+}
+
+// With FailOpen a store that goes down while a duplicate waits does not make it
+// run beside the first.
+func TestFailOpenDoesNotRunBesideAnother(t *testing.T) {
+	withFaults(t, idempotency.Options{FailOpen: true}, lasting(3*time.Second), func(t *testing.T, s *faultyStore, c *client, _ *eventLog) {
+		first := make(chan struct{})
+		go func() {
+			defer close(first)
+			c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
+		}()
+		synctest.Wait()
+		go func() {
+			time.Sleep(time.Second)
+			s.fail("Acquire", errDown)
+		}()
+		c.check(t, 1, exchange{key: k("a"), get: "503 store_unavailable"})
+		<-first
+		require.Equal(t, 1, c.runs())
+	})
+}
+
+func TestCompleteFails(t *testing.T) {
+	for name, row := range map[string]struct {
+		fail  func(s *faultyStore)
+		until time.Duration // the store is back
+		then  string
+		runs  int
+	}{
+		"for a moment":              {fail: func(s *faultyStore) { s.fail("Complete", errDown) }, until: 200 * time.Millisecond, then: "replay 201 charge 1", runs: 1},
+		"for a while":               {fail: func(s *faultyStore) { s.fail("Complete", errDown) }, until: 20 * time.Second, then: "replay 201 charge 1", runs: 1},
+		"but took effect":           {fail: func(s *faultyStore) { s.failAfter("Complete", errDown) }, until: 20 * time.Second, then: "replay 201 charge 1", runs: 1},
+		"for longer than the lease": {fail: func(s *faultyStore) { s.fail("Complete", errDown) }, until: 40 * time.Second, then: "201 charge 2", runs: 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			withFaults(t, idempotency.Options{Wait: idempotency.NoWait}, nil, func(t *testing.T, s *faultyStore, c *client, events *eventLog) {
+				row.fail(s)
+				go func() {
+					time.Sleep(row.until)
+					s.fail("Complete", nil)
+					s.failAfter("Complete", nil)
+				}()
+				start := time.Now()
+				c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
+				require.LessOrEqual(t, time.Since(start), time.Second, "the client does not wait longer than StoreTimeout")
+				if row.until > time.Second {
+					require.ErrorIs(t, events.last().Err, errDown)
+					got, _ := describe(t, c.do(c.request(exchange{key: k("a")})))
+					require.NotContains(t, got, "charge 2", "the claim stands meanwhile")
+				}
+				time.Sleep(row.until + 10*time.Second)
+				c.check(t, 1, exchange{key: k("a"), get: row.then})
+				require.Equal(t, row.runs, c.runs())
+			})
+		})
+	}
+}
+
+func TestReleaseFailsForAWhile(t *testing.T) {
+	withFaults(t, idempotency.Options{Wait: idempotency.NoWait}, answering(500, 201), func(t *testing.T, s *faultyStore, c *client, events *eventLog) {
+		s.fail("Release", errDown)
+		c.check(t, 0, exchange{key: k("a"), get: "500 "})
+		require.Equal(t, []string{"released 500"}, events.all())
+		require.ErrorIs(t, events.last().Err, errDown)
+		c.check(t, 1, exchange{key: k("a"), get: "409 in_progress"})
+		s.fail("Release", nil)
+		time.Sleep(6 * time.Second)
+		c.check(t, 2, exchange{key: k("a"), get: "201 "})
+	})
+}
+
+func TestStoreFull(t *testing.T) {
+	withFaults(t, idempotency.Options{}, nil, func(t *testing.T, s *faultyStore, c *client, events *eventLog) {
+		s.Store = &idempotency.MemoryStore{MaxBytes: 1}
+		c.check(t, 0, exchange{key: k("a"), get: "503 store_unavailable"})
+		require.ErrorIs(t, events.last().Err, idempotency.ErrStoreFull)
+		require.Zero(t, c.runs())
+	})
+}
+
+func TestAttachedTransaction(t *testing.T) {
+	attaching := func(commit bool, status int) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			execution(r).Attach("transaction")
+			if commit {
+				must(execution(r).Commit(r.Context()))
+			}
+			w.WriteHeader(status)
+		}
+	}
+	for name, row := range map[string]struct {
+		handler http.HandlerFunc
+		err     error
+		get     string
+		event   string
+		later   string // when the store is back, and the lease over
+	}{
+		"committed":                         {attaching(false, 201), nil, "201 ", "executed 201", "replay 201 "},
+		"rolled back frees the key":         {attaching(false, 201), fmt.Errorf("serialization: %w", idempotency.ErrRolledBack), "503 store_unavailable", "store_unavailable 503", "201 "},
+		"rolled back, the lease being lost": {attaching(false, 201), errors.Join(idempotency.ErrRolledBack, idempotency.ErrLeaseLost), "409 in_progress", "lease_lost 409", "201 "},
+		"rolled back after Commit":          {attaching(true, 201), idempotency.ErrRolledBack, "503 store_unavailable", "store_unavailable 503", "409 outcome_unknown"},
+		"unknown is not answered":           {attaching(false, 201), errDown, "503 store_unavailable", "store_unavailable 503", "201 "},
+	} {
+		t.Run(name, func(t *testing.T) {
+			withFaults(t, idempotency.Options{}, row.handler, func(t *testing.T, s *faultyStore, c *client, events *eventLog) {
+				carrier := &contextStore{Store: s.Store}
+				s.Store = carrier
+				s.fail("Complete", row.err)
+				c.check(t, 0, exchange{key: k("a"), get: row.get})
+				require.Equal(t, 1, s.count("Complete"), "a transaction ends only once")
+				require.Equal(t, []string{row.event}, events.all())
+				s.fail("Complete", nil)
+				if row.later == "201 " && errors.Is(row.err, idempotency.ErrRolledBack) && !errors.Is(row.err, idempotency.ErrLeaseLost) {
+					c.check(t, 1, exchange{key: k("a"), get: "201 "}) // at once
+					return
+				}
+				time.Sleep(31 * time.Second)
+				c.check(t, 1, exchange{key: k("a"), get: row.later})
+			})
+		})
+	}
+}
+
+func TestStoreSeesTheAttachment(t *testing.T) {
+	withFaults(t, idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+		execution(r).Attach("transaction")
+		w.WriteHeader([]int{0, 500, 201}[run(r)])
+	}, func(t *testing.T, s *faultyStore, c *client, _ *eventLog) {
+		carrier := &contextStore{Store: s.Store}
+		s.Store = carrier
+		c.check(t, 0, exchange{key: k("a"), get: "500 "})
+		c.check(t, 1, exchange{key: k("a"), get: "201 "})
+		require.Equal(t, []string{"Release transaction", "Complete transaction"}, carrier.seen)
+	})
+}
+
+// contextStore notes what it finds attached.
+type contextStore struct {
+	idempotency.Store
+	seen []string
+}
+
+func (s *contextStore) note(ctx context.Context, method string) {
+	if e, ok := idempotency.FromContext(ctx); ok {
+		s.seen = append(s.seen, fmt.Sprint(method, " ", e.Attachment()))
+	}
+	if _, ok := ctx.Deadline(); !ok {
+		s.seen = append(s.seen, method+" without a deadline")
+	}
+}
+
+func (s *contextStore) Complete(ctx context.Context, key, token string, r idempotency.Result) error {
+	s.note(ctx, "Complete")
+	return s.Store.Complete(ctx, key, token, r)
+}
+
+func (s *contextStore) Release(ctx context.Context, key, token string) error {
+	s.note(ctx, "Release")
+	return s.Store.Release(ctx, key, token)
+}
+
+// A store that goes down, or hands the key to someone else, after the response
+// began to stream: the client must not take what it has for a whole answer.
+func TestWithheldStreamIsAborted(t *testing.T) {
+	store := &faultyStore{Store: idempotency.NewMemoryStore()}
+	c := newClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+		_, _ = w.Write([]byte("half"))
+		w.(http.Flusher).Flush()
+		store.fail("Complete", idempotency.ErrLeaseLost)
+	})
+	require.PanicsWithValue(t, http.ErrAbortHandler, func() {
+		c.handler.ServeHTTP(httptest.NewRecorder(), c.request(exchange{key: k("a")}))
+	})
+}
+
+func newAEAD(t *testing.T, fill byte) cipher.AEAD {
+	t.Helper()
+	block, err := aes.NewCipher(bytes.Repeat([]byte{fill}, 32))
+	require.NoError(t, err)
+	aead, err := cipher.NewGCM(block)
+	require.NoError(t, err)
+	return aead
+}
+
+func TestAEAD(t *testing.T) {
+	store := &faultyStore{Store: idempotency.NewMemoryStore()}
+	sealed := newClient(store, &idempotency.Options{AEAD: newAEAD(t, 1)}, nil)
+	sealed.check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
+	sealed.check(t, 1, exchange{key: k("a"), get: "replay 201 charge 1"})
+	require.NotContains(t, string(store.lastResult().Value), "charge")
+
+	// A value that was moved to another cell is as bad as one that was forged.
+	value := store.lastResult().Value
+	sealed.check(t, 2, exchange{key: k("b"), get: "201 charge 2"})
+	moved := idempotency.NewMemoryStore()
+	require.NoError(t, moved.Complete(t.Context(), store.lastKey(), "x", idempotency.Result{
+		Fingerprint: store.lastResult().Fingerprint, Value: value, TTL: time.Hour,
+	}))
+
+	for name, c := range map[string]*client{
+		"sealed under another key": newClient(store, &idempotency.Options{AEAD: newAEAD(t, 2)}, nil),
+		"sealed, but no AEAD":      newClient(store, &idempotency.Options{}, nil),
+	} {
+		t.Run(name, func(t *testing.T) {
+			c.check(t, 0, exchange{key: k("a"), get: "500 record_unreadable"})
+			require.Zero(t, c.runs())
+		})
+	}
+	t.Run("moved to another cell", func(t *testing.T) {
+		c := newClient(moved, &idempotency.Options{AEAD: newAEAD(t, 1)}, nil)
+		c.check(t, 0, exchange{key: k("b"), get: "500 record_unreadable"})
+	})
+	t.Run("not sealed, but AEAD", func(t *testing.T) {
+		plain := &faultyStore{Store: idempotency.NewMemoryStore()}
+		newClient(plain, &idempotency.Options{}, nil).check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
+		newClient(plain, &idempotency.Options{AEAD: newAEAD(t, 1)}, nil).check(t, 1, exchange{key: k("a"), get: "500 record_unreadable"})
+	})
+}
+
+// A callback that panics after the handler finished must not make it run again.
+func TestPanickingCallbacks(t *testing.T) {
+	for name, row := range map[string]struct {
+		opts idempotency.Options
+		then string
+	}{
+		"ShouldStore":  {idempotency.Options{ShouldStore: func(int, http.Header) bool { panic("bug") }}, "replay 201 charge 1"},
+		"OnEvent":      {idempotency.Options{OnEvent: func(context.Context, idempotency.Event) { panic("bug") }}, "replay 201 charge 1"},
+		"ReplayHeader": {idempotency.Options{ReplayHeader: func(string) bool { panic("bug") }}, "409 response_not_stored"},
+		"AEAD":         {idempotency.Options{AEAD: panickingAEAD{}}, "500 record_unreadable"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var log bytes.Buffer
+			row.opts.Logger = slog.New(slog.NewTextHandler(&log, nil))
+			c := newClient(idempotency.NewMemoryStore(), &row.opts, func(w http.ResponseWriter, r *http.Request) {
+				w.Header().Set("X-Some", "header")
+				lasting(0)(w, r)
+			})
+			c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
+			require.Contains(t, log.String(), "panic in")
+			got, _ := describe(t, c.do(c.request(exchange{key: k("a")})))
+			require.Equal(t, row.then, got)
+			require.Equal(t, 1, c.runs())
+		})
+	}
+}
+
+type panickingAEAD struct{ cipher.AEAD }
+
+func (panickingAEAD) NonceSize() int { panic("bug") }
+
+// Keys, tokens and bodies stay out of the log; the store's words stay in it.
+func TestLog(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		store := &faultyStore{Store: idempotency.NewMemoryStore()}
+		c := newClient(store, &idempotency.Options{Logger: slog.New(slog.NewTextHandler(&log, nil))}, nil)
+		c.check(t, 0, exchange{key: k("fine"), get: "201 charge 1"})
+		c.check(t, 1, exchange{key: k("fine"), get: "replay 201 charge 1"})
+		require.Empty(t, log.String(), "warnings and errors only")
+		store.fail("Acquire", errDown)
+		c.check(t, 2, exchange{key: k("private-key"), body: "private-body", get: "503 store_unavailable"})
+		require.Contains(t, log.String(), "secret-host")
+		time.Sleep(time.Hour) // what goes on in the background ends
+		require.NotContains(t, log.String(), "private")
+	})
+}
+
+func TestEvents(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		events := &eventLog{}
+		c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{OnEvent: events.add}, lasting(2*time.Second))
+		r := c.request(exchange{key: k("a")})
+		c.do(r)
+		e := events.last()
+		require.Equal(t, idempotency.OutcomeExecuted, e.Outcome)
+		require.Len(t, e.StoreKey, 43)
+		require.Equal(t, 1, e.Attempt)
+		require.Equal(t, 201, e.Status)
+		require.Equal(t, 2*time.Second, e.Duration)
+		require.Zero(t, e.Waited)
+		require.NoError(t, e.Err)
+		require.Same(t, r, e.Request)
+
+		go c.do(c.request(exchange{key: k("b")}))
+		synctest.Wait()
+		time.Sleep(500 * time.Millisecond)
+		c.do(c.request(exchange{key: k("b")}))
+		e = events.last()
+		require.Equal(t, idempotency.OutcomeReplayed, e.Outcome)
+		require.Equal(t, 1500*time.Millisecond, e.Waited)
+		require.Zero(t, e.Attempt)
+
+		c.do(c.request(exchange{})) // no key, no event
+		c.do(c.request(exchange{key: k("")}))
+		e = events.last()
+		require.Equal(t, idempotency.OutcomeKeyInvalid, e.Outcome)
+		require.ErrorIs(t, e.Err, idempotency.ErrKeyInvalid)
+		require.Len(t, events.all(), 4)
+	})
+}
+
+func TestErrorBody(t *testing.T) {
+	c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{RequireKey: true, DocsURL: "https://docs.example/idempotency"}, nil)
+	resp := c.do(c.request(exchange{}))
+	require.Equal(t, "application/problem+json", resp.Header.Get("Content-Type"))
+	require.Equal(t, "no-store", resp.Header.Get("Cache-Control"))
+	require.Equal(t, "en", resp.Header.Get("Content-Language"))
+	require.Equal(t, `<https://docs.example/idempotency>; rel="describedby"`, resp.Header.Get("Link"))
+	got, p := describe(t, resp)
+	require.Equal(t, "400 key_missing", got)
+	require.Equal(t, "Idempotency-Key is missing", p.Title)
+	require.Equal(t, "https://docs.example/idempotency", p.Type)
+
+	var seen *idempotency.Error
+	c = newClient(idempotency.NewMemoryStore(), &idempotency.Options{RequireKey: true, ErrorHandler: func(w http.ResponseWriter, r *http.Request, err *idempotency.Error) {
+		seen = err
+		w.WriteHeader(http.StatusTeapot)
+	}}, nil)
+	require.Equal(t, http.StatusTeapot, c.do(c.request(exchange{})).StatusCode)
+	require.ErrorIs(t, seen, idempotency.ErrKeyMissing)
+	require.Equal(t, "about:blank", seen.Type)
+}
+
+func TestOptionsThatAreNonsense(t *testing.T) {
+	for fix, opts := range map[string]idempotency.Options{
+		"TTL is negative":              {TTL: -1},
+		"Lease is under 1ms":           {Lease: -1},
+		"exceeds Options.TTL":          {Lease: time.Hour, TTL: time.Minute},
+		"use NoWait":                   {Wait: -2},
+		"MaxExecution is negative":     {MaxExecution: -1},
+		"StoreTimeout is negative":     {StoreTimeout: -1},
+		"exceeds half of":              {StoreTimeout: 20 * time.Second},
+		"is not a header name":         {Header: "Idempotency Key"},
+		"needs no idempotency key":     {Methods: []string{"POST", "GET"}},
+		"upper-case":                   {Methods: []string{"post"}},
+		"MaxBufferedBody is negative":  {MaxBufferedBody: -1},
+		"MaxResponseBytes is negative": {MaxResponseBytes: -1},
+		"is not a URL":                 {DocsURL: "https://x/>"},
+	} {
+		t.Run(fix, func(t *testing.T) {
+			defer func() { require.Contains(t, recover(), fix) }()
+			idempotency.Middleware(idempotency.NewMemoryStore(), &opts)
+		})
+	}
+	require.Panics(t, func() { idempotency.Middleware(nil, nil) })
+	require.Panics(t, func() { idempotency.Middleware(idempotency.NewMemoryStore(), nil)(nil) })
+}
