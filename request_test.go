@@ -1,0 +1,424 @@
+package idempotency_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"io"
+	"mime/multipart"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/go-idempotency/idempotency"
+	"github.com/stretchr/testify/require"
+)
+
+func TestKeyForms(t *testing.T) {
+	long := strings.Repeat("k", 255)
+	for line, want := range map[string]string{ // want "": refused
+		"8e03978e-40d5-43dd-bc93-6894a57f9324": "8e03978e-40d5-43dd-bc93-6894a57f9324",
+		`"8e03978e"`:                           "8e03978e",
+		"  \t8e03978e ":                        "8e03978e",
+		`"with space, comma"`:                  "with space, comma",
+		`"a\"b\\c"`:                            `a"b\c`,
+		`a\b;c=d`:                              `a\b;c=d`,
+		`"a";v`:                                "a",
+		`"a";v=1; w="x,\"y";z`:                 "a",
+		`"a";v=:aGk=:`:                         "a",
+		`"a";v=?1`:                             "a",
+		long:                                   long,
+		`"` + long + `"`:                       long,
+
+		"":                "",
+		" ":               "",
+		`""`:              "",
+		`"`:               "",
+		`"a`:              "",
+		`a"`:              "",
+		`"a"b`:            "",
+		`"a", "b"`:        "",
+		`"a";x=1, "b"`:    "",
+		`"a";x, "b"`:      "",
+		`"a";,`:           "",
+		`"a";`:            "",
+		`"a";=1`:          "",
+		`"a";x=`:          "",
+		`"a";x="b`:        "",
+		`"a\x"`:           "",
+		`"a\`:             "",
+		"a,b":             "",
+		"a b":             "",
+		"a\x00b":          "",
+		"\"a\x7f\"":       "",
+		"\"a\tb\"":        "",
+		"schlüssel":       "",
+		`"schlüssel"`:     "",
+		long + "k":        "",
+		`"` + long + `k"`: "",
+	} {
+		t.Run(line, func(t *testing.T) {
+			var got string
+			c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
+				got = execution(r).Key()
+			})
+			resp := c.do(c.request(exchange{key: k(line)}))
+			require.Equal(t, want, got)
+			if want == "" {
+				answer, p := describe(t, resp)
+				require.Equal(t, "400 key_invalid", answer)
+				require.NotEmpty(t, p.Detail)
+			}
+		})
+	}
+}
+
+// storeKey returns the cell that a request reaches.
+func storeKey(t *testing.T, opts *idempotency.Options, r *http.Request) string {
+	t.Helper()
+	s := &faultyStore{Store: idempotency.NewMemoryStore()}
+	newClient(s, opts, nil).do(r)
+	require.NotEmpty(t, s.lastKey())
+	return s.lastKey()
+}
+
+func TestStoreKey(t *testing.T) {
+	c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{}, nil)
+	scope := &idempotency.Options{Scope: func(r *http.Request) string { return r.Header.Get("Tenant") }}
+	key := storeKey(t, nilOptions(), c.request(exchange{key: k("a")}))
+
+	// A deployment must find the records that were stored before it.
+	require.Equal(t, "X6TInVDcw8CoaojiMy5vpNMTe4uJbVLvuhjeC5l33gg", key)
+
+	same := map[string]*http.Request{
+		"quoted":              c.request(exchange{key: k(`"a"`)}),
+		"another body":        c.request(exchange{key: k("a"), body: "x"}),
+		"another query":       c.request(exchange{key: k("a"), target: "/charge?x"}),
+		"the absolute form":   c.request(exchange{key: k("a"), target: "http://other.example/charge"}),
+		"a path that was cut": stripped(c.request(exchange{key: k("a")})),
+		"not from a server":   notFromServer(c.request(exchange{key: k("a")})),
+		"another host":        withHost(c.request(exchange{key: k("a")}), "other.example"),
+	}
+	for name, r := range same {
+		require.Equal(t, key, storeKey(t, nilOptions(), r), name)
+	}
+	different := map[string]string{
+		"another key":    storeKey(t, nilOptions(), c.request(exchange{key: k("b")})),
+		"another path":   storeKey(t, nilOptions(), c.request(exchange{key: k("a"), target: "/charge/"})),
+		"other escapes":  storeKey(t, nilOptions(), c.request(exchange{key: k("a"), target: "/%63harge"})),
+		"another method": storeKey(t, nilOptions(), c.request(exchange{key: k("a"), method: "PUT"})),
+		"a scope":        storeKey(t, scope, c.request(exchange{key: k("a"), header: http.Header{"Tenant": {"t"}}})),
+		"scope and key":  storeKey(t, scope, c.request(exchange{key: k("ta"), header: http.Header{"Tenant": {""}}})),
+		"the root":       storeKey(t, nilOptions(), c.request(exchange{key: k("a"), target: "http://charge?"})),
+	}
+	seen := map[string]string{key: "the first"}
+	for name, key := range different {
+		require.Empty(t, seen[key], name)
+		seen[key] = name
+	}
+}
+
+func nilOptions() *idempotency.Options { return &idempotency.Options{} }
+
+func stripped(r *http.Request) *http.Request {
+	r.URL.Path = "/"
+	return r
+}
+
+func notFromServer(r *http.Request) *http.Request {
+	r.RequestURI = ""
+	return r
+}
+
+func withHost(r *http.Request, host string) *http.Request {
+	r.Host = host
+	return r
+}
+
+// brokenBody is a body that breaks off.
+type brokenBody struct {
+	io.Reader
+	err error
+}
+
+func (b *brokenBody) Read(p []byte) (int, error) {
+	n, err := b.Reader.Read(p)
+	if err == io.EOF {
+		err = b.err
+	}
+	return n, err
+}
+
+func (b *brokenBody) Close() error { return nil }
+
+func TestBodyThatBreaksOffBeforeTheClaim(t *testing.T) {
+	s := &faultyStore{Store: idempotency.NewMemoryStore()}
+	c := newClient(s, nilOptions(), nil)
+	r := c.request(exchange{key: k("a")})
+	r.Body = &brokenBody{strings.NewReader(`{"amo`), io.ErrUnexpectedEOF}
+	got, p := describe(t, c.do(r))
+	require.Equal(t, "400 body_incomplete", got)
+	require.True(t, p.Retryable)
+	require.Zero(t, s.count("Acquire"))
+	c.check(t, 1, exchange{key: k("a"), get: "201 charge 1"})
+}
+
+func TestOuterMaxBytesReader(t *testing.T) {
+	c := newClient(idempotency.NewMemoryStore(), nilOptions(), nil)
+	r := c.request(exchange{key: k("a")})
+	r.Body = http.MaxBytesReader(nil, r.Body, 5)
+	got, _ := describe(t, c.do(r))
+	require.Equal(t, "413 body_too_large", got)
+	require.Zero(t, c.runs())
+}
+
+// upload is a body over the limit of the tests below, with n bytes of fill.
+func upload(n int, fill byte) string {
+	return strings.Repeat("u", 100) + strings.Repeat(string(fill), n)
+}
+
+// reading reads n bytes of the body (all: -1) and answers 201 with what its
+// last read came to.
+func reading(n int64) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		var err error
+		if n < 0 {
+			_, err = io.Copy(io.Discard, r.Body)
+		} else {
+			_, err = io.CopyN(io.Discard, r.Body, n)
+		}
+		w.WriteHeader(http.StatusCreated)
+		if err != nil {
+			_, _ = io.WriteString(w, err.Error())
+		}
+	}
+}
+
+func TestLargeBodies(t *testing.T) {
+	small := idempotency.Options{MaxBufferedBody: 64}
+	rows := map[string]struct {
+		handler  http.HandlerFunc
+		first    string
+		retry    string
+		unsized  bool // chunked, without Content-Length
+		retryGet string
+	}{
+		"the same":                         {reading(-1), upload(500, 'x'), upload(500, 'x'), false, "replay 201 "},
+		"the same, chunked":                {reading(-1), upload(500, 'x'), upload(500, 'x'), true, "replay 201 "},
+		"another end":                      {reading(-1), upload(500, 'x'), upload(499, 'x') + "y", false, "422 key_reused"},
+		"another end, chunked":             {reading(-1), upload(500, 'x'), upload(499, 'x') + "y", true, "422 key_reused"},
+		"shorter":                          {reading(-1), upload(500, 'x'), upload(499, 'x'), false, "422 key_reused"},
+		"longer":                           {reading(-1), upload(500, 'x'), upload(501, 'x'), false, "422 key_reused"},
+		"longer, chunked":                  {reading(-1), upload(500, 'x'), upload(501, 'x'), true, "422 key_reused"},
+		"all of the declared length":       {reading(600), upload(500, 'x'), upload(501, 'x'), false, "422 key_reused"},
+		"small instead of large":           {reading(-1), upload(500, 'x'), "x", false, "422 key_reused"},
+		"large instead of small":           {reading(-1), "x", upload(500, 'x'), false, "422 key_reused"},
+		"the part that the handler read":   {reading(150), upload(500, 'x'), upload(50, 'x') + upload(400, 'y'), false, "replay 201 "},
+		"not the part that it read":        {reading(151), upload(500, 'x'), upload(50, 'x') + upload(400, 'y'), false, "422 key_reused"},
+		"shorter than the part":            {reading(150), upload(500, 'x'), upload(40, 'x'), false, "422 key_reused"},
+		"nothing was read":                 {reading(0), upload(500, 'x'), upload(500, 'y'), false, "replay 201 "},
+		"exactly what is buffered":         {reading(-1), strings.Repeat("x", 64), strings.Repeat("x", 64), true, "replay 201 "},
+		"one more than what is buffered":   {reading(-1), strings.Repeat("x", 65), strings.Repeat("x", 65), true, "replay 201 "},
+		"one more, with another last byte": {reading(-1), strings.Repeat("x", 65), strings.Repeat("x", 64) + "y", true, "422 key_reused"},
+	}
+	for name, row := range rows {
+		t.Run(name, func(t *testing.T) {
+			c := newClient(idempotency.NewMemoryStore(), &small, row.handler)
+			request := func(body string) *http.Request {
+				r := c.request(exchange{key: k("a"), body: body})
+				if row.unsized {
+					r.ContentLength = -1
+				}
+				return r
+			}
+			got, _ := describe(t, c.do(request(row.first)))
+			require.Equal(t, "201 ", got)
+			retry := request(row.retry)
+			got, _ = describe(t, c.do(retry))
+			require.Equal(t, row.retryGet, got)
+			require.Equal(t, 1, c.runs())
+			rest, err := io.ReadAll(retry.Body)
+			require.NoError(t, err)
+			require.Empty(t, rest, "the rest was drained")
+		})
+	}
+}
+
+// A deployment may change the limit between the first try and the retry.
+func TestLimitChangesBetweenTries(t *testing.T) {
+	store := idempotency.NewMemoryStore()
+	large := newClient(store, &idempotency.Options{MaxBufferedBody: 64}, reading(-1))
+	small := newClient(store, &idempotency.Options{MaxBufferedBody: 4096}, reading(-1))
+	for i, pair := range [][2]*client{{large, small}, {small, large}} {
+		key := k(string(rune('a' + i)))
+		pair[0].check(t, i, exchange{key: key, body: upload(500, 'x'), get: "201 "})
+		pair[1].check(t, i, exchange{key: key, body: upload(500, 'x'), get: "replay 201 "})
+		pair[1].check(t, i, exchange{key: key, body: upload(500, 'y'), get: "422 key_reused"})
+	}
+}
+
+// The credentials count for a large body as well.
+func TestLargeBodyWithOtherCredentials(t *testing.T) {
+	c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64}, reading(-1))
+	c.check(t, 0, exchange{key: k("a"), body: upload(500, 'x'), header: auth("alice"), get: "201 "})
+	c.check(t, 1, exchange{key: k("a"), body: upload(500, 'x'), header: auth("mallory"), get: "422 key_reused"})
+}
+
+func TestLargeBodyThatBreaksOff(t *testing.T) {
+	for name, row := range map[string]struct {
+		atMostOnce bool
+		err        error
+		retryGet   string
+	}{
+		"frees the key":                    {false, io.ErrUnexpectedEOF, "201 "},
+		"at most once: keeps the answer":   {true, io.ErrUnexpectedEOF, "replay 201 unexpected EOF"},
+		"at a limit: every retry meets it": {false, &http.MaxBytesError{Limit: 600}, "replay 201 http: request body too large"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64, AtMostOnce: row.atMostOnce}, reading(-1))
+			r := c.request(exchange{key: k("a"), body: upload(600, 'x')})
+			r.Body = &brokenBody{strings.NewReader(upload(500, 'x')), row.err}
+			got, _ := describe(t, c.do(r))
+			require.Equal(t, "201 "+row.err.Error(), got)
+			c.check(t, 1, exchange{key: k("a"), body: upload(600, 'x'), get: row.retryGet})
+		})
+	}
+}
+
+func TestRetryOfALargeBodyBreaksOff(t *testing.T) {
+	c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64}, reading(-1))
+	c.check(t, 0, exchange{key: k("a"), body: upload(500, 'x'), get: "201 "})
+	r := c.request(exchange{key: k("a"), body: upload(500, 'x')})
+	r.Body = &brokenBody{strings.NewReader(upload(400, 'x')), errors.New("connection reset")}
+	got, _ := describe(t, c.do(r))
+	require.Equal(t, "400 body_incomplete", got)
+	require.Equal(t, 1, c.runs())
+}
+
+// A goroutine that a handler leaves behind reads nothing, least of all the body
+// of the next request, whose bytes may lie in the same buffer.
+func TestBodyAfterTheHandlerReturned(t *testing.T) {
+	for name, body := range map[string]string{"small": "small", "large": upload(500, 'x')} {
+		t.Run(name, func(t *testing.T) {
+			var kept io.ReadCloser
+			c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64}, func(w http.ResponseWriter, r *http.Request) {
+				kept = r.Body
+				_, err := r.Body.Read(make([]byte, 2))
+				require.NoError(t, err)
+			})
+			c.check(t, 0, exchange{key: k("a"), body: body, get: "200 "})
+			n, err := kept.Read(make([]byte, 10))
+			require.Zero(t, n)
+			require.ErrorIs(t, err, http.ErrBodyReadAfterClose)
+		})
+	}
+}
+
+func TestClosedBodyStaysClosed(t *testing.T) {
+	c := newClient(idempotency.NewMemoryStore(), nilOptions(), func(w http.ResponseWriter, r *http.Request) {
+		require.NoError(t, r.Body.Close())
+		_, err := r.Body.Read(make([]byte, 1))
+		require.ErrorIs(t, err, http.ErrBodyReadAfterClose)
+	})
+	c.check(t, 0, exchange{key: k("a"), get: "200 "})
+}
+
+func TestRequestWithoutABody(t *testing.T) {
+	c := newClient(idempotency.NewMemoryStore(), nilOptions(), func(w http.ResponseWriter, r *http.Request) {
+		require.Equal(t, http.NoBody, r.Body)
+		require.Zero(t, r.ContentLength)
+	})
+	for name, r := range map[string]*http.Request{
+		"NoBody": httptest.NewRequest("DELETE", "/charge/1", nil),
+		"nil":    {Method: "DELETE", RequestURI: "/charge/2", Header: http.Header{}},
+	} {
+		r.Header.Set("Idempotency-Key", "a")
+		got, _ := describe(t, c.do(r))
+		require.Equal(t, "200 ", got, name)
+	}
+	require.Equal(t, 2, c.runs())
+}
+
+// Temporary files of a form that the handler parsed are removed.
+func TestMultipartFilesAreRemoved(t *testing.T) {
+	t.Setenv("TMPDIR", t.TempDir())
+	var form bytes.Buffer
+	mw := multipart.NewWriter(&form)
+	part, err := mw.CreateFormFile("f", "f.bin")
+	require.NoError(t, err)
+	_, err = part.Write(bytes.Repeat([]byte("x"), 1000))
+	require.NoError(t, err)
+	require.NoError(t, mw.Close())
+
+	files := func() int {
+		names, err := filepath.Glob(filepath.Join(os.TempDir(), "*"))
+		require.NoError(t, err)
+		return len(names)
+	}
+	for _, panics := range []bool{false, true} {
+		c := newClient(idempotency.NewMemoryStore(), nilOptions(), nil)
+		c.handler = idempotency.Middleware(idempotency.NewMemoryStore(), nil)(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			require.NoError(t, r.ParseMultipartForm(0))
+			require.Equal(t, 1, files())
+			if panics {
+				panic("boom")
+			}
+		}))
+		r := c.request(exchange{key: k("a"), body: form.String()})
+		r.Header.Set("Content-Type", mw.FormDataContentType())
+		c.do(r)
+		require.Zero(t, files())
+	}
+}
+
+func TestCustomFingerprintSeesTheBody(t *testing.T) {
+	var seen string
+	opts := idempotency.Options{Fingerprint: func(r *http.Request, body []byte) []byte {
+		seen = string(body)
+		sum := sha256.Sum256(body)
+		return sum[:]
+	}}
+	c := newClient(idempotency.NewMemoryStore(), &opts, nil)
+	c.check(t, 0, exchange{key: k("a"), body: "payload", get: "201 charge 1"})
+	require.Equal(t, "payload", seen)
+}
+
+// The store learns neither the client's key nor a hash that confirms a guess of
+// its body.
+func TestStoreLearnsNoSecrets(t *testing.T) {
+	fingerprint := func(key string) []byte {
+		s := &faultyStore{Store: idempotency.NewMemoryStore()}
+		c := newClient(s, nilOptions(), nil)
+		c.do(c.request(exchange{key: k(key), header: auth("secret")}))
+		require.NotContains(t, s.lastKey(), key)
+		require.NotContains(t, string(s.lastResult().Value), key)
+		require.Len(t, s.lastResult().Fingerprint, sha256.Size)
+		return s.lastResult().Fingerprint
+	}
+	require.NotEqual(t, fingerprint("first-key"), fingerprint("other-key"))
+}
+
+func TestClientThatHangsUpWhileWaiting(t *testing.T) {
+	c := newClient(idempotency.NewMemoryStore(), nilOptions(), nil)
+	running, finish := make(chan struct{}), make(chan struct{})
+	c.handler = idempotency.Middleware(idempotency.NewMemoryStore(), nil)(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+		close(running)
+		<-finish
+	}))
+	first := make(chan struct{})
+	go func() {
+		defer close(first)
+		c.do(c.request(exchange{key: k("a")}))
+	}()
+	<-running
+	ctx, hangUp := context.WithCancel(t.Context())
+	hangUp()
+	got, _ := describe(t, c.do(c.request(exchange{key: k("a")}).WithContext(ctx)))
+	require.Equal(t, "409 in_progress", got)
+	close(finish)
+	<-first
+}
