@@ -1,0 +1,238 @@
+// Command chi is a small payment API behind chi. It shows where the middleware
+// belongs, keys that belong to a user, and the two ways to make an effect
+// outside this process safe: a key for the next service, and Commit.
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"time"
+
+	"github.com/go-chi/chi/v5"
+	"github.com/go-chi/chi/v5/middleware"
+	"github.com/go-idempotency/idempotency"
+)
+
+// A server has what the handlers need.
+type server struct {
+	users    map[string]string // by token
+	provider string            // URL of a payment provider that knows idempotency keys
+	client   *http.Client      // for the provider
+
+	// post prints a letter and hands it to the mail. It cannot be undone, and
+	// it does not know a letter that it has posted before.
+	post func(ctx context.Context, address string) error
+}
+
+// newHandler puts the middleware in this order, from the outside in:
+//
+//  1. Recoverer, because a panic has to pass the idempotency middleware to be
+//     seen as the crash it is. The key then stays claimed for the rest of its
+//     lease, and the client gets a 500 rather than a broken connection.
+//  2. CORS, because its headers are about the current request. A replay gets
+//     those of the retry, not those of the first try.
+//  3. Authentication, because a request that is refused must not claim a key,
+//     and because Scope needs to know the user.
+//  4. Idempotency, right around the handlers. In a group, because a router as a
+//     whole would also keep its own 404 for a path that it does not know yet.
+func newHandler(store idempotency.Store, s *server) http.Handler {
+	r := chi.NewRouter()
+	r.Use(middleware.Recoverer, cors)
+	r.Group(func(r chi.Router) {
+		r.Use(s.authenticate)
+		r.Use(idempotency.Middleware(store, &idempotency.Options{
+			// The user's tokens may change between two tries; the user does not.
+			Scope:      func(r *http.Request) string { return user(r.Context()) },
+			RequireKey: true,
+		}))
+		r.Post("/payments", s.pay)
+		r.Post("/letters", s.sendLetter)
+	})
+	return r
+}
+
+type payment struct {
+	Amount int    `json:"amount"`
+	Charge string `json:"charge,omitempty"`
+}
+
+// pay has its effect at a provider that knows keys itself. So it needs no
+// Commit: whatever happens in the middle, the next attempt may run all of this
+// again, because the provider gets the same key again.
+func (s *server) pay(w http.ResponseWriter, r *http.Request) {
+	exec, ok := idempotency.FromContext(r.Context())
+	if !ok {
+		http.Error(w, "no idempotency middleware", http.StatusInternalServerError)
+		return
+	}
+	var p payment
+	if err := json.NewDecoder(r.Body).Decode(&p); err != nil || p.Amount <= 0 {
+		http.Error(w, "amount must be a positive number", http.StatusUnprocessableEntity)
+		return
+	}
+	charge, err := s.charge(r.Context(), exec.DownstreamKey("charge"), p.Amount)
+	if err != nil {
+		// Whether it was charged is not known here. A 5xx frees the key, and
+		// the client's next try asks the provider again.
+		log.Printf("charge, attempt %d: %v", exec.Attempt(), err)
+		http.Error(w, "payment provider unavailable", http.StatusBadGateway)
+		return
+	}
+	p.Charge = charge
+	writeJSON(w, http.StatusCreated, p)
+}
+
+// charge asks the provider for a charge and returns its id.
+func (s *server) charge(ctx context.Context, key string, amount int) (string, error) {
+	body, err := json.Marshal(payment{Amount: amount})
+	if err != nil {
+		return "", err
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, s.provider+"/charges", bytes.NewReader(body))
+	if err != nil {
+		return "", err
+	}
+	req.Header.Set("Content-Type", "application/json")
+	req.Header.Set("Idempotency-Key", key)
+	res, err := s.client.Do(req)
+	if err != nil {
+		return "", err
+	}
+	defer res.Body.Close()
+	var p payment
+	if res.StatusCode != http.StatusCreated {
+		return "", fmt.Errorf("provider: %s", res.Status)
+	}
+	if err := json.NewDecoder(io.LimitReader(res.Body, 64<<10)).Decode(&p); err != nil {
+		return "", err
+	}
+	return p.Charge, nil
+}
+
+// sendLetter has an effect that nobody else makes idempotent. It commits right
+// before: from there the key is at-most-once, so that a crash in the middle is
+// answered with 409 outcome_unknown rather than with a second letter.
+func (s *server) sendLetter(w http.ResponseWriter, r *http.Request) {
+	exec, ok := idempotency.FromContext(r.Context())
+	if !ok {
+		http.Error(w, "no idempotency middleware", http.StatusInternalServerError)
+		return
+	}
+	var letter struct {
+		Address string `json:"address"`
+	}
+	if err := json.NewDecoder(r.Body).Decode(&letter); err != nil || letter.Address == "" {
+		http.Error(w, "address is missing", http.StatusUnprocessableEntity)
+		return
+	}
+	if err := exec.Commit(r.Context()); err != nil {
+		// Nothing has happened yet, so the client may try again.
+		log.Print("commit: ", err)
+		http.Error(w, "try again later", http.StatusServiceUnavailable)
+		return
+	}
+	if err := s.post(r.Context(), letter.Address); err != nil {
+		// After Commit this answer is kept: a letter may be on its way.
+		log.Print("post: ", err)
+		http.Error(w, "the letter may not have been posted", http.StatusInternalServerError)
+		return
+	}
+	writeJSON(w, http.StatusCreated, letter)
+}
+
+type userKey struct{}
+
+// user returns who is asking; empty if authenticate did not run.
+func user(ctx context.Context) string {
+	name, _ := ctx.Value(userKey{}).(string)
+	return name
+}
+
+func (s *server) authenticate(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		name, ok := s.users[r.Header.Get("Authorization")]
+		if !ok {
+			w.Header().Set("WWW-Authenticate", "Bearer")
+			http.Error(w, "who are you?", http.StatusUnauthorized)
+			return
+		}
+		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), userKey{}, name)))
+	})
+}
+
+// cors stands for the CORS middleware of your choice. What matters here: a page
+// may send the key, and may see that an answer is a replay.
+func cors(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		h := w.Header()
+		h.Set("Access-Control-Allow-Origin", "https://shop.example")
+		h.Set("Access-Control-Expose-Headers", "Idempotent-Replayed, Retry-After")
+		if r.Method == http.MethodOptions && r.Header.Get("Access-Control-Request-Method") != "" {
+			h.Set("Access-Control-Allow-Methods", http.MethodPost)
+			h.Set("Access-Control-Allow-Headers", "Authorization, Content-Type, Idempotency-Key")
+			w.WriteHeader(http.StatusNoContent)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+func writeJSON(w http.ResponseWriter, status int, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	if err := json.NewEncoder(w).Encode(v); err != nil {
+		log.Print("response: ", err)
+	}
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	context.AfterFunc(ctx, stop) // a second interrupt ends the program at once
+	if err := run(ctx); err != nil {
+		log.Fatal(err)
+	}
+}
+
+// run serves the provider and the API until ctx ends.
+func run(ctx context.Context) error {
+	providerListener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:8080")
+	if err != nil {
+		return errors.Join(err, providerListener.Close())
+	}
+	provider := &http.Server{Handler: newProvider()}
+	api := &http.Server{Handler: newHandler(idempotency.NewMemoryStore(), &server{
+		users:    map[string]string{"Bearer alice-token": "alice", "Bearer bob-token": "bob"},
+		provider: "http://" + providerListener.Addr().String(),
+		client:   &http.Client{Timeout: 10 * time.Second},
+		post: func(_ context.Context, address string) error {
+			log.Print("a letter goes to ", address)
+			return nil
+		},
+	})}
+	fmt.Println(`Try this twice:
+  curl -i http://127.0.0.1:8080/payments -H 'Authorization: Bearer alice-token' \
+    -H 'Idempotency-Key: order-17' -H 'Content-Type: application/json' -d '{"amount":100}'`)
+
+	stopped := make(chan error, 2)
+	go func() { stopped <- provider.Serve(providerListener) }()
+	go func() { stopped <- api.Serve(listener) }()
+	select {
+	case <-ctx.Done():
+	case err = <-stopped:
+	}
+	// The API first: its running requests may need the provider.
+	return errors.Join(err, api.Shutdown(context.Background()), provider.Shutdown(context.Background()))
+}

@@ -1,0 +1,65 @@
+// Command quickstart charges once, however often the same request arrives.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"log"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"strconv"
+	"sync/atomic"
+
+	"github.com/go-idempotency/idempotency"
+)
+
+func newHandler() http.Handler {
+	var charges atomic.Int64
+	charge := func(w http.ResponseWriter, r *http.Request) {
+		amount, err := strconv.Atoi(r.PostFormValue("amount"))
+		if err != nil || amount <= 0 {
+			http.Error(w, "amount must be a positive number", http.StatusBadRequest)
+			return
+		}
+		id := charges.Add(1) // the effect that must happen once
+		w.WriteHeader(http.StatusCreated)
+		if _, err := fmt.Fprintf(w, "charge %d: %d\n", id, amount); err != nil {
+			log.Print(err)
+		}
+	}
+	idempotent := idempotency.Middleware(idempotency.NewMemoryStore(), nil)
+	mux := http.NewServeMux()
+	mux.Handle("POST /charge", idempotent(http.HandlerFunc(charge)))
+	return mux
+}
+
+func main() {
+	addr := flag.String("addr", "127.0.0.1:8080", "address to listen on")
+	flag.Parse()
+	ln, err := net.Listen("tcp", *addr)
+	if err != nil {
+		log.Fatal(err) // the port is taken, say; exits with 1
+	}
+	try := "\n  curl -i http://" + ln.Addr().String() + "/charge -H 'Idempotency-Key: order-17' -d amount="
+	fmt.Println("The first request is executed:" + try + "100")
+	fmt.Println("The same again is replayed, with Idempotent-Replayed: true:" + try + "100")
+	fmt.Println("Another body under the same key is refused with 422:" + try + "999")
+
+	srv := &http.Server{Handler: newHandler()}
+	stopped := make(chan error, 1)
+	interrupted, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	context.AfterFunc(interrupted, func() {
+		stop()                                        // a second interrupt ends the program at once
+		stopped <- srv.Shutdown(context.Background()) // the first lets running requests finish
+	})
+	if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+		log.Fatal(err)
+	}
+	if err := <-stopped; err != nil {
+		log.Fatal(err)
+	}
+}
