@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -111,6 +112,7 @@ func TestDelayedClaim(t *testing.T) {
 type delayingStore struct {
 	idempotency.Store
 	arrive chan struct{}
+	mu     sync.Mutex
 	late   []idempotency.State
 }
 
@@ -121,6 +123,8 @@ func (s *delayingStore) Acquire(ctx context.Context, key string, c idempotency.C
 	go func() {
 		<-s.arrive
 		rec, _ := s.Store.Acquire(context.Background(), key, c)
+		s.mu.Lock()
+		defer s.mu.Unlock()
 		s.late = append(s.late, rec.State)
 	}()
 	<-ctx.Done()

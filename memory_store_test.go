@@ -1,0 +1,211 @@
+package idempotency_test
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"runtime"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/storetest"
+	"github.com/stretchr/testify/require"
+)
+
+func TestMemoryStoreContract(t *testing.T) {
+	storetest.Run(t, func(*testing.T) idempotency.Store { return idempotency.NewMemoryStore() })
+}
+
+// Claims that are never completed take another way than records do.
+func TestMemoryStoreContractWithLargeValues(t *testing.T) {
+	storetest.Run(t, func(*testing.T) idempotency.Store { return paddedStore{idempotency.NewMemoryStore()} })
+}
+
+// paddedStore stores values that are too large for a slab.
+type paddedStore struct{ *idempotency.MemoryStore }
+
+var padding = bytes.Repeat([]byte("p"), 64<<10)
+
+func (s paddedStore) Complete(ctx context.Context, key, token string, r idempotency.Result) error {
+	r.Value = append(append([]byte(nil), padding...), r.Value...)
+	return s.MemoryStore.Complete(ctx, key, token, r)
+}
+
+func (s paddedStore) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+	rec, err := s.MemoryStore.Acquire(ctx, key, c)
+	if rec.State == idempotency.Completed {
+		rec.Value = rec.Value[len(padding):]
+	}
+	return rec, err
+}
+
+func acquire(t *testing.T, s idempotency.Store, key, token string) idempotency.Record {
+	t.Helper()
+	rec, err := s.Acquire(t.Context(), key, idempotency.Claim{Token: token, Lease: time.Second, TTL: time.Minute})
+	require.NoError(t, err)
+	return rec
+}
+
+func complete(t *testing.T, s idempotency.Store, key, token string, value []byte, ttl time.Duration) {
+	t.Helper()
+	require.NoError(t, s.Complete(t.Context(), key, token, idempotency.Result{Value: value, TTL: ttl}))
+}
+
+func TestMemoryStoreZeroValue(t *testing.T) {
+	var s idempotency.MemoryStore
+	require.Equal(t, idempotency.Acquired, acquire(t, &s, "a", "1").State)
+	require.Equal(t, 1, s.Len())
+}
+
+func TestMemoryStoreIsFull(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &idempotency.MemoryStore{MaxBytes: 100 << 10}
+		acquire(t, s, "running", "1")
+		var n int
+		for n = 0; ; n++ {
+			key := fmt.Sprint("k", n)
+			rec, err := s.Acquire(t.Context(), key, idempotency.Claim{Token: "1", Lease: time.Second, TTL: time.Minute})
+			if err != nil {
+				require.ErrorIs(t, err, idempotency.ErrStoreFull)
+				break
+			}
+			require.Equal(t, idempotency.Acquired, rec.State)
+			complete(t, s, key, "1", make([]byte, 1000), time.Minute)
+		}
+		require.InDelta(t, 90, n, 10, "about 1 KiB each")
+
+		// What was let in is completed, and nothing was evicted for it.
+		complete(t, s, "running", "1", make([]byte, 50<<10), time.Minute)
+		for i := range n {
+			require.Equal(t, idempotency.Completed, acquire(t, s, fmt.Sprint("k", i), "2").State)
+		}
+		require.Greater(t, s.Bytes(), s.MaxBytes)
+
+		time.Sleep(time.Minute) // all expire, in whichever shard they are
+		require.Equal(t, idempotency.Acquired, acquire(t, s, "new", "1").State)
+	})
+}
+
+// A record expires, and its memory comes back while the store is used for other
+// keys, without a call to Len or Bytes.
+func TestMemoryStoreFreesWhatExpired(t *testing.T) {
+	const records = 100_000
+	synctest.Test(t, func(t *testing.T) {
+		s := &idempotency.MemoryStore{MaxBytes: 1 << 30}
+		base := heap()
+		fill := func(name string, n int) {
+			value := make([]byte, 300)
+			for i := range n {
+				key := fmt.Sprint(name, i)
+				acquire(t, s, key, "1")
+				complete(t, s, key, "1", value, time.Hour)
+			}
+		}
+		fill("old", records)
+		full := heap() - base
+		require.Greater(t, full, int64(records*300))
+
+		time.Sleep(time.Hour)
+		fill("new", records/4)
+		require.Less(t, heap()-base, full/2, "the old records are gone")
+		require.Equal(t, records/4, s.Len())
+
+		time.Sleep(time.Hour)
+		require.Zero(t, s.Len())
+		require.Zero(t, s.Bytes())
+		require.Less(t, heap()-base, full/20)
+		runtime.KeepAlive(s)
+	})
+}
+
+func heap() int64 {
+	runtime.GC()
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return int64(m.HeapAlloc)
+}
+
+// Every way into and out of the accounts must agree, or the store would fill up
+// by itself.
+func TestMemoryStoreAccounts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := idempotency.NewMemoryStore()
+		for i := range 2000 {
+			key := fmt.Sprint(i % 700)
+			ttl := time.Duration(1+i%5) * time.Minute
+			claim := idempotency.Claim{Token: fmt.Sprint(i), Fingerprint: make([]byte, i%40), Lease: time.Duration(i%3) * time.Minute, TTL: ttl, Once: i%11 == 0}
+			rec, err := s.Acquire(t.Context(), key, claim)
+			require.NoError(t, err)
+			switch {
+			case rec.State != idempotency.Acquired:
+			case i%4 == 0:
+				require.NoError(t, s.Release(t.Context(), key, claim.Token))
+			case i%4 == 1:
+				complete(t, s, key, claim.Token, make([]byte, i%50*1000), ttl)
+			case i%4 == 2:
+				_, err := s.Acquire(t.Context(), key, idempotency.Claim{Token: claim.Token, Lease: 2 * time.Minute, TTL: ttl})
+				require.NoError(t, err)
+			}
+			require.NoError(t, s.Release(t.Context(), fmt.Sprint("absent", i), "1"))
+			if i%100 == 0 {
+				time.Sleep(time.Minute)
+			}
+		}
+		require.NotZero(t, s.Len())
+		require.NotZero(t, s.Bytes())
+		time.Sleep(time.Hour)
+		require.Zero(t, s.Len())
+		require.Zero(t, s.Bytes())
+	})
+}
+
+func TestMemoryStoreWatchEndsWithItsContext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := idempotency.NewMemoryStore()
+		acquire(t, s, "a", "1")
+		first, leave := context.WithCancel(t.Context())
+		gone, err := s.Watch(first, "a")
+		require.NoError(t, err)
+		second, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		still, err := s.Watch(second, "a")
+		require.NoError(t, err)
+		leave()
+		synctest.Wait()
+		complete(t, s, "a", "1", nil, time.Minute)
+		<-still // one leaving does not take the others' notice away
+		<-gone
+	})
+}
+
+func TestMemoryStoreConcurrentUse(t *testing.T) {
+	s := idempotency.NewMemoryStore()
+	var owners sync.Map
+	var all sync.WaitGroup
+	for g := range 8 {
+		all.Go(func() {
+			for i := range 2000 {
+				key, token := fmt.Sprint(i), fmt.Sprint(g)
+				rec, err := s.Acquire(t.Context(), key, idempotency.Claim{Token: token, Lease: time.Minute, TTL: time.Hour})
+				if err != nil || rec.State != idempotency.Acquired {
+					continue
+				}
+				if other, taken := owners.LoadOrStore(key, token); taken {
+					t.Errorf("key %s has owners %s and %s", key, other, token)
+				}
+				complete(t, s, key, token, []byte(token), time.Hour)
+			}
+		})
+	}
+	all.Wait()
+	require.Equal(t, 2000, s.Len())
+	for i := range 2000 {
+		rec := acquire(t, s, fmt.Sprint(i), "late")
+		owner, _ := owners.Load(fmt.Sprint(i))
+		require.Equal(t, owner, string(rec.Value))
+	}
+}

@@ -1,0 +1,143 @@
+package idempotency_test
+
+import (
+	"encoding/hex"
+	"net/http"
+	"net/http/httptest"
+	"testing"
+	"time"
+
+	"github.com/go-idempotency/idempotency"
+	"github.com/stretchr/testify/require"
+)
+
+// goldenResponse is a record as release 1 wrote it: 201, X-A: 1, X-A: 2, a
+// deleted X-Gone, X-More added to, trailer X-T, body "hello". It must stay
+// readable for ever.
+const goldenResponse = "0101c9012c04" + // version, kind, status 201, 44 bytes of head with 4 values
+	"03" + "0003582d41020131" + "0132" + // 3 fields; set X-A
+	"0206582d476f6e6500" + // delete X-Gone
+	"0106582d4d6f7265010132" + // add to X-More
+	"01" + "0003582d5401" + "0474" + "61696c" + // 1 trailer
+	"05" + "68656c6c6f"
+
+// stored returns a store in which the cell of request has value.
+func stored(t testing.TB, c *client, value []byte) idempotency.Store {
+	s := &faultyStore{Store: idempotency.NewMemoryStore()}
+	opts := idempotency.Options{}
+	probe := newClient(s, &opts, nil)
+	probe.do(c.request(exchange{key: k("a")}))
+	golden := idempotency.NewMemoryStore()
+	result := s.lastResult()
+	result.Value, result.TTL = value, time.Hour
+	require.NoError(t, golden.Complete(t.Context(), s.lastKey(), "1", result))
+	return golden
+}
+
+func TestRecordsOfReleasesAreReadable(t *testing.T) {
+	value, err := hex.DecodeString(goldenResponse)
+	require.NoError(t, err)
+	c := new(client)
+	c = newClient(stored(t, c, value), &idempotency.Options{}, nil)
+	w := httptest.NewRecorder()
+	w.Header().Set("X-Gone", "outer")
+	w.Header().Set("X-More", "1")
+	c.handler.ServeHTTP(w, c.request(exchange{key: k("a")}))
+	resp := w.Result()
+	require.Equal(t, 201, resp.StatusCode)
+	require.Equal(t, "hello", w.Body.String())
+	require.Equal(t, []string{"1", "2"}, resp.Header["X-A"])
+	require.Equal(t, []string{"1", "2"}, resp.Header["X-More"])
+	require.NotContains(t, resp.Header, "X-Gone")
+	require.Equal(t, "true", resp.Header.Get("Idempotent-Replayed"))
+	require.Equal(t, []string{"tail"}, w.Header()["X-T"])
+
+	value, err = hex.DecodeString("0102c901")
+	require.NoError(t, err)
+	c = newClient(stored(t, c, value), &idempotency.Options{}, nil)
+	c.check(t, 0, exchange{key: k("a"), get: "409 response_not_stored", original: 201})
+}
+
+// What a client must never see: a panic, a second run, or half a response.
+func TestDamagedRecords(t *testing.T) {
+	golden, err := hex.DecodeString(goldenResponse)
+	require.NoError(t, err)
+	damaged := map[string][]byte{
+		"empty":            {},
+		"no kind":          {1},
+		"a newer version":  append([]byte{2}, golden[1:]...),
+		"an unknown kind":  append([]byte{1, 9}, golden[2:]...),
+		"a status of 103":  append([]byte{1, 1, 103}, golden[4:]...),
+		"a status of 1000": append([]byte{1, 1, 0xe8, 0x07}, golden[4:]...),
+		"one byte more":    append(append([]byte(nil), golden...), 0),
+		"a huge head":      {1, 1, 0xc9, 1, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f},
+		"a huge count":     {1, 1, 0xc9, 1, 5, 0xff, 0xff, 0xff, 0xff, 0x0f, 0},
+		"a bad op":         {1, 1, 0xc9, 1, 6, 0, 1, 7, 1, 'x', 0, 0, 0},
+	}
+	for n := range golden {
+		damaged["cut at "+hex.EncodeToString([]byte{byte(n)})] = golden[:n]
+	}
+	for name, value := range damaged {
+		t.Run(name, func(t *testing.T) {
+			c := new(client)
+			c = newClient(stored(t, c, value), &idempotency.Options{}, nil)
+			c.check(t, 0, exchange{key: k("a"), get: "500 record_unreadable"})
+			require.Zero(t, c.runs())
+		})
+	}
+}
+
+// FuzzStoredForm feeds anything to the replay: it must be refused, or replayed
+// as a valid response, and never run the handler.
+func FuzzStoredForm(f *testing.F) {
+	golden, err := hex.DecodeString(goldenResponse)
+	require.NoError(f, err)
+	f.Add(golden)
+	f.Add([]byte{1, 2, 0xc9, 1})
+	f.Add([]byte{1, 3, 0, 0})
+	f.Fuzz(func(t *testing.T, value []byte) {
+		c := new(client)
+		c = newClient(stored(t, c, value), &idempotency.Options{}, nil)
+		resp := c.do(c.request(exchange{key: k("a")}))
+		require.NotNil(t, resp, "panicked")
+		require.Zero(t, c.runs())
+		replayed := resp.Header.Get("Idempotent-Replayed") == "true"
+		require.True(t, replayed || resp.StatusCode == http.StatusInternalServerError || resp.StatusCode == http.StatusConflict)
+	})
+}
+
+// FuzzKey feeds any header line to the key parser, through the middleware.
+func FuzzKey(f *testing.F) {
+	for _, seed := range []string{"a", `"a"`, `"a\"";x=1;y="z"`, `"a", "b"`, "a b", "", "\x00", strings256} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, line string) {
+		var key string
+		c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
+			key = execution(r).Key()
+		})
+		resp := c.do(c.request(exchange{key: k(line)}))
+		require.NotNil(t, resp, "panicked")
+		if resp.StatusCode == http.StatusBadRequest {
+			require.Zero(t, c.runs())
+			return
+		}
+		require.NotEmpty(t, key)
+		require.LessOrEqual(t, len(key), 255)
+		for _, b := range []byte(key) {
+			require.True(t, ' ' <= b && b <= '~')
+		}
+		// Whatever form it came in, quoting it again gives the same key.
+		quoted := `"`
+		for _, b := range []byte(key) {
+			if b == '"' || b == '\\' {
+				quoted += `\`
+			}
+			quoted += string(rune(b))
+		}
+		got, _ := describe(t, c.do(c.request(exchange{key: k(quoted + `"`)})))
+		require.Equal(t, "replay 200 ", got)
+	})
+}
+
+var strings256 = string(make([]byte, 256))
