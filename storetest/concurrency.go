@@ -1,0 +1,241 @@
+package storetest
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"github.com/go-idempotency/idempotency"
+)
+
+// A race is won by luck, so each rule runs many, with a key for each.
+const (
+	races  = 16
+	racers = 16
+)
+
+var concurrencyRules = []rule{
+	{name: "one of many claims wins", check: func(e *env) {
+		for range races {
+			e.use(randomKey())
+			if recs := e.contend(racers, nil); e.err == nil && !won(recs, 1) {
+				e.fail("one Acquired with Attempt 1, and all others InProgress")
+			}
+		}
+	}},
+
+	{name: "one of many take-overs wins", check: func(e *env) {
+		for _, key := range e.lapsedClaims() {
+			e.use(key)
+			if recs := e.contend(racers, nil); e.err == nil && !won(recs, 2) {
+				e.fail("one Acquired with Attempt 2, and all others InProgress")
+			}
+		}
+	}},
+
+	{name: "either a renewal or a take-over wins", check: func(e *env) {
+		for _, key := range e.lapsedClaims() {
+			e.use(key)
+			recs := e.claimAll([]string{"A", "B"}, nil)
+			if e.err == nil && (count(recs, idempotency.Acquired) != 1 || count(recs, idempotency.InProgress) != 1) {
+				e.fail("one Acquired, and the other InProgress")
+			}
+		}
+	}},
+
+	{name: "either Complete or a take-over wins", check: completeOrTakeOver},
+
+	{name: "one of many Completes wins", check: func(e *env) {
+		for range races {
+			e.use(randomKey())
+			e.completeAll(racers)
+		}
+	}},
+
+	{name: "a release admits one claim", check: releaseAmongClaims},
+
+	{name: "different keys do not disturb each other", check: func(e *env) {
+		views := make([]*env, races)
+		for i := range views {
+			views[i] = newEnv(e.ctx, e.store, e.timing)
+		}
+		atOnce(races, func(i int) {
+			v, value := views[i], fmt.Sprint("done ", i)
+			v.acquire(claim{token: "A", fp: "one"}).acquired(1)
+			v.release("A")
+			v.acquire(claim{token: "B", fp: "one"}).acquired(2)
+			v.acquire(claim{token: "C", fp: "two"}).is(idempotency.Mismatch)
+			v.complete("B", result{fp: "one", value: value})
+			v.acquire(claim{token: "C", fp: "one"}).completed("one", value)
+		})
+		for _, v := range views {
+			if v.err != nil {
+				e.err = fmt.Errorf("while %d keys are in use: %w", races, v.err)
+			}
+		}
+	}},
+}
+
+// completeOrTakeOver lets the owner of a lapsed claim complete while another
+// takes it over. Each must be told what the other one sees.
+func completeOrTakeOver(e *env) {
+	for _, key := range e.lapsedClaims() {
+		e.use(key)
+		var err error
+		recs := e.claimAll([]string{"B"}, func() {
+			err = e.store.Complete(e.ctx, key, e.token("A"), e.result(result{value: "done"}))
+		})
+		e.note("meanwhile Complete(token A) = %v", err)
+		lost := errors.Is(err, idempotency.ErrLeaseLost)
+		switch {
+		case e.err != nil:
+			return
+		case err != nil && !lost:
+			e.fail("no error but ErrLeaseLost")
+		case lost && recs[0].State != idempotency.Acquired:
+			e.fail("<nil>, as nobody took the claim over")
+		case lost:
+			e.acquire(claim{token: "C"}).is(idempotency.InProgress)
+		case recs[0].State != idempotency.Completed:
+			e.fail("B to be answered Completed, as A was told that it is")
+		default:
+			e.acquire(claim{token: "C"}).completed("", "done")
+		}
+	}
+}
+
+// releaseAmongClaims lets the owner release while others ask for the key.
+func releaseAmongClaims(e *env) {
+	for range races {
+		e.use(randomKey())
+		e.acquire(claim{token: "A"}).acquired(1)
+		var err error
+		recs := e.contend(racers, func() {
+			err = e.store.Release(e.ctx, e.key, e.token("A"))
+		})
+		e.note("meanwhile Release(token A) = %v", err)
+		switch {
+		case e.err != nil:
+			return
+		case err != nil:
+			e.fail("<nil>")
+		case won(recs, 2):
+			e.acquire(claim{token: "B"}).is(idempotency.InProgress)
+		case count(recs, idempotency.InProgress) == racers: // all came too early
+			e.acquire(claim{token: "B"}).acquired(2)
+		default:
+			e.fail("at most one Acquired, with Attempt 2, and all others InProgress")
+		}
+	}
+}
+
+// completeAll completes an absent cell under n tokens at once.
+func (e *env) completeAll(n int) {
+	errs := make([]error, n)
+	value := func(i int) string { return fmt.Sprint("done by ", i) }
+	atOnce(n, func(i int) {
+		errs[i] = e.store.Complete(e.ctx, e.key, e.token(fmt.Sprint(i)), e.result(result{value: value(i)}))
+	})
+	e.note("%d Completes at once = %v", n, errs)
+	winner, winners := 0, 0
+	for i, err := range errs {
+		if err == nil {
+			winner, winners = i, winners+1
+		} else if !errors.Is(err, idempotency.ErrLeaseLost) {
+			e.fail("no error but ErrLeaseLost")
+		}
+	}
+	if winners != 1 {
+		e.fail("one <nil>, and ErrLeaseLost for all others")
+	}
+	e.acquire(claim{token: "reader"}).completed("", value(winner))
+}
+
+// lapsedClaims returns keys that token A has claimed, with the lease over.
+func (e *env) lapsedClaims() []string {
+	keys := make([]string, races)
+	var last answer
+	for i := range keys {
+		keys[i] = randomKey()
+		e.use(keys[i])
+		last = e.acquire(claim{token: "A", lease: e.short}).acquired(1)
+	}
+	// When the last one can be taken over, the leases of all are over.
+	e.turns(last.span, e.short, claim{token: "B"}, idempotency.InProgress).acquired(2)
+	return keys[:races-1]
+}
+
+// contend claims the key under n tokens at once.
+func (e *env) contend(n int, also func()) []idempotency.Record {
+	tokens := make([]string, n)
+	for i := range tokens {
+		tokens[i] = fmt.Sprint("racer ", i)
+	}
+	return e.claimAll(tokens, also)
+}
+
+// claimAll claims the key under all tokens at once, and calls also meanwhile.
+func (e *env) claimAll(tokens []string, also func()) []idempotency.Record {
+	if e.err != nil {
+		return nil
+	}
+	recs, errs := make([]idempotency.Record, len(tokens)), make([]error, len(tokens))
+	atOnce(len(tokens)+1, func(i int) {
+		if i < len(tokens) {
+			recs[i], errs[i] = e.store.Acquire(e.ctx, e.key, e.claim(claim{token: tokens[i]}))
+		} else if also != nil {
+			also()
+		}
+	})
+	tally := make(map[string]int)
+	for _, r := range recs {
+		r.Remaining = r.Remaining.Round(time.Second) // or no two were the same
+		tally[outcome(r, nil)]++
+	}
+	e.note("%d claims at once = %v", len(tokens), tally)
+	if err := errors.Join(errs...); err != nil {
+		e.note("%v", err)
+		e.fail("no errors")
+	}
+	return recs
+}
+
+// won reports whether one racer has acquired, with this attempt, while all
+// others wait for it.
+func won(recs []idempotency.Record, attempt int) bool {
+	for _, r := range recs {
+		if r.State == idempotency.Acquired && r.Attempt != attempt {
+			return false
+		}
+	}
+	return count(recs, idempotency.Acquired) == 1 && count(recs, idempotency.InProgress) == len(recs)-1
+}
+
+func count(recs []idempotency.Record, s idempotency.State) int {
+	n := 0
+	for _, r := range recs {
+		if r.State == s {
+			n++
+		}
+	}
+	return n
+}
+
+// atOnce makes n calls that begin as simultaneously as can be, and returns
+// when all have ended.
+func atOnce(n int, call func(i int)) {
+	var ready, done sync.WaitGroup
+	ready.Add(1)
+	// The scheduler has a habit of running some first. Not always the same.
+	first := rand.IntN(n)
+	for i := range n {
+		done.Go(func() {
+			ready.Wait()
+			call((first + i) % n)
+		})
+	}
+	ready.Done()
+	done.Wait()
+}

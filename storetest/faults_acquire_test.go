@@ -1,0 +1,437 @@
+package storetest
+
+import (
+	"bytes"
+	"strings"
+	"time"
+
+	"github.com/go-idempotency/idempotency"
+)
+
+// A brokenStore is the reference with one fault, and the rules that are meant
+// to find it. More may find it as well.
+type brokenStore struct {
+	name  string
+	fault fault
+	rules []string
+}
+
+const forever = 1000 * time.Hour
+
+// What kind of call it is.
+func (c *call) acquire() bool  { return c.claim != nil }
+func (c *call) complete() bool { return c.result != nil }
+func (c *call) release() bool  { return c.claim == nil && c.result == nil }
+
+// What it found.
+func (c *call) owner() bool  { return c.old.token == c.token }
+func (c *call) lapsed() bool { return c.old.leaseEnd <= c.now }
+
+// differs: both fingerprints are known and not the same.
+func (c *call) differs() bool {
+	a, b := string(c.old.fingerprint), string(c.claim.Fingerprint)
+	return a != b && a != "" && b != ""
+}
+
+// What came of it.
+func (c *call) acquired() bool { return c.rec.State == idempotency.Acquired }
+func (c *call) anew() bool     { return c.acquired() && c.old.status == absent }
+func (c *call) renewed() bool  { return c.acquired() && c.old.status == claimed && c.owner() }
+func (c *call) tookOver() bool { return c.acquired() && c.old.status == claimed && !c.owner() }
+
+// refuse makes it a refused Acquire.
+func (c *call) refuse(s idempotency.State) {
+	c.cell, c.rec = c.old, idempotency.Record{State: s}
+	if s == idempotency.InProgress {
+		c.rec.Remaining = time.Second
+	}
+}
+
+// undo makes it a Complete or Release that had no effect.
+func (c *call) undo(err error) { c.cell, c.err = c.old, err }
+
+// text is what becomes of bytes in a column that is meant for text.
+func text(b []byte) string {
+	s, _, _ := strings.Cut(strings.ToValidUTF8(string(b), "?"), "\x00")
+	return strings.ToLower(strings.TrimSpace(s))
+}
+
+var acquireFaults = []brokenStore{
+	{"attempts count from 0", fault{after: func(c *call) {
+		if c.acquired() {
+			c.rec.Attempt--
+		}
+	}}, []string{
+		"Acquire/an absent cell is claimed",
+	}},
+	{"a token can claim only once", fault{after: func(c *call) {
+		if c.renewed() {
+			c.refuse(idempotency.InProgress)
+		}
+	}}, []string{
+		"Renew/the attempt stays",
+		"Acquire/a cancelled context leads to an error or a true answer",
+	}},
+	{"a claim is not exclusive", fault{after: func(c *call) {
+		if c.rec.State == idempotency.InProgress {
+			c.take()
+		}
+	}}, []string{
+		"Lease/a running lease is InProgress",
+		"Lease/a claim is taken over when its lease is over",
+	}},
+	{"a delayed Acquire reclaims a released cell", fault{before: func(c *call) {
+		if c.old.status == released {
+			c.cell.token = "nobody"
+		}
+	}}, []string{
+		"Release/a delayed Acquire is Lost",
+		"Release/an absent cell remembers the release",
+		"Release/a second time changes nothing",
+	}},
+	{"Mismatch comes before Lost", fault{after: func(c *call) {
+		if c.old.status == released && c.acquire() && c.differs() {
+			c.refuse(idempotency.Mismatch)
+		}
+	}}, []string{
+		"Acquire/a cell released under the token is Lost whatever the fingerprint",
+	}},
+	{"a released cell keeps its fingerprint", fault{after: func(c *call) {
+		if c.acquired() && c.old.status == released {
+			c.cell.fingerprint = c.old.fingerprint
+		}
+	}}, []string{
+		"Acquire/a released cell is claimed with any fingerprint",
+	}},
+	{"fingerprints are ignored", fault{before: func(c *call) {
+		if c.acquire() && c.differs() {
+			c.claim.Fingerprint = nil
+		}
+	}}, []string{
+		"Acquire/Mismatch while the lease runs",
+		"Acquire/Mismatch comes before Completed",
+		"Acquire/Mismatch comes before the claim's own token",
+		"Acquire/Mismatch comes before Abandoned",
+		"Acquire/Mismatch comes before take-over",
+		"Expiry/a claim expires",
+	}},
+	{"Completed comes before Mismatch", fault{before: func(c *call) {
+		if c.acquire() && c.old.status == completed {
+			c.claim.Fingerprint = nil
+		}
+	}}, []string{
+		"Acquire/Mismatch comes before Completed",
+		"Complete/the fingerprint replaces that of the claim",
+		"Complete/an absent cell is written",
+	}},
+	{"the own token comes before Mismatch", fault{before: func(c *call) {
+		if c.acquire() && c.owner() && c.old.status == claimed {
+			c.claim.Fingerprint = nil
+		}
+	}}, []string{
+		"Acquire/Mismatch comes before the claim's own token",
+	}},
+	{"Abandoned comes before Mismatch", fault{after: func(c *call) {
+		if c.acquire() && c.old.once && c.lapsed() && c.rec.State == idempotency.Mismatch {
+			c.refuse(idempotency.Abandoned)
+		}
+	}}, []string{
+		"Acquire/Mismatch comes before Abandoned",
+	}},
+	{"a take-over comes before Mismatch", fault{after: func(c *call) {
+		if c.acquire() && !c.old.once && c.old.status == claimed && c.lapsed() && c.rec.State == idempotency.Mismatch {
+			c.take()
+		}
+	}}, []string{
+		"Acquire/Mismatch comes before take-over",
+		"Expiry/a claim expires",
+	}},
+	{"an unknown fingerprint is one that differs", fault{after: func(c *call) {
+		stored := c.old.status == claimed || c.old.status == completed
+		if c.acquire() && stored && !bytes.Equal(c.old.fingerprint, c.claim.Fingerprint) {
+			c.refuse(idempotency.Mismatch)
+		}
+	}}, []string{
+		"Acquire/an unknown fingerprint is no Mismatch",
+		"Acquire/Completed comes with an unknown fingerprint too",
+		"Renew/an unknown fingerprint stays unknown",
+	}},
+	{"fingerprints are compared as text", fault{before: func(c *call) {
+		if c.acquire() && c.differs() && text(c.old.fingerprint) == text(c.claim.Fingerprint) {
+			c.claim.Fingerprint = nil
+		}
+	}}, []string{
+		"Acquire/fingerprints are compared byte by byte",
+	}},
+	{"the owner renews a completed cell", fault{after: func(c *call) {
+		if c.rec.State == idempotency.Completed && c.owner() {
+			c.take()
+		}
+	}}, []string{
+		"Acquire/Completed comes before the claim's own token",
+	}},
+	{"tokens are compared without case", fault{before: func(c *call) {
+		if strings.EqualFold(c.token, c.old.token) {
+			c.token = c.old.token
+		}
+	}}, []string{
+		"Acquire/tokens are compared verbatim",
+	}},
+	{"tokens are compared by their beginning", fault{before: func(c *call) {
+		if c.old.token != "" && strings.HasPrefix(c.token, c.old.token) {
+			c.token = c.old.token
+		}
+	}}, []string{
+		"Acquire/tokens are compared verbatim",
+	}},
+	{"a take-over does not count", fault{after: func(c *call) {
+		if c.tookOver() {
+			c.rec.Attempt, c.cell.attempt = c.old.attempt, c.old.attempt
+		}
+	}}, []string{
+		"Acquire/Attempt counts claims after releases and take-overs",
+		"Lease/a claim is taken over when its lease is over",
+		"Concurrency/one of many take-overs wins",
+	}},
+	{"a released cell forgets its attempts", fault{after: func(c *call) {
+		if c.release() {
+			c.cell.attempt = 0
+		}
+	}}, []string{
+		"Acquire/Attempt counts claims after releases and take-overs",
+		"Release/the owner's claim is freed",
+		"Concurrency/a release admits one claim",
+	}},
+	{"a cancelled Acquire returns nothing", fault{after: func(c *call) {
+		if c.ctx.Err() != nil {
+			c.undo(nil)
+			c.rec = idempotency.Record{}
+		}
+	}}, []string{
+		"Acquire/a cancelled context leads to an error or a true answer",
+	}},
+	{"a cancelled Complete reports ErrLeaseLost", fault{after: func(c *call) {
+		if c.complete() && c.ctx.Err() != nil {
+			c.undo(idempotency.ErrLeaseLost)
+		}
+	}}, []string{
+		"Acquire/a cancelled context leads to an error or a true answer",
+	}},
+	{"a deadline is ignored", fault{before: func(c *call) {
+		if c.ctx.Err() != nil {
+			<-time.After(time.Second)
+		}
+	}}, []string{
+		"Acquire/no call goes on after its deadline",
+	}},
+	{"Mismatch is the zero State", fault{after: func(c *call) {
+		if c.rec.State == idempotency.Mismatch {
+			c.rec.State = 0
+		}
+	}}, []string{
+		"Acquire/Mismatch while the lease runs",
+	}},
+}
+
+var leaseFaults = []brokenStore{
+	{"the lease never ends", fault{after: func(c *call) {
+		c.cell.leaseEnd = forever
+	}}, []string{
+		"Lease/a claim is taken over when its lease is over",
+		"Lease/a Once claim is Abandoned when its lease is over",
+		"Watch/a watch outlives a take-over",
+		"Concurrency/either Complete or a take-over wins",
+	}},
+	{"the lease ends at once", fault{after: func(c *call) {
+		c.cell.leaseEnd = c.now
+	}}, []string{
+		"Lease/a running lease is InProgress",
+		"Lease/the claim's lease counts and not that of who asks",
+		"Concurrency/one of many claims wins",
+		"Renew/the lease starts anew",
+	}},
+	{"the lease is half as long", fault{after: func(c *call) {
+		if c.acquired() {
+			c.cell.leaseEnd = c.now + c.claim.Lease/2
+		}
+	}}, []string{
+		"Lease/a claim is taken over when its lease is over",
+		"Lease/Remaining is the time until the lease ends",
+	}},
+	{"the lease is twice as long", fault{after: func(c *call) {
+		if c.acquired() {
+			c.cell.leaseEnd = c.now + c.claim.Lease*2
+		}
+	}}, []string{
+		"Lease/a claim is taken over when its lease is over",
+		"Lease/a running lease is InProgress",
+	}},
+	{"the lease is judged by who asks", fault{before: func(c *call) {
+		if c.acquire() && c.old.status == claimed {
+			c.cell.leaseEnd += c.claim.Lease - c.old.lease
+		}
+	}}, []string{
+		"Lease/the claim's lease counts and not that of who asks",
+	}},
+	{"Remaining is zero", fault{after: func(c *call) {
+		c.rec.Remaining = 0
+	}}, []string{
+		"Lease/a running lease is InProgress",
+	}},
+	{"Remaining is the whole lease", fault{after: func(c *call) {
+		if c.rec.State == idempotency.InProgress {
+			c.rec.Remaining = c.old.lease
+		}
+	}}, []string{
+		"Lease/Remaining is the time until the lease ends",
+	}},
+	{"Remaining is beyond the lease", fault{after: func(c *call) {
+		c.rec.Remaining *= 2
+	}}, []string{
+		"Lease/a running lease is InProgress",
+	}},
+	{"a take-over keeps the fingerprint", fault{after: func(c *call) {
+		if c.tookOver() {
+			c.cell.fingerprint = c.old.fingerprint
+		}
+	}}, []string{
+		"Lease/a take-over writes its own fingerprint",
+	}},
+	{"a take-over does not write Once", fault{after: func(c *call) {
+		if c.tookOver() {
+			c.cell.once = false
+		}
+	}}, []string{
+		"Lease/a take-over writes its own Once",
+	}},
+	{"a take-over does not write the token", fault{after: func(c *call) {
+		if c.tookOver() {
+			c.cell.token = c.old.token
+		}
+	}}, []string{
+		"Lease/a claim is taken over when its lease is over",
+		"Complete/a former owner is refused after a take-over",
+		"Release/a former owner leaves the new one alone",
+		"Renew/a claim cannot be renewed after it was taken over",
+	}},
+	{"a refused claim counts", fault{after: func(c *call) {
+		if c.rec.State == idempotency.Mismatch || c.rec.State == idempotency.InProgress {
+			c.cell.attempt++
+		}
+	}}, []string{
+		"Lease/a claim that is refused changes nothing",
+	}},
+	{"a refused claim sets Once", fault{after: func(c *call) {
+		if c.acquire() && c.claim.Once {
+			c.cell.once = true
+		}
+	}}, []string{
+		"Lease/a claim that is refused changes nothing",
+	}},
+	{"a refused claim prolongs the lease", fault{after: func(c *call) {
+		if c.rec.State == idempotency.InProgress {
+			c.cell.leaseEnd = c.now + c.old.lease
+		}
+	}}, []string{
+		"Lease/a claim that is refused changes nothing",
+		"Lease/a claim is taken over when its lease is over",
+	}},
+	{"a Once claim is taken over", fault{before: func(c *call) {
+		if c.acquire() {
+			c.cell.once = false
+		}
+	}}, []string{
+		"Lease/a Once claim is Abandoned when its lease is over",
+		"Complete/the result of an abandoned claim is stored",
+		"Release/another owner's abandoned claim stays",
+	}},
+	{"a Once claim is Abandoned at once", fault{after: func(c *call) {
+		if c.rec.State == idempotency.InProgress && c.old.once {
+			c.refuse(idempotency.Abandoned)
+		}
+	}}, []string{
+		"Lease/a Once claim is Abandoned when its lease is over",
+	}},
+	{"Once outlives its claim", fault{after: func(c *call) {
+		if c.acquired() && c.old.once {
+			c.cell.once = true
+		}
+	}}, []string{
+		"Lease/Once does not outlive its claim",
+	}},
+}
+
+var renewFaults = []brokenStore{
+	{"a renewal counts", fault{after: func(c *call) {
+		if c.renewed() {
+			c.cell.attempt++
+			c.rec.Attempt++
+		}
+	}}, []string{
+		"Renew/the attempt stays",
+		"Acquire/Attempt counts claims after releases and take-overs",
+	}},
+	{"a renewal does not renew", fault{after: func(c *call) {
+		if c.renewed() {
+			c.cell.leaseEnd, c.cell.expires = c.old.leaseEnd, c.old.expires
+		}
+	}}, []string{
+		"Renew/the lease starts anew",
+		"Renew/a claim can be renewed when its lease is over",
+		"Expiry/a renewal starts the TTL anew",
+	}},
+	{"a claim is renewed only once", fault{after: func(c *call) {
+		if c.renewed() {
+			if c.old.leaseEnd > c.old.began+c.old.lease {
+				c.cell.leaseEnd = c.old.leaseEnd
+			}
+			c.cell.began = c.old.began
+		}
+	}}, []string{
+		"Renew/the lease starts anew every time",
+	}},
+	{"a renewal needs a running lease", fault{after: func(c *call) {
+		if c.renewed() && c.lapsed() {
+			c.refuse(idempotency.Lost)
+		}
+	}}, []string{
+		"Renew/a claim can be renewed when its lease is over",
+	}},
+	{"a renewal overwrites the fingerprint", fault{after: func(c *call) {
+		if c.renewed() {
+			c.cell.fingerprint = bytes.Clone(c.claim.Fingerprint)
+		}
+	}}, []string{
+		"Renew/the fingerprint stays",
+		"Renew/an unknown fingerprint stays unknown",
+	}},
+	{"a renewal fills in the fingerprint", fault{after: func(c *call) {
+		if c.renewed() && len(c.old.fingerprint) == 0 {
+			c.cell.fingerprint = bytes.Clone(c.claim.Fingerprint)
+		}
+	}}, []string{
+		"Renew/an unknown fingerprint stays unknown",
+	}},
+	{"a renewal does not set Once", fault{after: func(c *call) {
+		if c.renewed() {
+			c.cell.once = c.old.once
+		}
+	}}, []string{
+		"Renew/Once is set when it is asked for",
+	}},
+	{"a renewal unsets Once", fault{after: func(c *call) {
+		if c.renewed() {
+			c.cell.once = c.claim.Once
+		}
+	}}, []string{
+		"Renew/Once is never unset",
+	}},
+	{"a former owner can renew", fault{before: func(c *call) {
+		if c.acquire() && c.old.status == claimed && c.token == c.old.former {
+			c.cell.token = c.token
+		}
+	}}, []string{
+		"Renew/a claim cannot be renewed after it was taken over",
+		"Lease/a claim is taken over when its lease is over",
+	}},
+}

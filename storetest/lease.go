@@ -1,0 +1,85 @@
+package storetest
+
+import (
+	"time"
+
+	"github.com/go-idempotency/idempotency"
+)
+
+// leaseRules are about a claim that somebody else holds, before and after its
+// lease is over.
+var leaseRules = []rule{
+	{name: "a running lease is InProgress", check: func(e *env) {
+		e.acquire(claim{token: "A", fp: "one"}).acquired(1)
+		b := e.acquire(claim{token: "B", fp: "one"}).is(idempotency.InProgress)
+		if b.Remaining > long {
+			e.fail("Remaining up to the lease of %v", long)
+		}
+	}},
+
+	{name: "Remaining is the time until the lease ends", check: remaining},
+
+	{name: "the claim's lease counts and not that of who asks", check: func(e *env) {
+		e.acquire(claim{token: "A"}).acquired(1)
+		e.lapse()
+		e.acquire(claim{token: "B", lease: e.short, ttl: e.short}).is(idempotency.InProgress)
+	}},
+
+	{name: "a claim is taken over when its lease is over", check: func(e *env) {
+		a := e.acquire(claim{token: "A", fp: "one", lease: e.short}).acquired(1)
+		e.turns(a.span, e.short, claim{token: "B", fp: "one"}, idempotency.InProgress).acquired(2)
+		e.acquire(claim{token: "A", fp: "one"}).is(idempotency.InProgress)
+		e.acquire(claim{token: "C", fp: "one"}).is(idempotency.InProgress)
+		e.acquire(claim{token: "B", fp: "one"}).acquired(2)
+	}},
+
+	{name: "a take-over writes its own fingerprint", check: func(e *env) {
+		a := e.acquire(claim{token: "A", lease: e.short}).acquired(1)
+		b := e.turns(a.span, e.short, claim{token: "B", fp: "one", lease: e.short}, idempotency.InProgress).acquired(2)
+		e.acquire(claim{token: "C", fp: "two"}).is(idempotency.Mismatch)
+		e.turns(b.span, e.short, claim{token: "C"}, idempotency.InProgress).acquired(3)
+		e.acquire(claim{token: "D", fp: "two"}).is(idempotency.InProgress)
+	}},
+
+	{name: "a take-over writes its own Once", check: func(e *env) {
+		a := e.acquire(claim{token: "A", lease: e.short}).acquired(1)
+		b := e.turns(a.span, e.short, claim{token: "B", lease: e.short, once: true}, idempotency.InProgress).acquired(2)
+		e.turns(b.span, e.short, claim{token: "C"}, idempotency.InProgress).is(idempotency.Abandoned)
+	}},
+
+	// B and C must neither prolong the lease nor count as attempts, and their
+	// Once is not that of the claim.
+	{name: "a claim that is refused changes nothing", check: func(e *env) {
+		a := e.acquire(claim{token: "A", fp: "one", lease: e.short}).acquired(1)
+		e.acquire(claim{token: "B", fp: "two", ttl: e.short, once: true}).is(idempotency.Mismatch)
+		e.turns(a.span, e.short, claim{token: "C", fp: "one", once: true}, idempotency.InProgress).acquired(2)
+	}},
+
+	{name: "a Once claim is Abandoned when its lease is over", check: func(e *env) {
+		a := e.acquire(claim{token: "A", fp: "one", lease: e.short, once: true}).acquired(1)
+		e.turns(a.span, e.short, claim{token: "B", fp: "one"}, idempotency.InProgress).is(idempotency.Abandoned)
+		e.acquire(claim{token: "B"}).is(idempotency.Abandoned)
+		e.acquire(claim{token: "C", fp: "one", once: true}).is(idempotency.Abandoned)
+	}},
+
+	{name: "Once does not outlive its claim", check: func(e *env) {
+		e.acquire(claim{token: "A", once: true}).acquired(1)
+		e.release("A")
+		b := e.acquire(claim{token: "B", lease: e.short}).acquired(2)
+		e.turns(b.span, e.short, claim{token: "C"}, idempotency.InProgress).acquired(3)
+	}},
+}
+
+// remaining compares Remaining with the bounds that the clock sets.
+func remaining(e *env) {
+	a := e.acquire(claim{token: "A"}).acquired(1)
+	for range 3 {
+		e.pass(e.short)
+		most := long - e.atLeast(a.span) + e.tolerance
+		got := e.acquire(claim{token: "B"}).is(idempotency.InProgress).Remaining
+		least := long - e.atMost(a.span) - e.tolerance
+		if got < least || got > most {
+			e.fail("Remaining between %v and %v", least.Round(time.Millisecond), most.Round(time.Millisecond))
+		}
+	}
+}

@@ -1,0 +1,246 @@
+package storetest
+
+import (
+	"bytes"
+	"context"
+	"runtime"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/go-idempotency/idempotency"
+)
+
+// A reference is the contract in its plainest form: a map behind a mutex. Its
+// fault makes it break the contract in one point.
+type reference struct {
+	fault fault
+
+	mu      sync.Mutex
+	cells   map[string]cell
+	watches map[string][]chan struct{}
+	watcher map[string][]context.Context // whose the watches were
+	buffers map[string][]byte
+	calls   int
+
+	// The clock: what it was moved by, and the time since start. It only
+	// moves by itself if start is set.
+	moved time.Duration
+	start time.Time
+}
+
+// A fault is what a broken store does differently. Its zero value is nothing.
+type fault struct {
+	key    func(string) string // folds keys
+	before func(*call)         // changes a cell before the decision
+	after  func(*call)         // changes the decision
+	racy   func(*call) bool    // decides on a cell that was read earlier
+	reuse  bool                // writes a value into the buffer of the last one
+	silent func(*call) bool    // does not notify of a change
+	forget func(*call) bool    // drops the watches of the cell
+
+	watch func(*reference, string) // called when a watch of this key has begun
+}
+
+type status int
+
+const (
+	absent status = iota
+	claimed
+	completed
+	released
+)
+
+type cell struct {
+	status             status
+	token              string
+	attempt            int
+	former             string // the token before a take-over
+	fingerprint, value []byte
+	once               bool
+	lease              time.Duration
+
+	// The times of the store's clock when the claim was made, when the lease
+	// is over and when the cell is absent.
+	began, leaseEnd, expires time.Duration
+}
+
+// A call is one method call on its way through the store.
+type call struct {
+	store      *reference
+	ctx        context.Context
+	key, token string
+	claim      *idempotency.Claim  // of Acquire
+	result     *idempotency.Result // of Complete; Release has neither
+	now        time.Duration
+
+	old, cell cell // as it was found, and as it is left
+	rec       idempotency.Record
+	err       error
+}
+
+func newReference(f fault) *reference {
+	return &reference{
+		fault: f, cells: make(map[string]cell),
+		watches: make(map[string][]chan struct{}), watcher: make(map[string][]context.Context),
+		buffers: make(map[string][]byte),
+	}
+}
+
+func (s *reference) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+	done := s.do(&call{store: s, ctx: ctx, key: key, token: c.Token, claim: &c}, acquire)
+	return done.rec, done.err
+}
+
+func (s *reference) Complete(ctx context.Context, key, token string, r idempotency.Result) error {
+	return s.do(&call{store: s, ctx: ctx, key: key, token: token, result: &r}, complete).err
+}
+
+func (s *reference) Release(ctx context.Context, key, token string) error {
+	return s.do(&call{store: s, ctx: ctx, key: key, token: token}, release).err
+}
+
+func (s *reference) Advance(d time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.moved += d
+}
+
+// do makes the call with the fault, if there is one.
+func (s *reference) do(c *call, decide func(*call)) *call {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.calls++
+	if s.fault.key != nil {
+		c.key = s.fault.key(c.key)
+	}
+	c.now = s.moved
+	if !s.start.IsZero() {
+		c.now += time.Since(s.start)
+	}
+	c.cell = s.cells[c.key]
+	if c.cell.expires <= c.now {
+		c.cell = cell{}
+	}
+	c.old = c.cell
+	if s.fault.before != nil {
+		s.fault.before(c)
+	}
+	if s.fault.racy != nil && s.fault.racy(c) {
+		s.letOthersIn()
+	}
+	decide(c)
+	if s.fault.after != nil {
+		s.fault.after(c)
+	}
+	if s.fault.reuse && c.old.status != completed && c.cell.status == completed {
+		s.buffers[c.key] = append(s.buffers[c.key][:0], c.cell.value...)
+		c.cell.value = s.buffers[c.key]
+	}
+	s.cells[c.key] = c.cell
+	s.notify(c)
+	return c
+}
+
+// letOthersIn gives up the lock until there was another call, or long enough
+// to say that there is none.
+func (s *reference) letOthersIn() {
+	calls, deadline := s.calls, time.Now().Add(2*time.Millisecond)
+	for s.calls == calls && time.Now().Before(deadline) {
+		s.mu.Unlock()
+		runtime.Gosched()
+		s.mu.Lock()
+	}
+}
+
+func (s *reference) notify(c *call) {
+	if s.fault.forget != nil && s.fault.forget(c) {
+		delete(s.watches, c.key)
+	}
+	if c.cell.status == c.old.status || c.cell.status != completed && c.cell.status != released {
+		return
+	}
+	if s.fault.silent != nil && s.fault.silent(c) {
+		return
+	}
+	for _, w := range s.watches[c.key] {
+		close(w)
+	}
+	delete(s.watches, c.key)
+}
+
+func (s *reference) Watch(ctx context.Context, key string) (<-chan struct{}, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	w := make(chan struct{})
+	s.watches[key] = append(s.watches[key], w)
+	s.watcher[key] = append(s.watcher[key], ctx)
+	context.AfterFunc(ctx, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.watches[key] = slices.DeleteFunc(s.watches[key], func(c chan struct{}) bool { return c == w })
+	})
+	if s.fault.watch != nil {
+		s.fault.watch(s, key)
+	}
+	return w, nil
+}
+
+// acquire is the table of Store.Acquire.
+func acquire(c *call) {
+	old, lapsed := c.cell, c.cell.leaseEnd <= c.now
+	known := len(old.fingerprint) > 0 && len(c.claim.Fingerprint) > 0
+	switch {
+	case old.status == released && old.token == c.token:
+		c.rec.State = idempotency.Lost
+	case old.status == absent, old.status == released:
+		c.take()
+	case known && !bytes.Equal(old.fingerprint, c.claim.Fingerprint):
+		c.rec.State = idempotency.Mismatch
+	case old.status == completed:
+		c.rec = idempotency.Record{State: idempotency.Completed, Fingerprint: old.fingerprint, Value: old.value}
+	case old.token == c.token:
+		c.take()
+		c.cell.attempt, c.rec.Attempt = old.attempt, old.attempt
+		c.cell.fingerprint = old.fingerprint
+		c.cell.once = old.once || c.claim.Once
+	case !lapsed:
+		c.rec = idempotency.Record{State: idempotency.InProgress, Remaining: old.leaseEnd - c.now}
+	case old.once:
+		c.rec.State = idempotency.Abandoned
+	default:
+		c.take()
+	}
+}
+
+// take claims the cell.
+func (c *call) take() {
+	c.cell = cell{
+		status: claimed, token: c.token, former: c.cell.token, attempt: c.cell.attempt + 1,
+		fingerprint: bytes.Clone(c.claim.Fingerprint), once: c.claim.Once, lease: c.claim.Lease,
+		began: c.now, leaseEnd: c.now + c.claim.Lease, expires: c.now + max(c.claim.TTL, c.claim.Lease),
+	}
+	c.rec = idempotency.Record{State: idempotency.Acquired, Attempt: c.cell.attempt}
+}
+
+func complete(c *call) {
+	switch owner := c.cell.token == c.token; {
+	case c.cell.status == absent, c.cell.status == claimed && owner:
+		c.cell = cell{
+			status: completed, token: c.token, expires: c.now + c.result.TTL,
+			fingerprint: bytes.Clone(c.result.Fingerprint), value: bytes.Clone(c.result.Value),
+		}
+	case c.cell.status == completed && owner:
+	default:
+		c.err = idempotency.ErrLeaseLost
+	}
+}
+
+func release(c *call) {
+	switch {
+	case c.cell.status == absent:
+		c.cell = cell{status: released, token: c.token, expires: c.now + 30*time.Second}
+	case c.cell.status == claimed && c.cell.token == c.token:
+		c.cell.status, c.cell.expires = released, c.now+c.cell.lease
+	}
+}

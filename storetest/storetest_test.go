@@ -1,0 +1,177 @@
+package storetest
+
+import (
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/go-idempotency/idempotency"
+)
+
+// These three are all that Run tells apart.
+type (
+	virtualStore interface {
+		idempotency.Watcher
+		plainStore
+		advancer
+	}
+	realStore interface {
+		idempotency.Watcher
+		plainStore
+	}
+	plainStore interface{ idempotency.Store }
+)
+
+var _ virtualStore = (*reference)(nil)
+
+func TestReferencePasses(t *testing.T) {
+	t.Run("virtual time", func(t *testing.T) {
+		t.Parallel()
+		Run(t, func(*testing.T) idempotency.Store { return newReference(fault{}) })
+	})
+	t.Run("virtual time that runs", func(t *testing.T) {
+		t.Parallel()
+		Run(t, func(*testing.T) idempotency.Store { return running(fault{}) })
+	})
+	t.Run("one store for all rules", func(t *testing.T) {
+		t.Parallel()
+		shared := newReference(fault{})
+		Run(t, func(*testing.T) idempotency.Store { return shared })
+	})
+	t.Run("real time", func(t *testing.T) {
+		t.Parallel()
+		shared := running(fault{})
+		Run(t, func(*testing.T) idempotency.Store { return struct{ realStore }{shared} })
+	})
+}
+
+// running returns a reference whose clock runs.
+func running(f fault) *reference {
+	s := newReference(f)
+	s.start = time.Now()
+	return s
+}
+
+func TestRulesAreSkipped(t *testing.T) {
+	t.Parallel()
+	watched := struct{ realStore }{newReference(fault{})}
+	plain := struct{ plainStore }{newReference(fault{})}
+	for name, r := range allRules() {
+		if reason := r.skip(newReference(fault{})); reason != "" {
+			t.Errorf("%s is skipped for a store that can do everything: %s", name, reason)
+		}
+		if skipped := r.skip(watched) != ""; skipped != r.needsAdvance {
+			t.Errorf("%s is skipped without Advance: %v", name, skipped)
+		}
+		if skipped := r.skip(plain) != ""; skipped != (r.needsAdvance || r.needsWatcher) {
+			t.Errorf("%s is skipped for a store with just the three methods: %v", name, skipped)
+		}
+	}
+}
+
+// allRules returns the rules by the names that their subtests have.
+func allRules() map[string]rule {
+	rules := make(map[string]rule)
+	for _, g := range groups {
+		for _, r := range g.rules {
+			rules[g.name+"/"+r.name] = r
+		}
+	}
+	return rules
+}
+
+func brokenStores() []brokenStore {
+	return slices.Concat(acquireFaults, leaseFaults, renewFaults, completeFaults,
+		releaseFaults, expiryFaults, valueFaults, raceFaults, watchFaults)
+}
+
+func TestBrokenStoresAreFound(t *testing.T) {
+	rules := allRules()
+	for _, broken := range brokenStores() {
+		t.Run(broken.name, func(t *testing.T) {
+			t.Parallel()
+			if len(broken.rules) == 0 {
+				t.Error("no rule is meant to find it")
+			}
+			for _, name := range broken.rules {
+				store := newReference(broken.fault)
+				tm := timingOf(store)
+				tm.patience = 50 * time.Millisecond // for what will never happen
+				if rules[name].run(t.Context(), store, tm) == nil {
+					t.Errorf("%s did not find it", name)
+				}
+			}
+		})
+	}
+}
+
+// TestEveryRuleFindsSomething keeps out rules that cannot fail.
+func TestEveryRuleFindsSomething(t *testing.T) {
+	t.Parallel()
+	rules, left := allRules(), allRules()
+	for _, broken := range brokenStores() {
+		for _, name := range broken.rules {
+			if _, ok := rules[name]; !ok {
+				t.Errorf("%s: there is no rule %q", broken.name, name)
+			}
+			delete(left, name)
+		}
+	}
+	for name := range left {
+		t.Errorf("no broken store is meant to be found by %s", name)
+	}
+}
+
+// TestBrokenStoresAreFoundInRealTime has the clock be right and only the store
+// wrong. What is short is so long that no pause of the machine hides a fault.
+func TestBrokenStoresAreFoundInRealTime(t *testing.T) {
+	t.Parallel()
+	tm := timing{short: 600 * time.Millisecond, tolerance: 10 * time.Millisecond, patience: 50 * time.Millisecond}
+	names := []string{
+		"the lease never ends", "the lease ends at once", "the lease is half as long", "a renewal does not renew",
+		"nothing ever expires", "a result expires early", "a claim expires before its lease",
+	}
+	rules := allRules()
+	var all sync.WaitGroup // not subtests, of which only a few run at a time
+	for _, broken := range brokenStores() {
+		if !slices.Contains(names, broken.name) {
+			continue
+		}
+		for _, name := range broken.rules {
+			r, store := rules[name], struct{ realStore }{running(broken.fault)}
+			if r.needsAdvance {
+				continue
+			}
+			all.Go(func() {
+				if r.run(t.Context(), store, tm) == nil {
+					t.Errorf("%s: %s did not find it", broken.name, name)
+				}
+			})
+		}
+	}
+	all.Wait()
+}
+
+// TestReport shows what the author of a store gets to read.
+func TestReport(t *testing.T) {
+	t.Parallel()
+	store := newReference(fault{after: func(c *call) {
+		if c.complete() {
+			c.err = nil
+		}
+	}})
+	err := allRules()["Complete/a former owner is refused after a take-over"].run(t.Context(), store, timingOf(store))
+	want := strings.TrimPrefix(`
+after
+	Acquire(token A, fingerprint none, Lease 10s, TTL 5m0s) = Acquired, Attempt 1
+	8s pass
+	at least 11s have passed
+	Acquire(token B, fingerprint none, Lease 5m0s, TTL 5m0s) = Acquired, Attempt 2
+	Complete(token A, fingerprint none, value "late", TTL 5m0s) = <nil>
+want idempotency: lease lost`, "\n")
+	if err == nil || err.Error() != want {
+		t.Errorf("got\n%v\nwant\n%s", err, want)
+	}
+}

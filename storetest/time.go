@@ -1,0 +1,135 @@
+package storetest
+
+import (
+	"slices"
+	"time"
+
+	"github.com/go-idempotency/idempotency"
+)
+
+// Two kinds of duration keep the suite from failing on a slow machine. What is
+// to end is short, and is awaited. What is to go on is long: no rule lives to
+// see its end, however slow the machine.
+const (
+	ruleTimeout = time.Minute
+	long        = 5 * time.Minute
+)
+
+// A timing says how short is short.
+type timing struct {
+	// short is a lease or TTL that a rule waits out.
+	short time.Duration
+
+	// tolerance is by how much the store's clock may be coarse or off.
+	tolerance time.Duration
+
+	// patience is the real time after which something that must happen, but
+	// cannot be told when, counts as never happening.
+	patience time.Duration
+}
+
+func timingOf(store idempotency.Store) timing {
+	if _, ok := store.(advancer); ok {
+		return timing{short: 10 * time.Second, tolerance: time.Second, patience: 5 * time.Second}
+	}
+	return timing{short: 100 * time.Millisecond, tolerance: 10 * time.Millisecond, patience: 5 * time.Second}
+}
+
+// An instant is a reading of our clock, and how far the store's was moved.
+type instant struct {
+	wall  time.Time
+	moved time.Duration
+}
+
+func (e *env) now() instant { return instant{time.Now(), e.moved} }
+
+// A span is when a call began and ended. The store did its work somewhere in
+// between, so the time since then has a lower and an upper bound.
+type span struct{ before, after instant }
+
+// atLeast returns the time that has passed on the store's clock since s for
+// certain. A virtual clock may stand still when it is not moved.
+func (e *env) atLeast(s span) time.Duration {
+	if e.clock != nil {
+		return e.moved - s.after.moved
+	}
+	return time.Since(s.after.wall)
+}
+
+// atMost returns the time that may have passed on the store's clock since s. A
+// virtual clock may run by itself as well.
+func (e *env) atMost(s span) time.Duration {
+	return e.moved - s.before.moved + time.Since(s.before.wall)
+}
+
+// pass lets d pass on the store's clock.
+func (e *env) pass(d time.Duration) {
+	if e.err != nil {
+		return
+	}
+	e.note("%v pass", d)
+	if e.clock != nil {
+		e.clock.Advance(d)
+		e.moved += d
+		return
+	}
+	select {
+	case <-time.After(d):
+	case <-e.ctx.Done():
+		e.fail("the rule to end within %v", ruleTimeout)
+	}
+}
+
+// lapse lets something short come to its end.
+func (e *env) lapse() { e.pass(e.short + 2*e.tolerance) }
+
+// turns asks with c until the state is none of from any more, and returns that
+// answer. This must be no sooner than d after start, and happen at all.
+//
+// Both bounds come from what was measured, so a slow machine makes the check
+// coarse and never wrong. The answers in from change nothing in the store,
+// therefore it does not matter how often they are asked for.
+func (e *env) turns(start span, d time.Duration, c claim, from ...idempotency.State) answer {
+	step, limit := e.tolerance/2, d+e.patience
+	if e.clock != nil {
+		// The moves are exact: one look just before the time and one after.
+		e.pass(d - 2*e.tolerance - e.atLeast(start))
+		step, limit = 3*e.tolerance, d
+	}
+	steps := len(e.log)
+	for e.err == nil {
+		waited := e.atLeast(start)
+		e.log = e.log[:steps] // one line for all that was asked so far
+		e.note("at least %v have passed", waited)
+		a := e.acquire(c)
+		if !slices.Contains(from, a.State) {
+			if most := e.atMost(start); most < d-e.tolerance {
+				e.fail("%v for %v: it is over after %v at most", from, d, most)
+			}
+			return a
+		}
+		if waited > limit {
+			e.fail("%v to be over after %v", from, d)
+		}
+		e.pass(step)
+	}
+	return answer{e: e}
+}
+
+// mustReturn makes a call that is to return without having to wait.
+func (e *env) mustReturn(what string, call func()) {
+	if e.err != nil {
+		return
+	}
+	e.note("%s()", what)
+	returned := make(chan struct{})
+	go func() {
+		defer close(returned)
+		call()
+	}()
+	select {
+	case <-returned:
+	case <-time.After(e.patience):
+		e.fail("it to have returned after %v", e.patience)
+	}
+}
