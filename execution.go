@@ -4,14 +4,14 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"sync"
 	"time"
 )
 
 // An Execution is one run of a handler under a key. It is safe for concurrent
-// use; after the handler has returned its methods change nothing any more.
+// use. After the handler has returned, Commit fails and Discard and Attach have
+// no effect.
 type Execution struct {
 	key      string
 	storeKey string
@@ -19,7 +19,6 @@ type Execution struct {
 	call     *call // nil when the run is unprotected
 
 	mu         sync.Mutex // guards what follows
-	ended      bool
 	committed  bool
 	discarded  bool
 	attachment any
@@ -68,15 +67,7 @@ func (e *Execution) DownstreamKey(name string) string {
 // [ErrLeaseLost] when the key belongs to someone else by now, and
 // [ErrStoreUnavailable] when the store failed or the run is unprotected.
 func (e *Execution) Commit(ctx context.Context) error {
-	e.mu.Lock()
-	ended, committed := e.ended, e.committed
-	e.mu.Unlock()
-	switch {
-	case ended:
-		return errors.New("idempotency: Commit after the handler returned")
-	case committed:
-		return nil
-	case e.call == nil:
+	if e.call == nil {
 		return fmt.Errorf("%w: this request runs unprotected", ErrStoreUnavailable)
 	}
 	if err := e.call.commit(ctx); err != nil {
@@ -115,11 +106,10 @@ func (e *Execution) Attachment() any {
 	return e.attachment
 }
 
-// end is called when the handler has returned.
-func (e *Execution) end() (committed, discarded, attached bool) {
+// state is what the handler has said until now.
+func (e *Execution) state() (committed, discarded, attached bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.ended = true
 	return e.committed, e.discarded, e.attachment != nil
 }
 

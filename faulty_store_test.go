@@ -17,6 +17,7 @@ type faultyStore struct {
 	fails map[string]error         // before the effect
 	after map[string]error         // after the effect
 	hangs map[string]chan struct{} // until closed, or the context ends
+	lost  map[string]bool          // the next reply gets lost
 	calls map[string]int
 	key   string
 	last  idempotency.Result
@@ -41,6 +42,12 @@ func (s *faultyStore) hang(method string, until chan struct{}) {
 		s.hangs = map[string]chan struct{}{}
 	}
 	s.hangs[method] = until
+}
+
+func (s *faultyStore) loseReply(method string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lost = map[string]bool{method: true}
 }
 
 func (s *faultyStore) lastKey() string {
@@ -70,6 +77,8 @@ func (s *faultyStore) call(ctx context.Context, method, key string, op func() er
 	s.calls[method]++
 	s.key = key
 	before, after, hang := s.fails[method], s.after[method], s.hangs[method]
+	lost := s.lost[method]
+	delete(s.lost, method)
 	s.mu.Unlock()
 
 	if hang != nil {
@@ -83,6 +92,10 @@ func (s *faultyStore) call(ctx context.Context, method, key string, op func() er
 	}
 	if err := op(); err != nil {
 		return err
+	}
+	if lost {
+		<-ctx.Done()
+		return ctx.Err()
 	}
 	return after
 }

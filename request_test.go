@@ -13,6 +13,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/go-idempotency/idempotency"
 	"github.com/stretchr/testify/require"
@@ -403,22 +405,16 @@ func TestStoreLearnsNoSecrets(t *testing.T) {
 }
 
 func TestClientThatHangsUpWhileWaiting(t *testing.T) {
-	c := newClient(idempotency.NewMemoryStore(), nilOptions(), nil)
-	running, finish := make(chan struct{}), make(chan struct{})
-	c.handler = idempotency.Middleware(idempotency.NewMemoryStore(), nil)(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
-		close(running)
-		<-finish
-	}))
-	first := make(chan struct{})
-	go func() {
-		defer close(first)
-		c.do(c.request(exchange{key: k("a")}))
-	}()
-	<-running
-	ctx, hangUp := context.WithCancel(t.Context())
-	hangUp()
-	got, _ := describe(t, c.do(c.request(exchange{key: k("a")}).WithContext(ctx)))
-	require.Equal(t, "409 in_progress", got)
-	close(finish)
-	<-first
+	synctest.Test(t, func(t *testing.T) {
+		c := newClient(idempotency.NewMemoryStore(), nilOptions(), lasting(time.Minute))
+		go c.do(c.request(exchange{key: k("a")}))
+		synctest.Wait()
+		ctx, hangUp := context.WithCancel(t.Context())
+		time.AfterFunc(time.Second, hangUp)
+		start := time.Now()
+		got, _ := describe(t, c.do(c.request(exchange{key: k("a")}).WithContext(ctx)))
+		require.Equal(t, "409 in_progress", got)
+		require.Equal(t, time.Second, time.Since(start))
+		time.Sleep(time.Minute) // the first ends
+	})
 }

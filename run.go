@@ -40,7 +40,6 @@ func (c *call) runUnprotected(err error) {
 	c.warn("store unavailable, running unprotected", err)
 	c.execution = Execution{key: c.key, storeKey: c.storeKey, attempt: 1}
 	c.callHandler(c.w, context.WithValue(c.r.Context(), executionKey{}, &c.execution))
-	c.execution.end()
 	c.report(OutcomeUnprotected, 0, err)
 }
 
@@ -78,7 +77,6 @@ func (c *call) handlerContext() (context.Context, context.CancelCauseFunc) {
 // crashed cleans up after a handler that did not return.
 func (c *call) crashed(recorder *recorder) {
 	c.lease.stop()
-	c.execution.end()
 	recorder.drop()
 	c.report(OutcomePanicked, 0, nil)
 }
@@ -87,7 +85,7 @@ func (c *call) crashed(recorder *recorder) {
 // it: what a client has seen, a retry must be able to see again.
 func (c *call) settle(ctx context.Context, recorder *recorder) {
 	end, taken := c.lease.stop()
-	committed, discarded, attached := c.execution.end()
+	committed, discarded, attached := c.execution.state()
 	fingerprint, broken := c.body.finish(c.sum[:0])
 	if c.fingerprint == nil {
 		c.fingerprint = fingerprint

@@ -19,8 +19,8 @@ import (
 // thing that keeps a hanging store from hanging the request.
 //
 // A store copies the slices it keeps; the slices it returns are read-only and
-// stay valid. Keys are 43 bytes of base64url from this package, but a store
-// takes any string.
+// stay valid. Keys are compared byte by byte, case included. From this package
+// they are 43 bytes of base64url; a store takes any visible ASCII of up to 200.
 //
 // Package storetest checks an implementation against this contract.
 type Store interface {
@@ -39,11 +39,11 @@ type Store interface {
 	//	claimed, lease over              Acquired, Attempt + 1    taken over
 	//
 	// A fingerprint is known when it is not empty. To claim is to write the
-	// token, the fingerprint and Once, to start the lease, and to keep the
-	// cell for the longer of TTL and Lease. To renew is to start both anew and
-	// to set Once if c.Once is set; Once is never unset and the fingerprint
-	// stays. So a command that is sent twice is harmless, and one that arrives
-	// after its claim was released resurrects nothing.
+	// token, the fingerprint (even an empty one) and Once, to start the lease,
+	// and to keep the cell for the longer of TTL and Lease. To renew is to
+	// start both anew and to set Once if c.Once is set; Once is never unset
+	// and the fingerprint stays. So a command that is sent twice is harmless,
+	// and one that arrives after its claim was released resurrects nothing.
 	Acquire(ctx context.Context, key string, c Claim) (Record, error)
 
 	// Complete stores r under token and keeps it for r.TTL. It writes when the
@@ -65,10 +65,11 @@ type Store interface {
 // found by type assertion: without it waiting duplicates poll.
 type Watcher interface {
 	// Watch returns a channel that is closed when the cell of key may have
-	// been completed or released since the call. It may be closed for no
-	// reason, and correctness does not depend on it. The watch ends with ctx.
-	// Watch must return promptly, and must not fail for good when the
-	// notification system does: the caller polls as long as it returns an error.
+	// been completed or released since the call. A store may tell only of
+	// cells that an Acquire since then has found InProgress. The channel may be
+	// closed for no reason, and correctness does not depend on it. The watch
+	// ends with ctx. Watch must return promptly; when it returns an error, the
+	// caller polls.
 	Watch(ctx context.Context, key string) (<-chan struct{}, error)
 }
 
@@ -111,8 +112,8 @@ type Record struct {
 	// Fingerprint and Value are set when State is Completed.
 	Fingerprint, Value []byte
 
-	// Remaining is the time until the running lease ends. It is set when State
-	// is InProgress.
+	// Remaining is the time until the running lease ends, more than zero. It is
+	// set when State is InProgress.
 	Remaining time.Duration
 }
 

@@ -205,6 +205,53 @@ func TestCompleteFails(t *testing.T) {
 	}
 }
 
+// A call that hangs leaves time for another.
+func TestOneLostReply(t *testing.T) {
+	for _, method := range []string{"Acquire", "Complete", "Release"} {
+		t.Run(method, func(t *testing.T) {
+			withFaults(t, idempotency.Options{Wait: idempotency.NoWait}, answering(201, 500), func(t *testing.T, s *faultyStore, c *client, events *eventLog) {
+				if method == "Release" {
+					c.check(t, 0, exchange{key: k("first"), get: "201 "})
+				}
+				s.loseReply(method)
+				start := time.Now()
+				resp := c.do(c.request(exchange{key: k("a")}))
+				require.Less(t, time.Since(start), time.Second)
+				require.Less(t, resp.StatusCode, 502)
+				require.NoError(t, events.last().Err)
+			})
+		})
+	}
+}
+
+// A watch that always fires must not become a busy loop.
+func TestBrokenWatch(t *testing.T) {
+	for name, watch := range map[string]func() (<-chan struct{}, error){
+		"fires at once": func() (<-chan struct{}, error) { c := make(chan struct{}); close(c); return c, nil },
+		"never fires":   func() (<-chan struct{}, error) { return make(chan struct{}), nil },
+		"fails":         func() (<-chan struct{}, error) { return nil, errDown },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := &watchedStore{faultyStore: &faultyStore{Store: idempotency.NewMemoryStore()}, watch: watch}
+				c := newClient(s, &idempotency.Options{Lease: 4 * time.Second}, panicOnce)
+				c.check(t, 0, exchange{key: k("a"), get: "panic"})
+				start := time.Now()
+				c.check(t, 1, exchange{key: k("a"), get: "201 attempt 2"})
+				require.InDelta(t, 4, time.Since(start).Seconds(), 0.1)
+				require.Less(t, s.count("Acquire"), 1000)
+			})
+		})
+	}
+}
+
+type watchedStore struct {
+	*faultyStore
+	watch func() (<-chan struct{}, error)
+}
+
+func (s *watchedStore) Watch(context.Context, string) (<-chan struct{}, error) { return s.watch() }
+
 func TestReleaseFailsForAWhile(t *testing.T) {
 	withFaults(t, idempotency.Options{Wait: idempotency.NoWait}, answering(500, 201), func(t *testing.T, s *faultyStore, c *client, events *eventLog) {
 		s.fail("Release", errDown)
