@@ -93,6 +93,7 @@ func (c *call) acquire(ctx context.Context, claim Claim) (rec Record, err error)
 	start := time.Now()
 	err = storeCall(ctx, c.opts.StoreTimeout/2, op)
 	if err != nil && !errors.Is(err, ErrStoreFull) {
+		c.uncertain.Store(true)
 		err = storeCall(ctx, c.opts.StoreTimeout-time.Since(start), op)
 	}
 	if err != nil {
@@ -110,9 +111,14 @@ func (c *call) tryClaim() (Record, error) {
 	})
 }
 
-// renew extends the claim; once marks it as never to be taken over.
+// renew extends the claim; once marks it as never to be taken over. A renewal
+// says again what it knows, in case that the store has lost the record.
 func (c *call) renew(ctx context.Context, once bool) (Record, error) {
-	return c.acquire(ctx, Claim{Token: c.token, Lease: c.opts.Lease, TTL: c.opts.TTL, Once: once})
+	once = once || c.opts.AtMostOnce || c.execution.isCommitted()
+	return c.acquire(ctx, Claim{
+		Token: c.token, Fingerprint: c.fingerprint,
+		Lease: c.opts.Lease, TTL: c.opts.TTL, Once: once,
+	})
 }
 
 const (
@@ -193,7 +199,7 @@ func (c *call) commit(ctx context.Context) error {
 	sent := time.Now()
 	rec, err := c.renew(ctx, true)
 	if err != nil {
-		return &causedError{ErrStoreUnavailable, err}
+		return fmt.Errorf("%w: %w", ErrStoreUnavailable, err)
 	}
 	c.lease.extended(sent, rec.State)
 	if rec.State != Acquired {
@@ -222,18 +228,20 @@ func isFinal(err error) bool {
 	return errors.Is(err, ErrLeaseLost) || errors.Is(err, ErrRolledBack)
 }
 
-// persistLater goes on with op in the background until the claim would end.
+// persistLater goes on with op in the background until the claim would end. It
+// tries once at least.
 func (c *call) persistLater(ctx context.Context, end time.Time, failure string, op func(context.Context) error) {
 	go func() {
-		err := error(nil)
-		for pause := 50 * time.Millisecond; time.Until(end) > pause; pause = min(2*pause, c.opts.Lease/6) {
+		for pause := 50 * time.Millisecond; ; pause = min(2*pause, c.opts.Lease/6) {
 			time.Sleep(pause)
-			if err = storeCall(ctx, c.opts.StoreTimeout, op); err == nil || isFinal(err) {
-				break
+			err := storeCall(ctx, c.opts.StoreTimeout, op)
+			if err == nil {
+				return
 			}
-		}
-		if err != nil {
-			c.warn(failure, err)
+			if isFinal(err) || time.Until(end) <= pause {
+				c.warn(failure, err)
+				return
+			}
 		}
 	}()
 }

@@ -3,6 +3,7 @@ package idempotency
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"strconv"
 	"time"
@@ -38,8 +39,8 @@ var (
 	// a newer release, or is sealed under another key.
 	ErrRecordUnreadable = errors.New("idempotency: stored record unreadable")
 
-	// ErrBodyIncomplete: 400, the request body broke off before the key was
-	// claimed.
+	// ErrBodyIncomplete: 400, the request body broke off before the request
+	// could be told from others under the key. The handler did not run.
 	ErrBodyIncomplete = errors.New("idempotency: request body incomplete")
 
 	// ErrBodyTooLarge: 413, the request body is over MaxBufferedBody and a
@@ -48,7 +49,7 @@ var (
 	ErrBodyTooLarge = errors.New("idempotency: request body too large")
 
 	// ErrStoreUnavailable: 503, the store failed before the handler ran, or
-	// rolled back what it did.
+	// did not commit the transaction that the handler attached.
 	ErrStoreUnavailable = errors.New("idempotency: store unavailable")
 )
 
@@ -125,14 +126,14 @@ var problems = []problem{
 		detail: "The request with this key was processed and is not repeated, but its stored response cannot be read."},
 	{err: ErrBodyIncomplete, status: http.StatusBadRequest, code: "body_incomplete",
 		title:     "The request body is incomplete",
-		detail:    "The request body broke off. Nothing was processed. Repeat the request with the same key.",
+		detail:    "The request body broke off. This attempt was not processed. Repeat the request with the same key.",
 		retryable: true},
 	{err: ErrBodyTooLarge, status: http.StatusRequestEntityTooLarge, code: "body_too_large",
 		title:  "The request body is too large",
-		detail: "The request body is larger than this operation accepts. Nothing was processed."},
+		detail: "The request body is larger than this operation accepts. This attempt was not processed."},
 	{err: ErrStoreUnavailable, status: http.StatusServiceUnavailable, code: "store_unavailable",
 		title: "The idempotency store is unavailable",
-		detail: "The request was not processed, because it could not be protected against being processed twice. " +
+		detail: "This attempt was not processed, because it could not be protected against being processed twice. " +
 			"Repeat it later with the same key.",
 		retryAfter: time.Second, retryable: true},
 }
@@ -149,18 +150,12 @@ func newError(sentinel, cause error, docsURL string) *Error {
 			e.Type = "about:blank"
 		}
 		if cause != nil {
-			e.Err = &causedError{sentinel, cause}
+			e.Err = fmt.Errorf("%w: %w", sentinel, cause)
 		}
 		return e
 	}
 	panic("idempotency: no problem for " + sentinel.Error())
 }
-
-// causedError is a sentinel with the failure behind it.
-type causedError struct{ sentinel, cause error }
-
-func (e *causedError) Error() string   { return e.sentinel.Error() + ": " + e.cause.Error() }
-func (e *causedError) Unwrap() []error { return []error{e.sentinel, e.cause} }
 
 // WriteError writes err as an RFC 9457 problem with the members code,
 // retryable and, where there is one, original_status. It is the default

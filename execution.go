@@ -4,14 +4,15 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
 )
 
 // An Execution is one run of a handler under a key. It is safe for concurrent
-// use. After the handler has returned, Commit fails and Discard and Attach have
-// no effect.
+// use. After the handler has returned, Commit fails, and Discard and Attach come
+// too late.
 type Execution struct {
 	key      string
 	storeKey string
@@ -19,6 +20,7 @@ type Execution struct {
 	call     *call // nil when the run is unprotected
 
 	mu         sync.Mutex // guards what follows
+	ended      bool
 	committed  bool
 	discarded  bool
 	attachment any
@@ -70,13 +72,33 @@ func (e *Execution) Commit(ctx context.Context) error {
 	if e.call == nil {
 		return fmt.Errorf("%w: this request runs unprotected", ErrStoreUnavailable)
 	}
+	if e.hasEnded() {
+		return errEnded
+	}
 	if err := e.call.commit(ctx); err != nil {
 		return err
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	if e.ended { // meanwhile, and the key may have been freed
+		return errEnded
+	}
 	e.committed = true
 	return nil
+}
+
+var errEnded = errors.New("idempotency: Commit after the handler returned")
+
+func (e *Execution) hasEnded() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.ended
+}
+
+func (e *Execution) isCommitted() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.committed
 }
 
 // Discard says that nothing happened: the response is not kept and the key is
@@ -93,6 +115,10 @@ func (e *Execution) Discard() {
 // commit both. See [ErrRolledBack]. With an attachment a failed Complete is not
 // retried, and the handler's response is not sent: whether the transaction went
 // through is what the retry finds out.
+//
+// Attach only what the store knows how to end, and not with
+// [Options.FailOpen]: nobody ends what is attached to an unprotected run. A
+// handler that panics ends its transaction itself, with a deferred Rollback.
 func (e *Execution) Attach(v any) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -106,10 +132,11 @@ func (e *Execution) Attachment() any {
 	return e.attachment
 }
 
-// state is what the handler has said until now.
-func (e *Execution) state() (committed, discarded, attached bool) {
+// end is called when the handler has returned, or panicked.
+func (e *Execution) end() (committed, discarded, attached bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	e.ended = true
 	return e.committed, e.discarded, e.attachment != nil
 }
 
@@ -154,6 +181,7 @@ func (l *lease) tick() {
 	case !now.Before(l.end):
 		l.stopped = true
 		l.cancel(ErrLeaseLost)
+		l.call.warn("a lease could not be renewed in time", ErrLeaseLost)
 	case !now.Before(l.limit):
 		l.stopped = true
 		l.cancel(context.DeadlineExceeded)
@@ -171,6 +199,9 @@ func (l *lease) tick() {
 
 func (l *lease) renewOnce(sent time.Time) {
 	rec, err := l.call.renew(l.call.r.Context(), false)
+	if err != nil {
+		l.call.warn("renewing a lease failed", err)
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.renewing = false
@@ -198,6 +229,7 @@ func (l *lease) loseLocked() {
 	l.taken, l.stopped = true, true
 	l.timer.Stop()
 	l.cancel(ErrLeaseLost) // without effect if it was cancelled before
+	l.call.warn("a lease was taken over", ErrLeaseLost)
 }
 
 // extended tells the lease what a claim made outside of its timer came to.

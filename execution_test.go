@@ -215,8 +215,8 @@ func TestRenewalNoticesAnotherOwner(t *testing.T) {
 		store := &faultyStore{Store: idempotency.NewMemoryStore()}
 		c := newClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
 			// Someone cleared the store, and the key was claimed anew.
-			store.Store = idempotency.NewMemoryStore()
-			_, err := store.Store.Acquire(r.Context(), store.lastKey(), idempotency.Claim{Token: "other", Lease: time.Hour, TTL: time.Hour})
+			store.replace(idempotency.NewMemoryStore())
+			_, err := store.inner().Acquire(r.Context(), store.lastKey(), idempotency.Claim{Token: "other", Lease: time.Hour, TTL: time.Hour})
 			require.NoError(t, err)
 			start := time.Now()
 			<-r.Context().Done()
@@ -279,6 +279,73 @@ func TestCommitFailures(t *testing.T) {
 		require.Error(t, leaked.Commit(t.Context()), "after the handler returned")
 		c.check(t, 1, exchange{key: k("a"), get: "500 "})
 		require.Equal(t, 2, c.runs())
+	})
+}
+
+// A goroutine that the handler left behind must not go on to its effect when
+// the key has been freed meanwhile.
+func TestCommitThatComesTooLate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := &faultyStore{Store: idempotency.NewMemoryStore()}
+		hold, result := make(chan struct{}), make(chan error, 1)
+		c := newClient(store, &idempotency.Options{Wait: idempotency.NoWait}, func(w http.ResponseWriter, r *http.Request) {
+			e := execution(r)
+			if e.Attempt() > 1 {
+				return
+			}
+			store.hang("Acquire", hold)
+			go func() { result <- e.Commit(context.WithoutCancel(r.Context())) }()
+			synctest.Wait()
+			w.WriteHeader(http.StatusInternalServerError)
+		})
+		c.check(t, 0, exchange{key: k("a"), get: "500 "})
+		close(hold)
+		require.Error(t, <-result)
+		c.check(t, 1, exchange{key: k("a"), get: "200 "})
+
+		var leaked *idempotency.Execution
+		c = newClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+			leaked = execution(r)
+			w.WriteHeader(http.StatusInternalServerError)
+		})
+		c.check(t, 2, exchange{key: k("b"), get: "500 "})
+		time.Sleep(time.Minute) // the released marker is gone as well
+		require.Error(t, leaked.Commit(t.Context()))
+		c.check(t, 3, exchange{key: k("b"), get: "500 "})
+	})
+}
+
+// The lease is renewed until the store has the answer in its hands.
+func TestLeaseIsRenewedWhileShouldStoreThinks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		opts := &idempotency.Options{Wait: idempotency.NoWait, ShouldStore: func(int, http.Header) bool {
+			time.Sleep(time.Minute)
+			return true
+		}}
+		c := newClient(idempotency.NewMemoryStore(), opts, nil)
+		var first sync.WaitGroup
+		first.Go(func() { c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"}) })
+		time.Sleep(45 * time.Second)
+		c.check(t, 1, exchange{key: k("a"), get: "409 in_progress"})
+		first.Wait()
+	})
+}
+
+// A renewal says again that the key is at-most-once, in case that the store has
+// lost the record.
+func TestRenewalRepeatsOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := &faultyStore{Store: idempotency.NewMemoryStore()}
+		c := newClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+			must(execution(r).Commit(r.Context()))
+			store.replace(idempotency.NewMemoryStore())
+			time.Sleep(15 * time.Second)
+			panic("boom")
+		})
+		c.check(t, 0, exchange{key: k("a"), get: "panic"})
+		time.Sleep(time.Minute)
+		c.check(t, 1, exchange{key: k("a"), get: "409 outcome_unknown"})
+		c.check(t, 2, exchange{key: k("a"), body: "other", get: "422 key_reused"})
 	})
 }
 

@@ -44,6 +44,19 @@ func (s *faultyStore) hang(method string, until chan struct{}) {
 	s.hangs[method] = until
 }
 
+// replace puts another store in the place of the inner one.
+func (s *faultyStore) replace(store idempotency.Store) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.Store = store
+}
+
+func (s *faultyStore) inner() idempotency.Store {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.Store
+}
+
 func (s *faultyStore) loseReply(method string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -102,7 +115,7 @@ func (s *faultyStore) call(ctx context.Context, method, key string, op func() er
 
 func (s *faultyStore) Acquire(ctx context.Context, key string, c idempotency.Claim) (rec idempotency.Record, err error) {
 	err = s.call(ctx, "Acquire", key, func() (err error) {
-		rec, err = s.Store.Acquire(ctx, key, c)
+		rec, err = s.inner().Acquire(ctx, key, c)
 		return err
 	})
 	if err != nil {
@@ -115,11 +128,11 @@ func (s *faultyStore) Complete(ctx context.Context, key, token string, r idempot
 	s.mu.Lock()
 	s.last = r
 	s.mu.Unlock()
-	return s.call(ctx, "Complete", key, func() error { return s.Store.Complete(ctx, key, token, r) })
+	return s.call(ctx, "Complete", key, func() error { return s.inner().Complete(ctx, key, token, r) })
 }
 
 func (s *faultyStore) Release(ctx context.Context, key, token string) error {
-	return s.call(ctx, "Release", key, func() error { return s.Store.Release(ctx, key, token) })
+	return s.call(ctx, "Release", key, func() error { return s.inner().Release(ctx, key, token) })
 }
 
 // eventLog collects "outcome status".

@@ -58,6 +58,7 @@ import (
 	"io"
 	"net/http"
 	"slices"
+	"sync/atomic"
 	"time"
 )
 
@@ -71,8 +72,10 @@ import (
 // several middlewares, and by several processes if it is that kind of store.
 //
 // Put it inside of whatever authenticates, limits, compresses, recovers or adds
-// CORS headers, and outside of whatever reads the body. Of two nested ones that
-// a request meets under one key, the outer one counts.
+// CORS headers, and of http.TimeoutHandler, whose 503 would free the key while
+// the handler that it gave up on is still running. Put it outside of whatever
+// reads the body. Of two nested ones that a request meets under one key, the
+// outer one counts.
 //
 // Middleware panics if store is nil or opts is nonsense.
 func Middleware(store Store, opts *Options) func(http.Handler) http.Handler {
@@ -120,13 +123,15 @@ type call struct {
 	started time.Time
 
 	key         string // the client's
+	scope       string
 	storeKey    string
 	token       string // what the claim is made under
 	body        requestBody
-	fingerprint []byte                // nil when the body was not read whole
-	sum         [sha256.Size + 8]byte // backing of fingerprint
+	fingerprint []byte
+	sum         [sha256.Size]byte // backing of fingerprint
 
-	claimSent time.Time // when the last claim was asked for
+	claimSent time.Time   // when the last claim was asked for
+	uncertain atomic.Bool // a claim may have been made that nobody knows of
 	waited    time.Duration
 	execution Execution
 	lease     lease
@@ -139,23 +144,35 @@ func (c *call) serve(lines []string) {
 		c.refuse(err)
 		return
 	}
-	if c.key == "" { // an outer Middleware has claimed it
+	if outer, ok := FromContext(c.r.Context()); ok && outer.storeKey == c.storeKey {
 		c.next.ServeHTTP(c.w, c.r)
+		return
+	}
+	if err := c.takeFingerprint(); err != nil {
+		c.refuse(err)
 		return
 	}
 	rec, err := c.claim()
 	switch {
-	case err != nil && c.opts.FailOpen && rec.State != InProgress:
-		c.runUnprotected(err)
-	case err != nil:
-		c.refuse(c.problem(ErrStoreUnavailable, err))
-	case rec.State == Acquired:
+	case err == nil && rec.State == Acquired:
 		c.run(rec)
-	case rec.State == Completed:
+		return
+	case err == nil && rec.State == Completed:
 		c.replay(rec)
-	default:
-		c.refuse(c.problem(refusals[rec.State], nil))
+		return
+	case err != nil && c.opts.FailOpen && rec.State != InProgress:
+		// A claim that was made unnoticed protects the run for a while.
+		c.runUnprotected(err)
+		return
 	}
+	if c.uncertain.Load() {
+		c.giveBack()
+	}
+	if err != nil {
+		c.refuse(c.problem(ErrStoreUnavailable, err))
+		return
+	}
+	c.refuse(c.problem(refusals[rec.State], nil))
 }
 
 // refusals are the answers to a request that may not run.
@@ -166,8 +183,7 @@ var refusals = [...]error{
 	Lost:       ErrStoreUnavailable, // our claim came late, after we gave it up
 }
 
-// identify finds out which cell the request belongs to and what tells it apart
-// from others under the same key.
+// identify finds out which cell the request belongs to.
 func (c *call) identify(lines []string) *Error {
 	if len(lines) == 0 && c.opts.RequireKey {
 		return c.problem(ErrKeyMissing, nil)
@@ -183,33 +199,33 @@ func (c *call) identify(lines []string) *Error {
 		err.Detail = detail
 		return err
 	}
-	var scope string
-	if c.opts.Scope != nil {
-		scope = c.opts.Scope(c.r)
-	}
-	path, query := target(c.r)
-	buffer := buffers.Get().(*[]byte)
-	c.storeKey = hashKey((*buffer)[:0], scope, c.r.Method, path, key)
-	if outer, ok := FromContext(c.r.Context()); ok && outer.storeKey == c.storeKey {
-		return nil
-	}
 	c.key = key
-	identity := appendIdentity((*buffer)[:0], c.r, scope, key, query, c.opts.Fingerprint != nil)
-	if err := c.body.readAhead(c.r, buffer, identity, c.opts.MaxBufferedBody); err != nil {
-		return c.bodyProblem(err)
+	if c.opts.Scope != nil {
+		c.scope = c.opts.Scope(c.r)
 	}
-	return c.takeFingerprint()
+	path, _ := target(c.r)
+	c.body.buffer = buffers.Get().(*[]byte)
+	c.storeKey = hashKey((*c.body.buffer)[:0], c.scope, c.r.Method, path, key)
+	return nil
 }
 
+// takeFingerprint finds out what tells the request apart from others under the
+// same key, for which it reads the body or the beginning of it.
 func (c *call) takeFingerprint() *Error {
-	switch {
-	case c.opts.Fingerprint != nil && !c.body.whole:
-		return c.problem(ErrBodyTooLarge, nil)
-	case c.opts.Fingerprint != nil:
-		c.fingerprint = c.body.customFingerprint(c.sum[:0], c.opts.Fingerprint(c.r, c.body.ahead))
-	case c.body.whole:
-		c.fingerprint = c.body.fingerprint(c.sum[:0])
+	custom := c.opts.Fingerprint != nil
+	identity := appendIdentity((*c.body.buffer)[:0], c.r, c.scope, c.key, custom)
+	if err := c.body.readAhead(c.r, identity, c.opts.MaxBufferedBody); err != nil {
+		return c.bodyProblem(err)
 	}
+	switch {
+	case !custom:
+		c.sum = c.body.fingerprint()
+	case c.body.whole:
+		c.sum = c.body.customFingerprint(c.opts.Fingerprint(c.r, c.body.ahead))
+	default:
+		return c.problem(ErrBodyTooLarge, nil)
+	}
+	c.fingerprint = c.sum[:]
 	return nil
 }
 
@@ -232,9 +248,6 @@ func (c *call) claim() (Record, error) {
 			rec = Record{State: InProgress}
 		}
 	}
-	if err != nil && !errors.Is(err, ErrStoreFull) {
-		c.giveBack()
-	}
 	return rec, err
 }
 
@@ -246,8 +259,8 @@ func (c *call) replay(rec Record) {
 		return
 	}
 	same := bytes.Equal(c.fingerprint, rec.Fingerprint)
-	if c.fingerprint == nil {
-		if same, err = c.body.matches(rec.Fingerprint); err != nil {
+	if same && !c.body.whole {
+		if same, err = c.body.matches(resp.digest); err != nil {
 			c.refuse(c.bodyProblem(err))
 			return
 		}
@@ -281,11 +294,12 @@ func (c *call) refuseAs(outcome Outcome, err *Error) {
 // maxDrain is how much of a body is read that nobody asked for.
 const maxDrain = 1 << 20
 
-// drain reads on, so that the client sees the answer and not a connection that
-// is reset while it sends. A client that waits for 100 Continue has sent
-// nothing, and need not.
+// drain reads on, so that a client of HTTP/1 sees the answer and not a
+// connection that is reset while it sends. One that waits for 100 Continue has
+// sent nothing, and need not.
 func (c *call) drain() {
-	if c.r.Body == nil || c.body.whole || c.r.Header.Get("Expect") != "" {
+	unasked := !c.body.started && c.r.Header.Get("Expect") != ""
+	if c.r.Body == nil || c.body.whole || unasked || c.r.ProtoMajor > 1 {
 		return
 	}
 	_, _ = io.CopyN(io.Discard, c.r.Body, maxDrain)

@@ -55,7 +55,7 @@ func (s *MemoryStore) remove(sh *memoryShard, cell *memoryCell) {
 }
 
 func (q *memoryQueue) push(cell *memoryCell, now int64) {
-	cell.expiry = now + int64(q.ttl)
+	cell.expiry = expiry(now, q.ttl)
 	cell.queue, cell.prev, cell.next = q, q.last, nil
 	if q.last == nil {
 		q.first = cell
@@ -220,24 +220,6 @@ func (r *packedRecords) lookup(hash uint64, key string, now int64) (packedRecord
 	return b, string(k) == key
 }
 
-func (r *packedRecords) find(hash uint64, key string, now int64) (fingerprint, value []byte, ok bool) {
-	b, ok := r.lookup(hash, key, now)
-	if !ok {
-		return nil, nil, false
-	}
-	_, _, fingerprint, value = b.parts()
-	return fingerprint, value, true
-}
-
-func (r *packedRecords) owner(hash uint64, key string, now int64) (token string, ok bool) {
-	b, ok := r.lookup(hash, key, now)
-	if !ok {
-		return "", false
-	}
-	_, t, _, _ := b.parts()
-	return string(t), true
-}
-
 // add packs a record behind the others of its queue. It is false when the
 // record is too large, or its place in the index belongs to another key.
 func (r *packedRecords) add(q *memoryQueue, hash uint64, key, token string, res Result, now int64) bool {
@@ -251,7 +233,7 @@ func (r *packedRecords) add(q *memoryQueue, hash uint64, key, token string, res 
 	sl := r.slabFor(q, size)
 	p := place{sl.id, uint32(len(sl.data))}
 	b := sl.data
-	b = binary.LittleEndian.AppendUint64(b, uint64(now+int64(q.ttl)))
+	b = binary.LittleEndian.AppendUint64(b, uint64(expiry(now, q.ttl)))
 	b = binary.LittleEndian.AppendUint64(b, hash)
 	b = binary.LittleEndian.AppendUint32(b, uint32(size))
 	b = binary.LittleEndian.AppendUint16(b, uint16(len(key)))

@@ -131,7 +131,8 @@ func (s *MemoryStore) acquire(key string, c Claim) (rec Record, full bool) {
 	if cell != nil {
 		return s.acquireCell(sh, cell, c, now), false
 	}
-	if fingerprint, value, ok := sh.packed.find(hash, key, now); ok {
+	if b, ok := sh.packed.lookup(hash, key, now); ok {
+		_, _, fingerprint, value := b.parts()
 		return completedRecord(c, fingerprint, value), false
 	}
 	cell = sh.newCell(key)
@@ -158,7 +159,7 @@ func (s *MemoryStore) acquireCell(sh *memoryShard, cell *memoryCell, c Claim, no
 	case cell.state == cellCompleted:
 		return completedRecord(c, cell.fingerprint, cell.value)
 	case own:
-		cell.lease, cell.leaseEnd = c.Lease, now+int64(c.Lease)
+		cell.lease, cell.leaseEnd = c.Lease, expiry(now, c.Lease)
 		cell.once = cell.once || c.Once
 		s.requeue(sh, cell, now, max(c.TTL, c.Lease))
 		return Record{State: Acquired, Attempt: cell.attempt}
@@ -175,6 +176,10 @@ func (s *MemoryStore) acquireCell(sh *memoryShard, cell *memoryCell, c Claim, no
 	return Record{State: Acquired, Attempt: cell.attempt}
 }
 
+// expiry returns when a cell of that ttl expires. A sum that overflows would
+// have expired already.
+func expiry(now int64, ttl time.Duration) int64 { return now + int64(min(ttl, maxTTL)) }
+
 func mismatch(a, b []byte) bool { return len(a) > 0 && len(b) > 0 && !bytes.Equal(a, b) }
 
 func completedRecord(c Claim, fingerprint, value []byte) Record {
@@ -188,7 +193,7 @@ func completedRecord(c Claim, fingerprint, value []byte) Record {
 func (cell *memoryCell) set(c Claim, now int64) {
 	cell.state, cell.token, cell.once = cellClaimed, c.Token, c.Once
 	cell.fingerprint = append(cell.fingerprint[:0], c.Fingerprint...)
-	cell.lease, cell.leaseEnd = c.Lease, now+int64(c.Lease)
+	cell.lease, cell.leaseEnd = c.Lease, expiry(now, c.Lease)
 }
 
 // Complete implements [Store]. Its only error is [ErrLeaseLost].
@@ -203,8 +208,8 @@ func (s *MemoryStore) Complete(_ context.Context, key, token string, r Result) e
 		case cell.state == cellCompleted:
 			return nil
 		}
-	} else if owner, ok := sh.packed.owner(hash, key, now); ok {
-		if owner != token {
+	} else if b, ok := sh.packed.lookup(hash, key, now); ok {
+		if _, owner, _, _ := b.parts(); string(owner) != token {
 			return ErrLeaseLost
 		}
 		return nil
@@ -238,7 +243,7 @@ func (s *MemoryStore) Release(_ context.Context, key, token string) error {
 		}
 		return nil
 	}
-	if _, ok := sh.packed.owner(hash, key, now); ok {
+	if _, ok := sh.packed.lookup(hash, key, now); ok {
 		return nil
 	}
 	if cell != nil {

@@ -21,12 +21,12 @@ const NoWait time.Duration = -1
 // concurrent use.
 type Options struct {
 	// TTL is how long a stored response is replayed, from the end of the
-	// handler on. Default 24h.
+	// handler on. Default 24h; 100 years at most.
 	TTL time.Duration
 
 	// Lease is how long a claim outlives a process that died: the time until a
 	// retry may run the handler again. It is renewed while the handler runs.
-	// Default 30s. It must not exceed TTL.
+	// Default 30s, or TTL if that is less. It must not exceed TTL.
 	Lease time.Duration
 
 	// Wait is how long a duplicate waits for the running execution before it is
@@ -38,8 +38,9 @@ type Options struct {
 	MaxExecution time.Duration
 
 	// StoreTimeout is the total time for a store operation, its retries
-	// included. Default 1s, or a third of Lease if that is less. It must not
-	// exceed half of Lease, or a renewal could come too late.
+	// included; the first try gets half of it. Default 1s, or a third of Lease
+	// if that is less. It must not exceed half of Lease, or a renewal could
+	// come too late.
 	StoreTimeout time.Duration
 
 	// Header is the request header that carries the key. Default
@@ -69,7 +70,8 @@ type Options struct {
 	// 422 and never the stored response; but so does a client whose
 	// credentials changed between two tries. A service whose credentials
 	// change with every request (signed requests, rotating tokens, rolling
-	// cookies) needs a Scope.
+	// cookies) needs a Scope, and so does one that tells its clients apart in
+	// another way (an API key in a header of its own, client certificates).
 	//
 	// The host is not part of a key either: a service for which it matters
 	// puts r.Host into the scope.
@@ -83,7 +85,10 @@ type Options struct {
 
 	// MaxBufferedBody is the size in bytes up to which a request body is read
 	// before its key is claimed. A larger one is streamed to the handler and
-	// hashed on the way. Default 1 MiB.
+	// hashed on the way; until the handler has returned, two such requests
+	// that differ only in the body are not told apart. Default 1 MiB. Where a
+	// change of this option makes a retry a large body that was none before,
+	// or the other way round, it is answered 422.
 	MaxBufferedBody int64
 
 	// MaxResponseBytes is the size in bytes of the largest response body that
@@ -108,9 +113,10 @@ type Options struct {
 	// outcome_unknown until TTL. Default false: they run again after Lease.
 	AtMostOnce bool
 
-	// FailOpen runs the handler unprotected when the store is down. Default
-	// false: the answer is then 503, because a request that is refused is safer
-	// than one that is charged twice.
+	// FailOpen runs the handler unprotected when the store is down. Commit
+	// then fails and nobody ends an attached transaction. Default false: the
+	// answer is then 503, because a request that is refused is safer than one
+	// that is charged twice.
 	FailOpen bool
 
 	// CancelOnDisconnect keeps the client's cancellation on the handler's
@@ -131,8 +137,8 @@ type Options struct {
 	ErrorHandler func(http.ResponseWriter, *http.Request, *Error)
 
 	// OnEvent is called once for each request that has a key or should have,
-	// on the request's goroutine, when it was answered. A panic in it is
-	// contained. Default nil.
+	// on the request's goroutine, when it was answered or its handler panicked.
+	// A panic in it is contained. Default nil.
 	OnEvent func(context.Context, Event)
 
 	// Logger receives warnings and errors; never a key, a token or a body.
@@ -179,11 +185,17 @@ func setDefault[T comparable](field *T, value T) {
 	}
 }
 
+// Beyond these bounds sums would overflow.
+const (
+	maxTTL   = 100 * 365 * 24 * time.Hour
+	maxBytes = 1 << 40
+)
+
 // check returns an error that tells the fix.
 func (o *Options) check() error {
 	switch {
-	case o.TTL < 0:
-		return errors.New("Options.TTL is negative; leave it zero for 24h")
+	case o.TTL < 0 || o.TTL > maxTTL:
+		return errors.New("Options.TTL is negative or over 100 years; leave it zero for 24h")
 	case o.Lease < time.Millisecond:
 		return errors.New("Options.Lease is under 1ms; leave it zero for 30s")
 	case o.Lease > o.TTL:
@@ -199,10 +211,10 @@ func (o *Options) check() error {
 			o.StoreTimeout, o.Lease)
 	case !isToken(o.Header):
 		return fmt.Errorf("Options.Header %q is not a header name", o.Header)
-	case o.MaxBufferedBody < 0:
-		return errors.New("Options.MaxBufferedBody is negative; leave it zero for 1 MiB")
-	case o.MaxResponseBytes < 0:
-		return errors.New("Options.MaxResponseBytes is negative; leave it zero for 1 MiB")
+	case o.MaxBufferedBody < 0 || o.MaxBufferedBody > maxBytes:
+		return errors.New("Options.MaxBufferedBody is negative or over 1 TiB; leave it zero for 1 MiB")
+	case o.MaxResponseBytes < 0 || o.MaxResponseBytes > maxBytes:
+		return errors.New("Options.MaxResponseBytes is negative or over 1 TiB; leave it zero for 1 MiB")
 	}
 	for _, method := range o.Methods {
 		switch method {

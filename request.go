@@ -22,10 +22,10 @@ const maxKeyBytes = 255
 // asks for; both forms of a key are the same key. If there is none, detail
 // tells the client why.
 func parseKey(lines []string) (key, detail string) {
-	if len(lines) != 1 {
+	if len(lines) > 1 {
 		return "", "The idempotency key header appears more than once."
 	}
-	key = strings.Trim(lines[0], " \t")
+	key = strings.Trim(strings.Join(lines, ""), " \t")
 	if strings.HasPrefix(key, `"`) {
 		var rest string
 		var ok bool
@@ -136,7 +136,7 @@ func target(r *http.Request) (path, query string) {
 
 // appendField appends the length of s and s, so that no two lists of fields
 // have the same bytes.
-func appendField(b []byte, s string) []byte {
+func appendField[T []byte | string](b []byte, s T) []byte {
 	return append(binary.AppendUvarint(b, uint64(len(s))), s...)
 }
 
@@ -163,7 +163,7 @@ func hashKey(scratch []byte, scope, method, path, key string) string {
 // appendIdentity appends all that tells two requests under one key apart, but
 // for the body. The key itself is part of it, so that someone who reads a store
 // cannot confirm guesses of short payloads.
-func appendIdentity(b []byte, r *http.Request, scope, key, query string, custom bool) []byte {
+func appendIdentity(b []byte, r *http.Request, scope, key string, custom bool) []byte {
 	b = append(b, "idempotency fingerprint 1"...)
 	b = appendField(b, key)
 	if scope == "" {
@@ -177,8 +177,14 @@ func appendIdentity(b []byte, r *http.Request, scope, key, query string, custom 
 		return append(b, 'f')
 	}
 	b = append(b, 'b')
+	_, query := target(r)
 	b = appendField(b, query)
-	return appendFields(b, r.Header["Content-Type"])
+	b = appendFields(b, r.Header["Content-Type"])
+	if r.PostForm != nil {
+		// An outer middleware has read the body: what it made of it counts.
+		b = appendField(append(b, 'p'), r.PostForm.Encode())
+	}
+	return b
 }
 
 // maxPooledBuffer keeps one large request from pinning its memory for good.
@@ -193,6 +199,7 @@ type requestBody struct {
 	buffer   *[]byte       // the pooled slice that identity and ahead lie in
 	identity []byte        // what the fingerprint covers before the body
 	ahead    []byte        // what was read of the body before the key was claimed
+	started  bool          // reading has begun
 	whole    bool          // ahead is the whole body
 	request  *http.Request // the client's, whose body is read
 	copy     *http.Request // the handler's
@@ -206,12 +213,12 @@ type requestBody struct {
 	closed bool
 }
 
-// readAhead reads the body up to limit bytes. identity must lie in *buffer.
-func (b *requestBody) readAhead(r *http.Request, buffer *[]byte, identity []byte, limit int64) error {
-	b.buffer, b.identity, b.request = buffer, identity, r
+// readAhead reads the body up to limit bytes. identity must lie in *b.buffer.
+func (b *requestBody) readAhead(r *http.Request, identity []byte, limit int64) error {
+	b.request = r
 	buf := identity
 	defer func() {
-		*buffer = buf
+		*b.buffer = buf
 		b.identity, b.ahead = buf[:len(identity)], buf[len(identity):]
 	}()
 	if r.Body == nil || r.Body == http.NoBody {
@@ -221,6 +228,7 @@ func (b *requestBody) readAhead(r *http.Request, buffer *[]byte, identity []byte
 	if r.ContentLength > limit {
 		return nil
 	}
+	b.started = true
 	// A declared length is not trusted with memory before the bytes come. The
 	// spare byte lets the end arrive together with the last of them.
 	buf = slices.Grow(buf, int(min(max(r.ContentLength, 0), maxPooledBuffer))+1)
@@ -242,20 +250,20 @@ func (b *requestBody) readAhead(r *http.Request, buffer *[]byte, identity []byte
 	return nil
 }
 
-// fingerprint appends the fingerprint of a body that was read whole.
-func (b *requestBody) fingerprint(dst []byte) []byte {
-	all := (*b.buffer)[:len(b.identity)+len(b.ahead)]
-	sum := sha256.Sum256(all)
-	return append(dst, sum[:]...)
+// fingerprint returns what tells the request apart. That is all of it when the
+// body was read whole. Otherwise it is all but the body, whose digest is stored
+// with the response.
+func (b *requestBody) fingerprint() [sha256.Size]byte {
+	if !b.whole {
+		return sha256.Sum256(append([]byte("idempotency large body 1"), b.identity...))
+	}
+	return sha256.Sum256((*b.buffer)[:len(b.identity)+len(b.ahead)])
 }
 
 // customFingerprint is fingerprint with print in the place of query,
 // Content-Type and body.
-func (b *requestBody) customFingerprint(dst, print []byte) []byte {
-	h := sha256.New()
-	h.Write(b.identity)
-	h.Write(print)
-	return h.Sum(dst)
+func (b *requestBody) customFingerprint(print []byte) [sha256.Size]byte {
+	return sha256.Sum256(append(slices.Clip(b.identity), print...))
 }
 
 // handOver makes the body that of the handler's copy of the request. A body
@@ -332,44 +340,46 @@ func (b *requestBody) Close() error {
 }
 
 // finish ends the handler's access. It reports whether the handler met a body
-// that broke off, and appends the fingerprint of a body that was not whole: a
-// hash over all of it, or over its first n bytes together with n, when the
-// handler stopped there.
-func (b *requestBody) finish(dst []byte) (fingerprint []byte, broken bool) {
+// that broke off, and the digest of a body that was not whole: a hash over all
+// of it, or over its first n bytes together with n, when the handler stopped
+// there.
+func (b *requestBody) finish() (digest []byte, broken bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.closed = true
 	if b.hash == nil {
 		return nil, b.broken
 	}
-	dst = b.hash.Sum(dst)
+	digest = b.hash.Sum(nil)
 	if !b.eof && b.read != b.request.ContentLength {
-		dst = binary.BigEndian.AppendUint64(dst, uint64(b.read))
+		digest = binary.BigEndian.AppendUint64(digest, uint64(b.read))
 	}
-	return dst, b.broken
+	return digest, b.broken
 }
 
-// matches reads as much of the body as stored covers and reports whether it is
+// matches reads as much of the body as digest covers and reports whether it is
 // the same. It is for a body that is not whole and was not handed over.
-func (b *requestBody) matches(stored []byte) (bool, error) {
+func (b *requestBody) matches(digest []byte) (bool, error) {
 	h := sha256.New()
 	h.Write(b.identity)
 	body := io.MultiReader(bytes.NewReader(b.ahead), b.request.Body)
-	switch len(stored) {
+	switch len(digest) {
 	case sha256.Size:
+		b.started = true
 		if _, err := io.Copy(h, body); err != nil {
 			return false, err
 		}
 	case sha256.Size + 8:
-		n := binary.BigEndian.Uint64(stored[sha256.Size:])
+		n := binary.BigEndian.Uint64(digest[sha256.Size:])
+		b.started = b.started || n > 0
 		if _, err := io.CopyN(h, body, int64(n)); err == io.EOF {
 			return false, nil // shorter than that
 		} else if err != nil {
 			return false, err
 		}
-		stored = stored[:sha256.Size]
+		digest = digest[:sha256.Size]
 	}
-	return bytes.Equal(h.Sum(nil), stored), nil
+	return bytes.Equal(h.Sum(nil), digest), nil
 }
 
 // free returns the buffer to its pool. Nothing may read from b any more.

@@ -250,7 +250,8 @@ func TestLargeBodies(t *testing.T) {
 	}
 }
 
-// A deployment may change the limit between the first try and the retry.
+// A deployment that changes the limit makes another request of a body between
+// the old and the new one: it is refused, and does not run again.
 func TestLimitChangesBetweenTries(t *testing.T) {
 	store := idempotency.NewMemoryStore()
 	large := newClient(store, &idempotency.Options{MaxBufferedBody: 64}, reading(-1))
@@ -258,9 +259,46 @@ func TestLimitChangesBetweenTries(t *testing.T) {
 	for i, pair := range [][2]*client{{large, small}, {small, large}} {
 		key := k(string(rune('a' + i)))
 		pair[0].check(t, i, exchange{key: key, body: upload(500, 'x'), get: "201 "})
-		pair[1].check(t, i, exchange{key: key, body: upload(500, 'x'), get: "replay 201 "})
-		pair[1].check(t, i, exchange{key: key, body: upload(500, 'y'), get: "422 key_reused"})
+		pair[1].check(t, i, exchange{key: key, body: upload(500, 'x'), get: "422 key_reused"})
+		pair[0].check(t, i, exchange{key: key, body: upload(500, 'x'), get: "replay 201 "})
 	}
+}
+
+// A stranger who learns the key of a run that died must not run in its place,
+// whatever the size of the bodies.
+func TestTakeOverByAnotherRequest(t *testing.T) {
+	for name, bodies := range map[string][2]string{
+		"large, large": {upload(500, 'x'), upload(500, 'x')},
+		"large, small": {upload(500, 'x'), "x"},
+		"small, large": {"x", upload(500, 'x')},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64}, panicOnce)
+				c.check(t, 0, exchange{key: k("a"), header: auth("alice"), body: bodies[0], get: "panic"})
+				time.Sleep(time.Minute)
+				c.check(t, 1, exchange{key: k("a"), header: auth("mallory"), body: bodies[1], get: "422 key_reused"})
+				c.check(t, 2, exchange{key: k("a"), header: auth("alice"), body: bodies[0], get: "201 attempt 2"})
+			})
+		})
+	}
+}
+
+// A form that an outer middleware parsed is not there to be read any more, but
+// it still tells two requests apart.
+func TestFormThatWasParsedOutside(t *testing.T) {
+	c := newClient(idempotency.NewMemoryStore(), nilOptions(), func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.WriteString(w, r.PostFormValue("amount"))
+	})
+	send := func(body string) string {
+		r := c.request(exchange{key: k("a"), body: body, header: http.Header{"Content-Type": {"application/x-www-form-urlencoded"}}})
+		require.NoError(t, r.ParseForm())
+		got, _ := describe(t, c.do(r))
+		return got
+	}
+	require.Equal(t, "200 1", send("amount=1"))
+	require.Equal(t, "422 key_reused", send("amount=1000"))
+	require.Equal(t, "replay 200 1", send("amount=1"))
 }
 
 // The credentials count for a large body as well.

@@ -15,11 +15,12 @@ import (
 // A stored value is a version byte, a kind byte and what the kind says. Numbers
 // are unsigned varints, strings follow their length.
 //
-//	response:  status, length of head, head, length of body, body
-//	notStored: status
+//	response:  status, digest, length of head, head, length of body, body
+//	notStored: status, digest
 //	sealed:    nonce, ciphertext of a kind byte and what that says
 //
-//	head:  number of values in all, fields, trailers
+//	digest: of a request body that was too large for the fingerprint, or empty
+//	head:   number of values in all, fields, trailers
 //	fields, trailers: their number, then for each: op, name, number of values, values
 //
 // Records outlive deployments, so a version that was ever released stays
@@ -72,36 +73,38 @@ func (f *headerField) apply(h http.Header) {
 // storedResponse is a stored value, read in place: body is part of it.
 type storedResponse struct {
 	status    int
+	digest    []byte
 	notStored bool
 	fields    []headerField
 	trailers  []headerField
 	body      []byte
 }
 
-// encodeResponse returns the stored form of a response in one allocation of its
-// exact size, or false when the headers are too large.
-func encodeResponse(status int, fields, trailers []headerField, body [][]byte) ([]byte, bool) {
+// encodeResponse returns the stored form of a response in one allocation, or
+// nil when the headers are too large.
+func encodeResponse(status int, digest []byte, fields, trailers []headerField, body [][]byte) []byte {
 	var scratch [1024]byte
 	head := binary.AppendUvarint(scratch[:0], countValues(fields)+countValues(trailers))
 	head = appendHeaderFields(head, fields)
 	head = appendHeaderFields(head, trailers)
 	if len(head) > maxHeadBytes {
-		return nil, false
+		return nil
 	}
 	size := 0
 	for _, chunk := range body {
 		size += len(chunk)
 	}
-	value := make([]byte, 0, 2+3*binary.MaxVarintLen32+len(head)+size)
+	value := make([]byte, 0, 2+4*binary.MaxVarintLen32+len(digest)+len(head)+size)
 	value = append(value, formVersion, kindResponse)
 	value = binary.AppendUvarint(value, uint64(status))
+	value = appendField(value, digest)
 	value = binary.AppendUvarint(value, uint64(len(head)))
 	value = append(value, head...)
 	value = binary.AppendUvarint(value, uint64(size))
 	for _, chunk := range body {
 		value = append(value, chunk...)
 	}
-	return value, true
+	return value
 }
 
 func countValues(fields []headerField) (n uint64) {
@@ -135,8 +138,8 @@ func appendHeaderFields(b []byte, fields []headerField) []byte {
 
 // encodeNotStored returns the stored form of a response that is too large, or
 // otherwise not to be had again.
-func encodeNotStored(status int) []byte {
-	return binary.AppendUvarint([]byte{formVersion, kindNotStored}, uint64(status))
+func encodeNotStored(status int, digest []byte) []byte {
+	return appendField(binary.AppendUvarint([]byte{formVersion, kindNotStored}, uint64(status)), digest)
 }
 
 // seal encrypts a stored form and binds it to its cell.
@@ -162,7 +165,7 @@ func decodeResponse(aead cipher.AEAD, storeKey string, value []byte) (storedResp
 	switch {
 	case kind == kindSealed && aead == nil:
 		return storedResponse{}, errSealed
-	case kind != kindSealed && aead != nil:
+	case kind == kindResponse && aead != nil:
 		return storedResponse{}, errUnsealed
 	case kind == kindSealed:
 		n := aead.NonceSize()
@@ -189,6 +192,11 @@ func decodePayload(kind byte, payload []byte) (storedResponse, error) {
 		return resp, errMalformed
 	}
 	resp.status = int(status)
+	size, payload, ok := cutUvarint(payload)
+	if !ok || size > uint64(len(payload)) {
+		return resp, errMalformed
+	}
+	resp.digest, payload = payload[:size], payload[size:]
 	switch kind {
 	case kindNotStored:
 		resp.notStored = true
@@ -200,6 +208,10 @@ func decodePayload(kind byte, payload []byte) (storedResponse, error) {
 	default:
 		return resp, fmt.Errorf("record has unknown kind %d", kind)
 	}
+	return decodeResponseParts(resp, payload)
+}
+
+func decodeResponseParts(resp storedResponse, payload []byte) (storedResponse, error) {
 	size, payload, ok := cutUvarint(payload)
 	if !ok || size > uint64(len(payload)) {
 		return resp, errMalformed
@@ -269,7 +281,7 @@ func (r *headReader) text() string {
 
 func (r *headReader) fields() []headerField {
 	n := r.number()
-	if n > uint64(len(r.s)) { // a field takes three bytes at least
+	if n > uint64(len(r.s))/3 { // a field takes three bytes at least
 		r.fail()
 		return nil
 	}
@@ -325,7 +337,7 @@ func (s *storedResponse) replay(w http.ResponseWriter) {
 // that has one cannot have trailers.
 func announceTrailers(h http.Header, trailers []headerField) {
 	for i := range trailers {
-		if strings.HasPrefix(trailers[i].name, http.TrailerPrefix) {
+		if trailers[i].op == opSet && strings.HasPrefix(trailers[i].name, http.TrailerPrefix) {
 			trailers[i].apply(h)
 		}
 	}
@@ -356,7 +368,7 @@ func markTransient(fields []headerField, keep func(string) bool, connection []st
 	for i := range fields {
 		f := &fields[i]
 		name := strings.TrimPrefix(f.name, http.TrailerPrefix)
-		wrongLength := f.op != opDelete && strings.EqualFold(name, "Content-Length") &&
+		wrongLength := len(f.values) > 0 && strings.EqualFold(name, "Content-Length") &&
 			!slices.Equal(f.values, []string{strconv.FormatInt(size, 10)})
 		f.transient = wrongLength || isConnectionLevel(name, connection) || !keep(name)
 	}

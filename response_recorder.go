@@ -23,14 +23,18 @@ var errAfterReturn = errors.New("idempotency: write after the handler returned")
 // Hijack: http.ResponseController reports http.ErrNotSupported.
 type recorder struct {
 	w     http.ResponseWriter
-	limit int64 // how much of the body is kept
+	proto int      // major version of HTTP
+	limit int64    // how much of the body is kept
+	outer []string // names that outer middleware had set at the beginning
 
 	mu          sync.Mutex  // guards what follows, against goroutines the handler leaves behind
 	header      http.Header // the handler's own, so that what it drops never reaches w
 	wroteHeader bool
 	status      int
-	length      int64 // declared by the handler, or -1
-	declared    []string
+	length      int64         // declared by the handler, or -1
+	declared    []string      // names of trailers
+	connection  []string      // values of the Connection header
+	sniff       bool          // net/http will find out the Content-Type
 	fields      []headerField // what the handler changed
 	trailers    []headerField
 	body        recordedBody
@@ -40,10 +44,11 @@ type recorder struct {
 	closed      bool
 }
 
-func newRecorder(w http.ResponseWriter, limit int64) *recorder {
-	r := &recorder{w: w, limit: limit, length: -1, header: w.Header().Clone()}
-	if r.header == nil {
-		r.header = make(http.Header)
+func newRecorder(w http.ResponseWriter, proto int, limit int64) *recorder {
+	r := &recorder{w: w, proto: proto, limit: limit, length: -1, header: make(http.Header)}
+	for name, values := range w.Header() {
+		r.header[name] = slices.Clone(values)
+		r.outer = append(r.outer, name)
 	}
 	return r
 }
@@ -62,7 +67,7 @@ func (r *recorder) WriteHeader(status int) {
 	if status < 100 || status > 999 {
 		panic("invalid WriteHeader code " + strconv.Itoa(status)) // as net/http does
 	}
-	if status < 200 && status != http.StatusSwitchingProtocols {
+	if status < 200 && (status != http.StatusSwitchingProtocols || r.proto >= 2) {
 		r.informLocked(status)
 		return
 	}
@@ -71,9 +76,6 @@ func (r *recorder) WriteHeader(status int) {
 
 // informLocked sends a 1xx response, with the handler's header as it is now.
 func (r *recorder) informLocked(status int) {
-	if r.streaming {
-		return
-	}
 	h := r.w.Header()
 	outer := maps.Clone(h)
 	clear(h)
@@ -86,14 +88,18 @@ func (r *recorder) informLocked(status int) {
 // writeHeaderLocked fixes the status and the header, as net/http does.
 func (r *recorder) writeHeaderLocked(status int) {
 	r.wroteHeader, r.status = true, status
+	r.fields = headerDifference(r.w.Header(), r.header, r.outer)
 	if declared := r.header.Get("Content-Length"); declared != "" {
 		n, err := strconv.ParseInt(declared, 10, 64)
 		if err != nil || n < 0 {
-			r.header.Del("Content-Length")
+			r.header.Del("Content-Length") // w does the same, and says so in its log
 		} else {
 			r.length = n
 		}
 	}
+	_, typed := r.header["Content-Type"]
+	r.sniff = !typed && r.header.Get("Content-Encoding") == "" && bodyAllowed(status)
+	r.connection = slices.Clone(r.header["Connection"])
 	for _, line := range r.header["Trailer"] {
 		for name := range strings.SplitSeq(line, ",") {
 			if name = strings.TrimSpace(name); name != "" {
@@ -101,12 +107,18 @@ func (r *recorder) writeHeaderLocked(status int) {
 			}
 		}
 	}
-	r.fields = headerDifference(r.w.Header(), r.header)
+	if r.sniff && r.proto == 1 && r.header.Get("Transfer-Encoding") != "" {
+		// HTTP/1 does not sniff then. A replay, which has no Transfer-Encoding
+		// of the handler's, must not either.
+		r.sniff = false
+		r.fields = append(r.fields, headerField{op: opSet, name: "Content-Type"})
+	}
 }
 
-// headerDifference returns what turns base into header. The values are copied:
-// the handler may go on changing its map.
-func headerDifference(base, header http.Header) []headerField {
+// headerDifference returns what turns base into header, where the handler could
+// have deleted only what is in outer. The values are copied: the handler may go
+// on changing its map.
+func headerDifference(base, header http.Header, outer []string) []headerField {
 	count := 0
 	for _, values := range header {
 		count += len(values)
@@ -127,7 +139,7 @@ func headerDifference(base, header http.Header) []headerField {
 		f.values = slices.Clip(backing[len(backing)-len(values):])
 		fields = append(fields, f)
 	}
-	for name := range base {
+	for _, name := range outer {
 		if _, ok := header[name]; !ok {
 			fields = append(fields, headerField{op: opDelete, name: name})
 		}
@@ -197,6 +209,9 @@ func (r *recorder) FlushError() error {
 	if r.closed {
 		return errAfterReturn
 	}
+	if !canFlush(r.w) {
+		return http.ErrNotSupported
+	}
 	if !r.wroteHeader {
 		r.writeHeaderLocked(http.StatusOK)
 	}
@@ -205,10 +220,24 @@ func (r *recorder) FlushError() error {
 		r.streamLocked()
 	}
 	err := http.NewResponseController(r.w).Flush()
-	if !r.overflow && !errors.Is(err, http.ErrNotSupported) {
+	if !r.overflow {
 		return nil // as for Write
 	}
 	return err
+}
+
+// canFlush reports whether http.ResponseController finds a Flush.
+func canFlush(w http.ResponseWriter) bool {
+	for {
+		switch t := w.(type) {
+		case interface{ FlushError() error }, http.Flusher:
+			return true
+		case interface{ Unwrap() http.ResponseWriter }:
+			w = t.Unwrap()
+		default:
+			return false
+		}
+	}
 }
 
 // SetReadDeadline is what http.ResponseController calls.
@@ -229,8 +258,7 @@ func (r *recorder) EnableFullDuplex() error {
 // fixContentTypeLocked records what net/http is about to find out. It sniffs
 // what is there at the first flush; at a replay that would be the whole body.
 func (r *recorder) fixContentTypeLocked() {
-	_, has := r.header["Content-Type"]
-	if has || !bodyAllowed(r.status) || r.header.Get("Content-Encoding") != "" || r.header.Get("Transfer-Encoding") != "" {
+	if !r.sniff {
 		return
 	}
 	f := headerField{op: opSet, name: "Content-Type"} // present without a value: not sniffed
@@ -271,11 +299,19 @@ func (r *recorder) finish() {
 		r.writeHeaderLocked(http.StatusOK)
 	}
 	r.closed = true
-	for name, values := range r.header {
-		if strings.HasPrefix(name, http.TrailerPrefix) || slices.Contains(r.declared, name) {
-			r.trailers = append(r.trailers, headerField{op: opSet, name: name, values: values})
+	r.trailers = slices.DeleteFunc(headerDifference(r.w.Header(), r.header, r.outer), func(f headerField) bool {
+		return !r.isTrailer(f.name)
+	})
+	// What was a trailer when the header was written need not be one any more.
+	for _, f := range r.fields {
+		if _, ok := r.header[f.name]; !ok && r.isTrailer(f.name) {
+			r.trailers = append(r.trailers, headerField{op: opDelete, name: f.name})
 		}
 	}
+}
+
+func (r *recorder) isTrailer(name string) bool {
+	return strings.HasPrefix(name, http.TrailerPrefix) || slices.Contains(r.declared, name)
 }
 
 // complete reports whether the recorder has the whole response: it was neither
@@ -310,13 +346,12 @@ func (r *recorder) drop() (streaming bool) {
 	return r.streaming
 }
 
-// encode returns the stored form of the finished response, or false when its
+// encode returns the stored form of the finished response, or nil when its
 // headers are too large.
-func (r *recorder) encode(keep func(name string) bool) ([]byte, bool) {
-	connection := r.header["Connection"]
-	markTransient(r.fields, keep, connection, r.body.size)
-	markTransient(r.trailers, keep, connection, -1)
-	return encodeResponse(r.status, r.fields, r.trailers, r.body.chunks)
+func (r *recorder) encode(digest []byte, keep func(name string) bool) []byte {
+	markTransient(r.fields, keep, r.connection, r.body.size)
+	markTransient(r.trailers, keep, r.connection, -1)
+	return encodeResponse(r.status, digest, r.fields, r.trailers, r.body.chunks)
 }
 
 // recordedBody is a body in pooled chunks. Small first, then large: growing one

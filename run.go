@@ -21,17 +21,12 @@ func (c *call) run(rec Record) {
 		call: c, cancel: cancel, length: c.opts.Lease,
 		limit: time.Now().Add(c.opts.MaxExecution),
 	}
-	recorder := newRecorder(c.w, c.opts.MaxResponseBytes)
+	recorder := newRecorder(c.w, c.r.ProtoMajor, c.opts.MaxResponseBytes)
 	c.lease.start(c.claimSent)
-
-	returned := false
-	defer func() {
-		if !returned {
-			c.crashed(recorder)
-		}
-	}()
-	c.callHandler(recorder, ctx)
-	returned = true
+	c.callHandler(recorder, ctx, func() {
+		c.lease.stop()
+		recorder.drop()
+	})
 	c.settle(ctx, recorder)
 }
 
@@ -39,22 +34,31 @@ func (c *call) run(rec Record) {
 func (c *call) runUnprotected(err error) {
 	c.warn("store unavailable, running unprotected", err)
 	c.execution = Execution{key: c.key, storeKey: c.storeKey, attempt: 1}
-	c.callHandler(c.w, context.WithValue(c.r.Context(), executionKey{}, &c.execution))
+	ctx := context.WithValue(c.r.Context(), executionKey{}, &c.execution)
+	c.callHandler(c.w, ctx, func() {})
+	c.execution.end()
 	c.report(OutcomeUnprotected, 0, err)
 }
 
-// callHandler calls the next handler with a copy of the request. The server
-// cleans up after the request it made; what the handler opened through the copy
-// is ours.
-func (c *call) callHandler(w http.ResponseWriter, ctx context.Context) {
+// callHandler calls the next handler with a copy of the request, and crashed if
+// it does not return. The server cleans up after the request it made; what the
+// handler opened through the copy is ours.
+func (c *call) callHandler(w http.ResponseWriter, ctx context.Context, crashed func()) {
 	r := c.r.WithContext(ctx)
 	c.body.handOver(r)
+	returned := false
 	defer func() {
 		if r.MultipartForm != nil && r.MultipartForm != c.r.MultipartForm {
 			_ = r.MultipartForm.RemoveAll()
 		}
+		if !returned {
+			c.execution.end()
+			crashed()
+			c.report(OutcomePanicked, 0, nil)
+		}
 	}()
 	c.next.ServeHTTP(w, r)
+	returned = true
 }
 
 // handlerContext returns a context with the values and the deadline of the
@@ -74,32 +78,26 @@ func (c *call) handlerContext() (context.Context, context.CancelCauseFunc) {
 	return ctx, func(cause error) { cancel(cause); stop() }
 }
 
-// crashed cleans up after a handler that did not return.
-func (c *call) crashed(recorder *recorder) {
-	c.lease.stop()
-	recorder.drop()
-	c.report(OutcomePanicked, 0, nil)
-}
-
 // settle stores the response, or frees the key, and then lets the client have
-// it: what a client has seen, a retry must be able to see again.
+// it: what a client has seen, a retry must be able to see again. The lease is
+// renewed until all is ready for the store.
 func (c *call) settle(ctx context.Context, recorder *recorder) {
-	end, taken := c.lease.stop()
-	committed, discarded, attached := c.execution.state()
-	fingerprint, broken := c.body.finish(c.sum[:0])
-	if c.fingerprint == nil {
-		c.fingerprint = fingerprint
-	}
+	committed, discarded, attached := c.execution.end()
+	digest, broken := c.body.finish()
 	recorder.finish()
-
-	switch {
-	case committed, !discarded && !(broken && !c.opts.AtMostOnce) && c.isFinal(recorder):
-		c.keep(ctx, recorder, end, committed, attached)
-	case taken:
-		c.withhold(recorder, OutcomeLeaseLost, c.problem(ErrInProgress, ErrLeaseLost))
-	default:
-		c.free(ctx, recorder, end)
+	final := committed || !discarded && !(broken && !c.opts.AtMostOnce) && c.isFinal(recorder)
+	if final {
+		value, notStored := c.encode(recorder, digest)
+		c.keep(ctx, recorder, value, notStored, committed, attached)
+		return
 	}
+	end, taken := c.lease.stop()
+	err := c.release(ctx, end)
+	if taken || !time.Now().Before(end) {
+		c.withhold(recorder, OutcomeLeaseLost, c.problem(ErrInProgress, ErrLeaseLost))
+		return
+	}
+	c.send(recorder, OutcomeReleased, err)
 }
 
 // isFinal asks ShouldStore. The handler has finished: a panic in it must not
@@ -127,30 +125,31 @@ func isFinalStatus(status int, atMostOnce bool) bool {
 // keep stores the response. When the store fails, the client gets it all the
 // same: the handler has finished, and the claim stands while storing goes on in
 // the background.
-func (c *call) keep(ctx context.Context, recorder *recorder, end time.Time, committed, attached bool) {
-	value, notStored := c.encode(recorder)
+func (c *call) keep(ctx context.Context, recorder *recorder, value []byte, notStored error, committed, attached bool) {
 	result := Result{Fingerprint: c.fingerprint, Value: value, TTL: c.opts.TTL}
 	complete := func(ctx context.Context) error { return c.store.Complete(ctx, c.storeKey, c.token, result) }
 
+	end, taken := c.lease.stop()
 	var err error
 	if attached { // a transaction ends only once
 		err = storeCall(ctx, c.opts.StoreTimeout, complete)
 	} else {
 		err = c.persist(ctx, complete)
 	}
+	rolledBack := errors.Is(err, ErrRolledBack)
+	if rolledBack && !committed {
+		err = errors.Join(err, c.release(ctx, end))
+	}
 	switch {
 	case err == nil:
 		c.send(recorder, OutcomeExecuted, notStored)
-	case errors.Is(err, ErrLeaseLost):
+	case errors.Is(err, ErrLeaseLost) || rolledBack && taken:
 		c.withhold(recorder, OutcomeLeaseLost, c.problem(ErrInProgress, err))
-	case errors.Is(err, ErrRolledBack):
-		if !committed {
-			c.release(ctx, end)
-		}
-		c.withhold(recorder, OutcomeStoreUnavailable, c.problem(ErrStoreUnavailable, err))
-	case attached:
+	case rolledBack || attached:
 		p := c.problem(ErrStoreUnavailable, err)
-		p.Detail = "Whether the request was processed is not known yet. Repeat it later with the same key to find out."
+		if committed || !rolledBack {
+			p.Detail = "Whether the request was processed is not known. Repeat it later with the same key to find out."
+		}
 		c.withhold(recorder, OutcomeStoreUnavailable, p)
 	default:
 		c.persistLater(ctx, end, "storing a response failed, its request may run again", complete)
@@ -159,24 +158,36 @@ func (c *call) keep(ctx context.Context, recorder *recorder, end time.Time, comm
 }
 
 // encode returns the stored form of the response, and why that is not the
-// response itself. If a callback panics, retries learn that it ran.
-func (c *call) encode(recorder *recorder) (value []byte, notStored error) {
-	value, notStored = encodeNotStored(recorder.status), ErrResponseNotStored
-	defer c.contain("ReplayHeader or AEAD")
-	if recorder.complete() {
-		if v, ok := recorder.encode(c.opts.ReplayHeader); ok {
-			value, notStored = v, nil
-		}
+// response itself: a callback that panics, say, must not make the handler run
+// again.
+func (c *call) encode(recorder *recorder, digest []byte) (value []byte, notStored error) {
+	value = c.encodeResponse(recorder, digest)
+	if value == nil {
+		notStored = ErrResponseNotStored
+		value = encodeNotStored(recorder.status, digest)
 	}
-	if c.opts.AEAD != nil {
-		value = seal(c.opts.AEAD, c.storeKey, value)
+	if c.opts.AEAD == nil {
+		return value, notStored
 	}
-	return value, notStored
+	if sealed := c.seal(value); sealed != nil {
+		return sealed, notStored
+	}
+	return encodeNotStored(recorder.status, digest), ErrResponseNotStored
 }
 
-// free gives the key back after an answer that says that nothing was done.
-func (c *call) free(ctx context.Context, recorder *recorder, end time.Time) {
-	c.send(recorder, OutcomeReleased, c.release(ctx, end))
+// encodeResponse returns nil if the response cannot be kept.
+func (c *call) encodeResponse(recorder *recorder, digest []byte) (value []byte) {
+	if !recorder.complete() {
+		return nil
+	}
+	defer c.contain("ReplayHeader")
+	return recorder.encode(digest, c.opts.ReplayHeader)
+}
+
+// seal returns nil if the AEAD panics.
+func (c *call) seal(value []byte) (sealed []byte) {
+	defer c.contain("AEAD")
+	return seal(c.opts.AEAD, c.storeKey, value)
 }
 
 // release frees the key, in the background if the store fails now.
@@ -199,12 +210,11 @@ func (c *call) send(recorder *recorder, outcome Outcome, err error) {
 // streamed cannot be taken back, but the client can be kept from taking it for
 // a whole response.
 func (c *call) withhold(recorder *recorder, outcome Outcome, p *Error) {
-	streaming := recorder.drop()
-	if !streaming {
+	c.warn("a response was withheld", p)
+	if streaming := recorder.drop(); !streaming {
 		c.refuseAs(outcome, p)
 		return
 	}
-	c.warn("response withheld after streaming began", p)
 	c.report(outcome, recorder.status, p)
 	panic(http.ErrAbortHandler)
 }

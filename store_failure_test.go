@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net/http"
 	"net/http/httptest"
 	"sync"
@@ -147,6 +148,71 @@ func TestFailOpen(t *testing.T) {
 		require.Equal(t, []string{"unprotected 0", "unprotected 0"}, events.all())
 		require.ErrorIs(t, events.last().Err, errDown)
 	})
+}
+
+// The claim that was made unnoticed protects an unprotected run for a while.
+func TestFailOpenKeepsAnUncertainClaim(t *testing.T) {
+	withFaults(t, idempotency.Options{FailOpen: true, Wait: idempotency.NoWait}, lasting(10*time.Second), func(t *testing.T, s *faultyStore, c *client, _ *eventLog) {
+		s.failAfter("Acquire", errDown)
+		go c.do(c.request(exchange{key: k("a")}))
+		synctest.Wait()
+		s.failAfter("Acquire", nil)
+		time.Sleep(5 * time.Second)
+		c.check(t, 1, exchange{key: k("a"), get: "409 in_progress"})
+	})
+}
+
+func TestFailOpenPanicIsReported(t *testing.T) {
+	withFaults(t, idempotency.Options{FailOpen: true}, panicOnce, func(t *testing.T, s *faultyStore, c *client, events *eventLog) {
+		s.fail("Acquire", errDown)
+		c.check(t, 0, exchange{key: k("a"), get: "panic"})
+		require.Equal(t, []string{"panicked 0"}, events.all())
+	})
+}
+
+// A first try whose reply is lost may still arrive: after the second try has
+// found someone else, and that one has left.
+func TestGhostOfAClaim(t *testing.T) {
+	withFaults(t, idempotency.Options{AtMostOnce: true, Wait: idempotency.NoWait}, answering(429, 201), func(t *testing.T, s *faultyStore, c *client, _ *eventLog) {
+		inner := s.Store
+		ghost := &ghostStore{Store: inner}
+		c.check(t, 0, exchange{key: k("other"), get: "429 "})
+		rec, err := inner.Acquire(t.Context(), storeKeyOfA, idempotency.Claim{Token: "first", Lease: time.Minute, TTL: time.Hour})
+		require.NoError(t, err)
+		require.Equal(t, idempotency.Acquired, rec.State)
+		s.replace(ghost)
+		c.check(t, 1, exchange{key: k("a"), get: "409 in_progress"})
+		s.replace(inner)
+		require.NoError(t, inner.Release(t.Context(), storeKeyOfA, "first"))
+		time.Sleep(25 * time.Millisecond)
+		ghost.arrive(t) // before the claim is given back
+		time.Sleep(time.Second)
+		c.check(t, 2, exchange{key: k("a"), get: "201 "})
+	})
+}
+
+// storeKeyOfA is the cell of POST /charge with key a.
+const storeKeyOfA = "X6TInVDcw8CoaojiMy5vpNMTe4uJbVLvuhjeC5l33gg"
+
+// ghostStore keeps the first claim back.
+type ghostStore struct {
+	idempotency.Store
+	kept *idempotency.Claim
+}
+
+func (s *ghostStore) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+	if s.kept == nil {
+		s.kept = &c
+		return idempotency.Record{}, errDown
+	}
+	return s.Store.Acquire(ctx, key, c)
+}
+
+func (s *ghostStore) arrive(t *testing.T) {
+	t.Helper()
+	rec, err := s.Store.Acquire(t.Context(), storeKeyOfA, *s.kept)
+	require.NoError(t, err)
+	require.Equal(t, idempotency.Acquired, rec.State)
 }
 
 // With FailOpen a store that goes down while a duplicate waits does not make it
@@ -317,6 +383,40 @@ func TestAttachedTransaction(t *testing.T) {
 	}
 }
 
+// A client must not be told that nothing was done when nobody knows.
+func TestUnknownOutcomesAreNotCalledUnprocessed(t *testing.T) {
+	for name, commit := range map[string]bool{"unknown": false, "rolled back after Commit": true} {
+		t.Run(name, func(t *testing.T) {
+			withFaults(t, idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+				execution(r).Attach("transaction")
+				if commit {
+					must(execution(r).Commit(r.Context()))
+				}
+			}, func(t *testing.T, s *faultyStore, c *client, _ *eventLog) {
+				s.fail("Complete", map[bool]error{false: errDown, true: idempotency.ErrRolledBack}[commit])
+				_, p := describe(t, c.do(c.request(exchange{key: k("a")})))
+				require.Contains(t, p.Detail, "is not known")
+			})
+		})
+	}
+}
+
+// A transaction is ended even when the key was lost.
+func TestLostLeaseEndsTheTransaction(t *testing.T) {
+	withFaults(t, idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+		execution(r).Attach("transaction")
+		<-r.Context().Done()
+		w.WriteHeader(http.StatusInternalServerError)
+	}, func(t *testing.T, s *faultyStore, c *client, events *eventLog) {
+		carrier := &contextStore{Store: s.Store}
+		s.Store = carrier
+		time.AfterFunc(time.Second, func() { s.fail("Acquire", errDown) })
+		c.check(t, 0, exchange{key: k("a"), get: "409 in_progress"})
+		require.Equal(t, []string{"lease_lost 409"}, events.all())
+		require.Equal(t, []string{"Release transaction"}, carrier.seen)
+	})
+}
+
 func TestStoreSeesTheAttachment(t *testing.T) {
 	withFaults(t, idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
 		execution(r).Attach("transaction")
@@ -419,15 +519,17 @@ func TestPanickingCallbacks(t *testing.T) {
 		opts idempotency.Options
 		then string
 	}{
-		"ShouldStore":  {idempotency.Options{ShouldStore: func(int, http.Header) bool { panic("bug") }}, "replay 201 charge 1"},
-		"OnEvent":      {idempotency.Options{OnEvent: func(context.Context, idempotency.Event) { panic("bug") }}, "replay 201 charge 1"},
-		"ReplayHeader": {idempotency.Options{ReplayHeader: func(string) bool { panic("bug") }}, "409 response_not_stored"},
-		"AEAD":         {idempotency.Options{AEAD: panickingAEAD{}}, "500 record_unreadable"},
+		"ShouldStore":          {idempotency.Options{ShouldStore: func(int, http.Header) bool { panic("bug") }}, "replay 201 charge 1"},
+		"OnEvent":              {idempotency.Options{OnEvent: func(context.Context, idempotency.Event) { panic("bug") }}, "replay 201 charge 1"},
+		"ReplayHeader":         {idempotency.Options{ReplayHeader: func(string) bool { panic("bug") }}, "409 response_not_stored"},
+		"AEAD":                 {idempotency.Options{AEAD: panickingAEAD{}}, "409 response_not_stored"},
+		"ReplayHeader, sealed": {idempotency.Options{AEAD: newAEAD(t, 1), ReplayHeader: func(string) bool { panic("bug") }}, "409 response_not_stored"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var log bytes.Buffer
 			row.opts.Logger = slog.New(slog.NewTextHandler(&log, nil))
-			c := newClient(idempotency.NewMemoryStore(), &row.opts, func(w http.ResponseWriter, r *http.Request) {
+			store := &faultyStore{Store: idempotency.NewMemoryStore()}
+			c := newClient(store, &row.opts, func(w http.ResponseWriter, r *http.Request) {
 				w.Header().Set("X-Some", "header")
 				lasting(0)(w, r)
 			})
@@ -436,6 +538,9 @@ func TestPanickingCallbacks(t *testing.T) {
 			got, _ := describe(t, c.do(c.request(exchange{key: k("a")})))
 			require.Equal(t, row.then, got)
 			require.Equal(t, 1, c.runs())
+			if row.opts.AEAD != nil {
+				require.NotContains(t, string(store.lastResult().Value), "charge")
+			}
 		})
 	}
 }
@@ -519,19 +624,21 @@ func TestErrorBody(t *testing.T) {
 
 func TestOptionsThatAreNonsense(t *testing.T) {
 	for fix, opts := range map[string]idempotency.Options{
-		"TTL is negative":              {TTL: -1},
-		"Lease is under 1ms":           {Lease: -1},
-		"exceeds Options.TTL":          {Lease: time.Hour, TTL: time.Minute},
-		"use NoWait":                   {Wait: -2},
-		"MaxExecution is negative":     {MaxExecution: -1},
-		"StoreTimeout is negative":     {StoreTimeout: -1},
-		"exceeds half of":              {StoreTimeout: 20 * time.Second},
-		"is not a header name":         {Header: "Idempotency Key"},
-		"needs no idempotency key":     {Methods: []string{"POST", "GET"}},
-		"upper-case":                   {Methods: []string{"post"}},
-		"MaxBufferedBody is negative":  {MaxBufferedBody: -1},
-		"MaxResponseBytes is negative": {MaxResponseBytes: -1},
-		"is not a URL":                 {DocsURL: "https://x/>"},
+		"TTL is negative":                     {TTL: -1},
+		"over 100 years":                      {TTL: math.MaxInt64},
+		"MaxBufferedBody is negative or over": {MaxBufferedBody: math.MaxInt64},
+		"Lease is under 1ms":                  {Lease: -1},
+		"exceeds Options.TTL":                 {Lease: time.Hour, TTL: time.Minute},
+		"use NoWait":                          {Wait: -2},
+		"MaxExecution is negative":            {MaxExecution: -1},
+		"StoreTimeout is negative":            {StoreTimeout: -1},
+		"exceeds half of":                     {StoreTimeout: 20 * time.Second},
+		"is not a header name":                {Header: "Idempotency Key"},
+		"needs no idempotency key":            {Methods: []string{"POST", "GET"}},
+		"upper-case":                          {Methods: []string{"post"}},
+		"MaxBufferedBody is negative":         {MaxBufferedBody: -1},
+		"MaxResponseBytes is negative":        {MaxResponseBytes: -1},
+		"is not a URL":                        {DocsURL: "https://x/>"},
 	} {
 		t.Run(fix, func(t *testing.T) {
 			defer func() { require.Contains(t, recover(), fix) }()

