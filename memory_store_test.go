@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"math"
 	"runtime"
 	"sync"
 	"testing"
@@ -31,6 +32,7 @@ var padding = bytes.Repeat([]byte("p"), 64<<10)
 
 func (s paddedStore) Complete(ctx context.Context, key, token string, r idempotency.Result) error {
 	r.Value = append(append([]byte(nil), padding...), r.Value...)
+	defer clear(r.Value) // the store must have copied it
 	return s.MemoryStore.Complete(ctx, key, token, r)
 }
 
@@ -127,6 +129,60 @@ func heap() int64 {
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
 	return int64(m.HeapAlloc)
+}
+
+// More expires at once than one operation frees. What is still there must not
+// be answered with, nor take what came in its place with it when it goes.
+func TestMemoryStoreReplacesWhatExpired(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := idempotency.NewMemoryStore()
+		const records = 20_000
+		for i := range records {
+			complete(t, s, fmt.Sprint(i), "1", []byte("old"), time.Minute)
+		}
+		time.Sleep(time.Minute)
+		for i := records - 100; i < records; i++ {
+			require.Equal(t, idempotency.Acquired, acquire(t, s, fmt.Sprint(i), "2").State)
+			complete(t, s, fmt.Sprint(i), "2", []byte("new"), time.Minute)
+		}
+		require.Equal(t, 100, s.Len())
+		for i := records - 100; i < records; i++ {
+			require.Equal(t, "new", string(acquire(t, s, fmt.Sprint(i), "3").Value))
+		}
+	})
+}
+
+// What the store returned stays valid when its cell is gone and used again.
+func TestMemoryStoreReturnsWhatStaysValid(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := idempotency.NewMemoryStore()
+		for _, size := range []int{10, 100_000} {
+			key, value := fmt.Sprint("size ", size), bytes.Repeat([]byte("v"), size)
+			fingerprint := bytes.Repeat([]byte("f"), 32)
+			require.NoError(t, s.Complete(t.Context(), key, "1", idempotency.Result{Fingerprint: fingerprint, Value: value, TTL: time.Minute}))
+			rec := acquire(t, s, key, "2")
+			require.Equal(t, idempotency.Completed, rec.State)
+			time.Sleep(time.Minute)
+			for i := range 1000 {
+				claim := idempotency.Claim{Token: "3", Fingerprint: bytes.Repeat([]byte("x"), 32), Lease: time.Second, TTL: time.Second}
+				_, err := s.Acquire(t.Context(), fmt.Sprint(size, i), claim)
+				require.NoError(t, err)
+				complete(t, s, fmt.Sprint("c", size, i), "3", bytes.Repeat([]byte("x"), 500), time.Second)
+			}
+			require.Equal(t, fingerprint, rec.Fingerprint)
+			require.Equal(t, value, rec.Value)
+			time.Sleep(time.Minute)
+		}
+	})
+}
+
+func TestMemoryStoreForever(t *testing.T) {
+	s := idempotency.NewMemoryStore()
+	_, err := s.Acquire(t.Context(), "a", idempotency.Claim{Token: "1", Lease: math.MaxInt64, TTL: math.MaxInt64})
+	require.NoError(t, err)
+	require.Equal(t, idempotency.InProgress, acquire(t, s, "a", "2").State)
+	complete(t, s, "a", "1", nil, math.MaxInt64)
+	require.Equal(t, idempotency.Completed, acquire(t, s, "a", "2").State)
 }
 
 // Every way into and out of the accounts must agree, or the store would fill up

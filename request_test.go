@@ -358,6 +358,32 @@ func TestBodyAfterTheHandlerReturned(t *testing.T) {
 	}
 }
 
+// One that is reading while the handler returns gets nothing either, and what it
+// would have read does not count.
+func TestReadThatOutlivesTheHandler(t *testing.T) {
+	in, out := io.Pipe()
+	read := make(chan error, 1)
+	c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64}, func(w http.ResponseWriter, r *http.Request) {
+		_, err := io.CopyN(io.Discard, r.Body, 100)
+		must(err)
+		started := make(chan struct{})
+		go func() {
+			close(started)
+			_, err := r.Body.Read(make([]byte, 10))
+			read <- err
+		}()
+		<-started
+	})
+	r := c.request(exchange{key: k("a"), body: upload(500, 'x')})
+	r.Body = in
+	go func() { _, _ = io.WriteString(out, upload(0, 'x')) }()
+	got, _ := describe(t, c.do(r))
+	require.Equal(t, "200 ", got)
+	go func() { _, _ = io.WriteString(out, "more") }()
+	require.ErrorIs(t, <-read, http.ErrBodyReadAfterClose)
+	c.check(t, 1, exchange{key: k("a"), body: upload(500, 'y'), get: "replay 200 "})
+}
+
 func TestClosedBodyStaysClosed(t *testing.T) {
 	c := newClient(idempotency.NewMemoryStore(), nilOptions(), func(w http.ResponseWriter, r *http.Request) {
 		require.NoError(t, r.Body.Close())

@@ -227,6 +227,25 @@ func TestServerTrailersOfTheRequest(t *testing.T) {
 	}
 }
 
+// Trailers that nothing declared come with the end of the body, which the
+// handler sees after its copy of the request was made.
+func TestServerUndeclaredTrailersOfTheRequest(t *testing.T) {
+	for name, size := range map[string]int{"small": 10, "large": 2 << 20} {
+		t.Run(name, func(t *testing.T) {
+			seen := make(chan string, 1)
+			s := newServer(t, nil, func(w http.ResponseWriter, r *http.Request) {
+				_, err := io.Copy(io.Discard, r.Body)
+				must(err)
+				seen <- r.Trailer.Get("X-Sum")
+			})
+			status, _ := raw(t, s, fmt.Sprintf("POST / HTTP/1.1\r\nHost: x\r\nIdempotency-Key: a\r\nTransfer-Encoding: chunked\r\n\r\n"+
+				"%x\r\n%s\r\n0\r\nX-Sum: 42\r\n\r\n", size, strings.Repeat("x", size)))
+			require.Equal(t, "HTTP/1.1 200 OK", status)
+			require.Equal(t, "42", <-seen)
+		})
+	}
+}
+
 // raw sends lines as they are and returns the first line that does not say
 // 100 Continue, and whether one did.
 func raw(t *testing.T, s *httptest.Server, send string) (status string, continued bool) {
