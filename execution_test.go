@@ -22,14 +22,14 @@ import (
 func observe(t *testing.T, store idempotency.Store, opts *idempotency.Options, handler http.HandlerFunc) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		c := newClient(store, opts, handler)
+		c := newAPI(store, opts, handler)
 		c.do(c.request(exchange{key: k("a")}))
 		require.Equal(t, 1, c.runs())
 	})
 }
 
 func TestExecutionTellsTheHandlerWhatItIs(t *testing.T) {
-	c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
 		e := execution(r)
 		require.Equal(t, "a", e.Key())
 		require.Equal(t, 1, e.Attempt())
@@ -46,7 +46,7 @@ func TestExecutionTellsTheHandlerWhatItIs(t *testing.T) {
 
 func TestDownstreamKey(t *testing.T) {
 	keys := map[string]string{} // by request and name
-	c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
 		e := execution(r)
 		for _, name := range []string{"psp", "mail"} {
 			id := r.URL.Path + e.Key() + name
@@ -91,7 +91,7 @@ func TestHandlerContext(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				ctx, hangUp := context.WithCancel(context.WithValue(t.Context(), tenantKey{}, "acme"))
 				var inside context.Context
-				c := newClient(idempotency.NewMemoryStore(), &row.opts, func(w http.ResponseWriter, r *http.Request) {
+				c := newAPI(idempotency.NewMemoryStore(), &row.opts, func(w http.ResponseWriter, r *http.Request) {
 					inside = r.Context()
 					hangUp()
 					synctest.Wait()
@@ -112,7 +112,7 @@ func TestHandlerContextKeepsADeadline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+		c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
 			_, ok := r.Context().Deadline()
 			require.True(t, ok)
 			<-r.Context().Done()
@@ -126,7 +126,7 @@ func TestHandlerContextKeepsADeadline(t *testing.T) {
 
 func TestLeaseIsRenewedWhileTheHandlerRuns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{Wait: idempotency.NoWait}, lasting(9*time.Minute))
+		c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{Wait: idempotency.NoWait}, lasting(9*time.Minute))
 		var first sync.WaitGroup
 		first.Go(func() { c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"}) })
 		for range 8 { // each time the first lease is long over
@@ -141,7 +141,7 @@ func TestLeaseIsRenewedWhileTheHandlerRuns(t *testing.T) {
 func TestMaxExecution(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := idempotency.NewMemoryStore()
-		c := newClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+		c := newAPI(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
 			if execution(r).Attempt() > 1 {
 				return
 			}
@@ -164,7 +164,7 @@ func TestMaxExecution(t *testing.T) {
 
 func TestLateHandlerThatNobodyTookOverIsStored(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{}, lasting(time.Hour))
+		c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, lasting(time.Hour))
 		c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
 		c.check(t, 1, exchange{key: k("a"), get: "replay 201 charge 1"})
 	})
@@ -189,7 +189,7 @@ func TestLostLease(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				store := &faultyStore{Store: idempotency.NewMemoryStore()}
 				events := &eventLog{}
-				c := newClient(store, &idempotency.Options{OnEvent: events.add}, func(w http.ResponseWriter, r *http.Request) {
+				c := newAPI(store, &idempotency.Options{OnEvent: events.add}, func(w http.ResponseWriter, r *http.Request) {
 					// The store is out of reach until the lease is over, and comes
 					// back with another owner.
 					store.fail("Acquire", errors.New("down"))
@@ -213,7 +213,7 @@ func TestLostLease(t *testing.T) {
 func TestRenewalNoticesAnotherOwner(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := &faultyStore{Store: idempotency.NewMemoryStore()}
-		c := newClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+		c := newAPI(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
 			// Someone cleared the store, and the key was claimed anew.
 			store.replace(idempotency.NewMemoryStore())
 			_, err := store.inner().Acquire(r.Context(), store.lastKey(), idempotency.Claim{Token: "other", Lease: time.Hour, TTL: time.Hour})
@@ -231,7 +231,7 @@ func TestRenewalNoticesAnotherOwner(t *testing.T) {
 func TestHangingRenewalDoesNotHideALostLease(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := &faultyStore{Store: idempotency.NewMemoryStore()}
-		c := newClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+		c := newAPI(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
 			release := make(chan struct{})
 			store.hang("Acquire", release)
 			start := time.Now()
@@ -247,7 +247,7 @@ func TestHangingRenewalDoesNotHideALostLease(t *testing.T) {
 func TestRenewalSurvivesFailures(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := &faultyStore{Store: idempotency.NewMemoryStore()}
-		c := newClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+		c := newAPI(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
 			for range 10 {
 				store.fail("Acquire", errors.New("down"))
 				time.Sleep(15 * time.Second) // misses a renewal
@@ -265,7 +265,7 @@ func TestCommitFailures(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := &faultyStore{Store: idempotency.NewMemoryStore()}
 		var leaked *idempotency.Execution
-		c := newClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+		c := newAPI(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
 			leaked = execution(r)
 			down := errors.New("down")
 			store.fail("Acquire", down)
@@ -288,7 +288,7 @@ func TestCommitThatComesTooLate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := &faultyStore{Store: idempotency.NewMemoryStore()}
 		hold, result := make(chan struct{}), make(chan error, 1)
-		c := newClient(store, &idempotency.Options{Wait: idempotency.NoWait}, func(w http.ResponseWriter, r *http.Request) {
+		c := newAPI(store, &idempotency.Options{Wait: idempotency.NoWait}, func(w http.ResponseWriter, r *http.Request) {
 			e := execution(r)
 			if e.Attempt() > 1 {
 				return
@@ -304,7 +304,7 @@ func TestCommitThatComesTooLate(t *testing.T) {
 		c.check(t, 1, exchange{key: k("a"), get: "200 "})
 
 		var leaked *idempotency.Execution
-		c = newClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+		c = newAPI(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
 			leaked = execution(r)
 			w.WriteHeader(http.StatusInternalServerError)
 		})
@@ -322,7 +322,7 @@ func TestLeaseIsRenewedWhileShouldStoreThinks(t *testing.T) {
 			time.Sleep(time.Minute)
 			return true
 		}}
-		c := newClient(idempotency.NewMemoryStore(), opts, nil)
+		c := newAPI(idempotency.NewMemoryStore(), opts, nil)
 		var first sync.WaitGroup
 		first.Go(func() { c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"}) })
 		time.Sleep(45 * time.Second)
@@ -336,7 +336,7 @@ func TestLeaseIsRenewedWhileShouldStoreThinks(t *testing.T) {
 func TestRenewalRepeatsOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := &faultyStore{Store: idempotency.NewMemoryStore()}
-		c := newClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+		c := newAPI(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
 			must(execution(r).Commit(r.Context()))
 			store.replace(idempotency.NewMemoryStore())
 			time.Sleep(15 * time.Second)
@@ -353,7 +353,7 @@ func TestRenewalRepeatsOnce(t *testing.T) {
 func TestCommitOutlivesTheClient(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := &faultyStore{Store: idempotency.NewMemoryStore(), honourContext: true}
-		c := newClient(store, &idempotency.Options{CancelOnDisconnect: true}, nil)
+		c := newAPI(store, &idempotency.Options{CancelOnDisconnect: true}, nil)
 		ctx, hangUp := context.WithCancel(t.Context())
 		hangUp()
 		resp := c.do(c.request(exchange{key: k("a")}).WithContext(ctx))
@@ -366,7 +366,7 @@ func TestCommitOutlivesTheClient(t *testing.T) {
 func TestGoexitIsACrash(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		events := &eventLog{}
-		c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{OnEvent: events.add, Wait: idempotency.NoWait},
+		c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{OnEvent: events.add, Wait: idempotency.NoWait},
 			func(w http.ResponseWriter, r *http.Request) {
 				if run(r) == 1 {
 					runtime.Goexit()
@@ -388,7 +388,7 @@ func TestGoexitIsACrash(t *testing.T) {
 // The panic that the server sees is the one that the handler threw.
 func TestPanicGoesOnUntouched(t *testing.T) {
 	value := errors.New("boom")
-	c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(http.ResponseWriter, *http.Request) { panicDeepInside(value) })
+	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, func(http.ResponseWriter, *http.Request) { panicDeepInside(value) })
 	defer func() {
 		require.Equal(t, value, recover())
 		stack := make([]byte, 1<<16)
@@ -404,7 +404,7 @@ func panicDeepInside(v any) { panic(v) }
 // middleware that recovers.
 func TestPanicLeavesTheWriterClean(t *testing.T) {
 	w := httptest.NewRecorder()
-	c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, _ *http.Request) {
+	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("X-Secret", "half done")
 		w.WriteHeader(http.StatusCreated)
 		_, _ = w.Write([]byte("half"))
@@ -437,7 +437,7 @@ func TestNestedMiddlewareRunsOnce(t *testing.T) {
 
 // The request that outer middleware holds is not changed.
 func TestRequestIsCopied(t *testing.T) {
-	c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
 		r.Header.Set("X-Seen", "yes")
 		r.URL.Path = "/elsewhere"
 		var b bytes.Buffer

@@ -229,7 +229,7 @@ func TestBehaviour(t *testing.T) {
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				c := newClient(idempotency.NewMemoryStore(), &row.opts, row.handler)
+				c := newAPI(idempotency.NewMemoryStore(), &row.opts, row.handler)
 				var background sync.WaitGroup
 				for i, x := range row.send {
 					time.Sleep(x.after)
@@ -266,8 +266,8 @@ type exchange struct {
 func k(key string) []string         { return []string{key} }
 func auth(token string) http.Header { return http.Header{"Authorization": {token}} }
 
-// client sends requests to a handler behind the middleware.
-type client struct {
+// api is a handler behind the middleware.
+type api struct {
 	handler http.Handler
 	mu      sync.Mutex
 	count   int
@@ -275,9 +275,9 @@ type client struct {
 
 type runKey struct{}
 
-// newClient puts handler behind the middleware. nil answers 201 "charge N".
-func newClient(store idempotency.Store, opts *idempotency.Options, handler http.HandlerFunc) *client {
-	c := new(client)
+// newAPI puts handler behind the middleware. nil answers 201 "charge N".
+func newAPI(store idempotency.Store, opts *idempotency.Options, handler http.HandlerFunc) *api {
+	c := new(api)
 	o := *opts
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
@@ -295,13 +295,13 @@ func newClient(store idempotency.Store, opts *idempotency.Options, handler http.
 	return c
 }
 
-func (c *client) runs() int {
+func (c *api) runs() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.count
 }
 
-func (c *client) request(x exchange) *http.Request {
+func (c *api) request(x exchange) *http.Request {
 	if x.method == "" {
 		x.method = "POST"
 	}
@@ -323,7 +323,7 @@ func (c *client) request(x exchange) *http.Request {
 }
 
 // do serves one request. It is nil when the handler panicked.
-func (c *client) do(r *http.Request) (resp *http.Response) {
+func (c *api) do(r *http.Request) (resp *http.Response) {
 	w := httptest.NewRecorder()
 	func() {
 		defer func() {
@@ -339,7 +339,7 @@ func (c *client) do(r *http.Request) (resp *http.Response) {
 	return w.Result()
 }
 
-func (c *client) check(t *testing.T, i int, x exchange) {
+func (c *api) check(t *testing.T, i int, x exchange) {
 	t.Helper()
 	start := time.Now()
 	resp := c.do(c.request(x))

@@ -65,7 +65,7 @@ func TestKeyForms(t *testing.T) {
 	} {
 		t.Run(line, func(t *testing.T) {
 			var got string
-			c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
+			c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
 				got = execution(r).Key()
 			})
 			resp := c.do(c.request(exchange{key: k(line)}))
@@ -83,13 +83,13 @@ func TestKeyForms(t *testing.T) {
 func storeKey(t *testing.T, opts *idempotency.Options, r *http.Request) string {
 	t.Helper()
 	s := &faultyStore{Store: idempotency.NewMemoryStore()}
-	newClient(s, opts, nil).do(r)
+	newAPI(s, opts, nil).do(r)
 	require.NotEmpty(t, s.lastKey())
 	return s.lastKey()
 }
 
 func TestStoreKey(t *testing.T) {
-	c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{}, nil)
+	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, nil)
 	scope := &idempotency.Options{Scope: func(r *http.Request) string { return r.Header.Get("Tenant") }}
 	key := storeKey(t, nilOptions(), c.request(exchange{key: k("a")}))
 
@@ -159,7 +159,7 @@ func (b *brokenBody) Close() error { return nil }
 
 func TestBodyThatBreaksOffBeforeTheClaim(t *testing.T) {
 	s := &faultyStore{Store: idempotency.NewMemoryStore()}
-	c := newClient(s, nilOptions(), nil)
+	c := newAPI(s, nilOptions(), nil)
 	r := c.request(exchange{key: k("a")})
 	r.Body = &brokenBody{strings.NewReader(`{"amo`), io.ErrUnexpectedEOF}
 	got, p := describe(t, c.do(r))
@@ -170,7 +170,7 @@ func TestBodyThatBreaksOffBeforeTheClaim(t *testing.T) {
 }
 
 func TestOuterMaxBytesReader(t *testing.T) {
-	c := newClient(idempotency.NewMemoryStore(), nilOptions(), nil)
+	c := newAPI(idempotency.NewMemoryStore(), nilOptions(), nil)
 	r := c.request(exchange{key: k("a")})
 	r.Body = http.MaxBytesReader(nil, r.Body, 5)
 	got, _ := describe(t, c.do(r))
@@ -229,7 +229,7 @@ func TestLargeBodies(t *testing.T) {
 	}
 	for name, row := range rows {
 		t.Run(name, func(t *testing.T) {
-			c := newClient(idempotency.NewMemoryStore(), &small, row.handler)
+			c := newAPI(idempotency.NewMemoryStore(), &small, row.handler)
 			request := func(body string) *http.Request {
 				r := c.request(exchange{key: k("a"), body: body})
 				if row.unsized {
@@ -254,9 +254,9 @@ func TestLargeBodies(t *testing.T) {
 // the old and the new one: it is refused, and does not run again.
 func TestLimitChangesBetweenTries(t *testing.T) {
 	store := idempotency.NewMemoryStore()
-	large := newClient(store, &idempotency.Options{MaxBufferedBody: 64}, reading(-1))
-	small := newClient(store, &idempotency.Options{MaxBufferedBody: 4096}, reading(-1))
-	for i, pair := range [][2]*client{{large, small}, {small, large}} {
+	large := newAPI(store, &idempotency.Options{MaxBufferedBody: 64}, reading(-1))
+	small := newAPI(store, &idempotency.Options{MaxBufferedBody: 4096}, reading(-1))
+	for i, pair := range [][2]*api{{large, small}, {small, large}} {
 		key := k(string(rune('a' + i)))
 		pair[0].check(t, i, exchange{key: key, body: upload(500, 'x'), get: "201 "})
 		pair[1].check(t, i, exchange{key: key, body: upload(500, 'x'), get: "422 key_reused"})
@@ -274,7 +274,7 @@ func TestTakeOverByAnotherRequest(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64}, panicOnce)
+				c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64}, panicOnce)
 				c.check(t, 0, exchange{key: k("a"), header: auth("alice"), body: bodies[0], get: "panic"})
 				time.Sleep(time.Minute)
 				c.check(t, 1, exchange{key: k("a"), header: auth("mallory"), body: bodies[1], get: "422 key_reused"})
@@ -287,7 +287,7 @@ func TestTakeOverByAnotherRequest(t *testing.T) {
 // A form that an outer middleware parsed is not there to be read any more, but
 // it still tells two requests apart.
 func TestFormThatWasParsedOutside(t *testing.T) {
-	c := newClient(idempotency.NewMemoryStore(), nilOptions(), func(w http.ResponseWriter, r *http.Request) {
+	c := newAPI(idempotency.NewMemoryStore(), nilOptions(), func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.WriteString(w, r.PostFormValue("amount"))
 	})
 	send := func(body string) string {
@@ -303,7 +303,7 @@ func TestFormThatWasParsedOutside(t *testing.T) {
 
 // The credentials count for a large body as well.
 func TestLargeBodyWithOtherCredentials(t *testing.T) {
-	c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64}, reading(-1))
+	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64}, reading(-1))
 	c.check(t, 0, exchange{key: k("a"), body: upload(500, 'x'), header: auth("alice"), get: "201 "})
 	c.check(t, 1, exchange{key: k("a"), body: upload(500, 'x'), header: auth("mallory"), get: "422 key_reused"})
 }
@@ -319,7 +319,7 @@ func TestLargeBodyThatBreaksOff(t *testing.T) {
 		"at a limit: every retry meets it": {false, &http.MaxBytesError{Limit: 600}, "replay 201 http: request body too large"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64, AtMostOnce: row.atMostOnce}, reading(-1))
+			c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64, AtMostOnce: row.atMostOnce}, reading(-1))
 			r := c.request(exchange{key: k("a"), body: upload(600, 'x')})
 			r.Body = &brokenBody{strings.NewReader(upload(500, 'x')), row.err}
 			got, _ := describe(t, c.do(r))
@@ -330,7 +330,7 @@ func TestLargeBodyThatBreaksOff(t *testing.T) {
 }
 
 func TestRetryOfALargeBodyBreaksOff(t *testing.T) {
-	c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64}, reading(-1))
+	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64}, reading(-1))
 	c.check(t, 0, exchange{key: k("a"), body: upload(500, 'x'), get: "201 "})
 	r := c.request(exchange{key: k("a"), body: upload(500, 'x')})
 	r.Body = &brokenBody{strings.NewReader(upload(400, 'x')), errors.New("connection reset")}
@@ -345,7 +345,7 @@ func TestBodyAfterTheHandlerReturned(t *testing.T) {
 	for name, body := range map[string]string{"small": "small", "large": upload(500, 'x')} {
 		t.Run(name, func(t *testing.T) {
 			var kept io.ReadCloser
-			c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64}, func(w http.ResponseWriter, r *http.Request) {
+			c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64}, func(w http.ResponseWriter, r *http.Request) {
 				kept = r.Body
 				_, err := r.Body.Read(make([]byte, 2))
 				require.NoError(t, err)
@@ -363,7 +363,7 @@ func TestBodyAfterTheHandlerReturned(t *testing.T) {
 func TestReadThatOutlivesTheHandler(t *testing.T) {
 	in, out := io.Pipe()
 	read := make(chan error, 1)
-	c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64}, func(w http.ResponseWriter, r *http.Request) {
+	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64}, func(w http.ResponseWriter, r *http.Request) {
 		_, err := io.CopyN(io.Discard, r.Body, 100)
 		must(err)
 		started := make(chan struct{})
@@ -385,7 +385,7 @@ func TestReadThatOutlivesTheHandler(t *testing.T) {
 }
 
 func TestClosedBodyStaysClosed(t *testing.T) {
-	c := newClient(idempotency.NewMemoryStore(), nilOptions(), func(w http.ResponseWriter, r *http.Request) {
+	c := newAPI(idempotency.NewMemoryStore(), nilOptions(), func(w http.ResponseWriter, r *http.Request) {
 		require.NoError(t, r.Body.Close())
 		_, err := r.Body.Read(make([]byte, 1))
 		require.ErrorIs(t, err, http.ErrBodyReadAfterClose)
@@ -394,7 +394,7 @@ func TestClosedBodyStaysClosed(t *testing.T) {
 }
 
 func TestRequestWithoutABody(t *testing.T) {
-	c := newClient(idempotency.NewMemoryStore(), nilOptions(), func(w http.ResponseWriter, r *http.Request) {
+	c := newAPI(idempotency.NewMemoryStore(), nilOptions(), func(w http.ResponseWriter, r *http.Request) {
 		require.Equal(t, http.NoBody, r.Body)
 		require.Zero(t, r.ContentLength)
 	})
@@ -426,7 +426,7 @@ func TestMultipartFilesAreRemoved(t *testing.T) {
 		return len(names)
 	}
 	for _, panics := range []bool{false, true} {
-		c := newClient(idempotency.NewMemoryStore(), nilOptions(), nil)
+		c := newAPI(idempotency.NewMemoryStore(), nilOptions(), nil)
 		c.handler = idempotency.Middleware(idempotency.NewMemoryStore(), nil)(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			require.NoError(t, r.ParseMultipartForm(0))
 			require.Equal(t, 1, files())
@@ -448,7 +448,7 @@ func TestCustomFingerprintSeesTheBody(t *testing.T) {
 		sum := sha256.Sum256(body)
 		return sum[:]
 	}}
-	c := newClient(idempotency.NewMemoryStore(), &opts, nil)
+	c := newAPI(idempotency.NewMemoryStore(), &opts, nil)
 	c.check(t, 0, exchange{key: k("a"), body: "payload", get: "201 charge 1"})
 	require.Equal(t, "payload", seen)
 }
@@ -458,7 +458,7 @@ func TestCustomFingerprintSeesTheBody(t *testing.T) {
 func TestStoreLearnsNoSecrets(t *testing.T) {
 	fingerprint := func(key string) []byte {
 		s := &faultyStore{Store: idempotency.NewMemoryStore()}
-		c := newClient(s, nilOptions(), nil)
+		c := newAPI(s, nilOptions(), nil)
 		c.do(c.request(exchange{key: k(key), header: auth("secret")}))
 		require.NotContains(t, s.lastKey(), key)
 		require.NotContains(t, string(s.lastResult().Value), key)
@@ -470,7 +470,7 @@ func TestStoreLearnsNoSecrets(t *testing.T) {
 
 func TestClientThatHangsUpWhileWaiting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newClient(idempotency.NewMemoryStore(), nilOptions(), lasting(time.Minute))
+		c := newAPI(idempotency.NewMemoryStore(), nilOptions(), lasting(time.Minute))
 		go c.do(c.request(exchange{key: k("a")}))
 		synctest.Wait()
 		ctx, hangUp := context.WithCancel(t.Context())

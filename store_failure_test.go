@@ -23,12 +23,12 @@ import (
 var errDown = errors.New("secret-host:6379 is down")
 
 // withFaults runs test in virtual time with a memory store that can fail.
-func withFaults(t *testing.T, opts idempotency.Options, handler http.HandlerFunc, test func(t *testing.T, s *faultyStore, c *client, events *eventLog)) {
+func withFaults(t *testing.T, opts idempotency.Options, handler http.HandlerFunc, test func(t *testing.T, s *faultyStore, c *api, events *eventLog)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		s, events := &faultyStore{Store: idempotency.NewMemoryStore()}, &eventLog{}
 		opts.OnEvent = events.add
-		test(t, s, newClient(s, &opts, handler), events)
+		test(t, s, newAPI(s, &opts, handler), events)
 		time.Sleep(time.Hour) // what goes on in the background ends
 	})
 }
@@ -40,7 +40,7 @@ func TestStoreDownBeforeTheHandler(t *testing.T) {
 		"and it answers what is not a state": func(s *faultyStore) { s.Store = zeroStateStore{s.Store} },
 	} {
 		t.Run(name, func(t *testing.T) {
-			withFaults(t, idempotency.Options{}, nil, func(t *testing.T, s *faultyStore, c *client, events *eventLog) {
+			withFaults(t, idempotency.Options{}, nil, func(t *testing.T, s *faultyStore, c *api, events *eventLog) {
 				memory := s.Store
 				fail(s)
 				resp := c.do(c.request(exchange{key: k("a")}))
@@ -70,7 +70,7 @@ func (s zeroStateStore) Acquire(context.Context, string, idempotency.Claim) (ide
 }
 
 func TestLostReplyOfAClaimIsNotAStranger(t *testing.T) {
-	withFaults(t, idempotency.Options{Wait: idempotency.NoWait}, nil, func(t *testing.T, s *faultyStore, c *client, _ *eventLog) {
+	withFaults(t, idempotency.Options{Wait: idempotency.NoWait}, nil, func(t *testing.T, s *faultyStore, c *api, _ *eventLog) {
 		lost := &oneLostReply{Store: s.Store}
 		s.Store = lost
 		c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
@@ -95,7 +95,7 @@ func (s *oneLostReply) Acquire(ctx context.Context, key string, c idempotency.Cl
 
 // A claim that arrives after it was given up must not hold the key.
 func TestDelayedClaim(t *testing.T) {
-	withFaults(t, idempotency.Options{AtMostOnce: true}, nil, func(t *testing.T, s *faultyStore, c *client, _ *eventLog) {
+	withFaults(t, idempotency.Options{AtMostOnce: true}, nil, func(t *testing.T, s *faultyStore, c *api, _ *eventLog) {
 		arrive := make(chan struct{})
 		delayed := &delayingStore{Store: s.Store, arrive: arrive}
 		s.Store = delayed
@@ -141,7 +141,7 @@ func TestFailOpen(t *testing.T) {
 		require.ErrorIs(t, e.Commit(r.Context()), idempotency.ErrStoreUnavailable)
 		lasting(0)(w, r)
 	}
-	withFaults(t, idempotency.Options{FailOpen: true}, handler, func(t *testing.T, s *faultyStore, c *client, events *eventLog) {
+	withFaults(t, idempotency.Options{FailOpen: true}, handler, func(t *testing.T, s *faultyStore, c *api, events *eventLog) {
 		s.fail("Acquire", errDown)
 		c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
 		c.check(t, 1, exchange{key: k("a"), get: "201 charge 2"})
@@ -152,7 +152,7 @@ func TestFailOpen(t *testing.T) {
 
 // The claim that was made unnoticed protects an unprotected run for a while.
 func TestFailOpenKeepsAnUncertainClaim(t *testing.T) {
-	withFaults(t, idempotency.Options{FailOpen: true, Wait: idempotency.NoWait}, lasting(10*time.Second), func(t *testing.T, s *faultyStore, c *client, _ *eventLog) {
+	withFaults(t, idempotency.Options{FailOpen: true, Wait: idempotency.NoWait}, lasting(10*time.Second), func(t *testing.T, s *faultyStore, c *api, _ *eventLog) {
 		s.failAfter("Acquire", errDown)
 		go c.do(c.request(exchange{key: k("a")}))
 		synctest.Wait()
@@ -163,7 +163,7 @@ func TestFailOpenKeepsAnUncertainClaim(t *testing.T) {
 }
 
 func TestFailOpenPanicIsReported(t *testing.T) {
-	withFaults(t, idempotency.Options{FailOpen: true}, panicOnce, func(t *testing.T, s *faultyStore, c *client, events *eventLog) {
+	withFaults(t, idempotency.Options{FailOpen: true}, panicOnce, func(t *testing.T, s *faultyStore, c *api, events *eventLog) {
 		s.fail("Acquire", errDown)
 		c.check(t, 0, exchange{key: k("a"), get: "panic"})
 		require.Equal(t, []string{"panicked 0"}, events.all())
@@ -173,7 +173,7 @@ func TestFailOpenPanicIsReported(t *testing.T) {
 // A first try whose reply is lost may still arrive: after the second try has
 // found someone else, and that one has left.
 func TestGhostOfAClaim(t *testing.T) {
-	withFaults(t, idempotency.Options{AtMostOnce: true, Wait: idempotency.NoWait}, answering(429, 201), func(t *testing.T, s *faultyStore, c *client, _ *eventLog) {
+	withFaults(t, idempotency.Options{AtMostOnce: true, Wait: idempotency.NoWait}, answering(429, 201), func(t *testing.T, s *faultyStore, c *api, _ *eventLog) {
 		inner := s.Store
 		ghost := &ghostStore{Store: inner}
 		c.check(t, 0, exchange{key: k("other"), get: "429 "})
@@ -218,7 +218,7 @@ func (s *ghostStore) arrive(t *testing.T) {
 // With FailOpen a store that goes down while a duplicate waits does not make it
 // run beside the first.
 func TestFailOpenDoesNotRunBesideAnother(t *testing.T) {
-	withFaults(t, idempotency.Options{FailOpen: true}, lasting(3*time.Second), func(t *testing.T, s *faultyStore, c *client, _ *eventLog) {
+	withFaults(t, idempotency.Options{FailOpen: true}, lasting(3*time.Second), func(t *testing.T, s *faultyStore, c *api, _ *eventLog) {
 		first := make(chan struct{})
 		go func() {
 			defer close(first)
@@ -248,7 +248,7 @@ func TestCompleteFails(t *testing.T) {
 		"for longer than the lease": {fail: func(s *faultyStore) { s.fail("Complete", errDown) }, until: 40 * time.Second, then: "201 charge 2", runs: 2},
 	} {
 		t.Run(name, func(t *testing.T) {
-			withFaults(t, idempotency.Options{Wait: idempotency.NoWait}, nil, func(t *testing.T, s *faultyStore, c *client, events *eventLog) {
+			withFaults(t, idempotency.Options{Wait: idempotency.NoWait}, nil, func(t *testing.T, s *faultyStore, c *api, events *eventLog) {
 				row.fail(s)
 				go func() {
 					time.Sleep(row.until)
@@ -275,7 +275,7 @@ func TestCompleteFails(t *testing.T) {
 func TestOneLostReply(t *testing.T) {
 	for _, method := range []string{"Acquire", "Complete", "Release"} {
 		t.Run(method, func(t *testing.T) {
-			withFaults(t, idempotency.Options{Wait: idempotency.NoWait}, answering(201, 500), func(t *testing.T, s *faultyStore, c *client, events *eventLog) {
+			withFaults(t, idempotency.Options{Wait: idempotency.NoWait}, answering(201, 500), func(t *testing.T, s *faultyStore, c *api, events *eventLog) {
 				if method == "Release" {
 					c.check(t, 0, exchange{key: k("first"), get: "201 "})
 				}
@@ -300,7 +300,7 @@ func TestBrokenWatch(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s := &watchedStore{faultyStore: &faultyStore{Store: idempotency.NewMemoryStore()}, watch: watch}
-				c := newClient(s, &idempotency.Options{Lease: 4 * time.Second}, panicOnce)
+				c := newAPI(s, &idempotency.Options{Lease: 4 * time.Second}, panicOnce)
 				c.check(t, 0, exchange{key: k("a"), get: "panic"})
 				start := time.Now()
 				c.check(t, 1, exchange{key: k("a"), get: "201 attempt 2"})
@@ -319,7 +319,7 @@ type watchedStore struct {
 func (s *watchedStore) Watch(context.Context, string) (<-chan struct{}, error) { return s.watch() }
 
 func TestReleaseFailsForAWhile(t *testing.T) {
-	withFaults(t, idempotency.Options{Wait: idempotency.NoWait}, answering(500, 201), func(t *testing.T, s *faultyStore, c *client, events *eventLog) {
+	withFaults(t, idempotency.Options{Wait: idempotency.NoWait}, answering(500, 201), func(t *testing.T, s *faultyStore, c *api, events *eventLog) {
 		s.fail("Release", errDown)
 		c.check(t, 0, exchange{key: k("a"), get: "500 "})
 		require.Equal(t, []string{"released 500"}, events.all())
@@ -332,7 +332,7 @@ func TestReleaseFailsForAWhile(t *testing.T) {
 }
 
 func TestStoreFull(t *testing.T) {
-	withFaults(t, idempotency.Options{}, nil, func(t *testing.T, s *faultyStore, c *client, events *eventLog) {
+	withFaults(t, idempotency.Options{}, nil, func(t *testing.T, s *faultyStore, c *api, events *eventLog) {
 		s.Store = &idempotency.MemoryStore{MaxBytes: 1}
 		c.check(t, 0, exchange{key: k("a"), get: "503 store_unavailable"})
 		require.ErrorIs(t, events.last().Err, idempotency.ErrStoreFull)
@@ -364,7 +364,7 @@ func TestAttachedTransaction(t *testing.T) {
 		"unknown is not answered":           {attaching(false, 201), errDown, "503 store_unavailable", "store_unavailable 503", "201 "},
 	} {
 		t.Run(name, func(t *testing.T) {
-			withFaults(t, idempotency.Options{}, row.handler, func(t *testing.T, s *faultyStore, c *client, events *eventLog) {
+			withFaults(t, idempotency.Options{}, row.handler, func(t *testing.T, s *faultyStore, c *api, events *eventLog) {
 				carrier := &contextStore{Store: s.Store}
 				s.Store = carrier
 				s.fail("Complete", row.err)
@@ -392,7 +392,7 @@ func TestUnknownOutcomesAreNotCalledUnprocessed(t *testing.T) {
 				if commit {
 					must(execution(r).Commit(r.Context()))
 				}
-			}, func(t *testing.T, s *faultyStore, c *client, _ *eventLog) {
+			}, func(t *testing.T, s *faultyStore, c *api, _ *eventLog) {
 				s.fail("Complete", map[bool]error{false: errDown, true: idempotency.ErrRolledBack}[commit])
 				_, p := describe(t, c.do(c.request(exchange{key: k("a")})))
 				require.Contains(t, p.Detail, "is not known")
@@ -407,7 +407,7 @@ func TestLostLeaseEndsTheTransaction(t *testing.T) {
 		execution(r).Attach("transaction")
 		<-r.Context().Done()
 		w.WriteHeader(http.StatusInternalServerError)
-	}, func(t *testing.T, s *faultyStore, c *client, events *eventLog) {
+	}, func(t *testing.T, s *faultyStore, c *api, events *eventLog) {
 		carrier := &contextStore{Store: s.Store}
 		s.Store = carrier
 		time.AfterFunc(time.Second, func() { s.fail("Acquire", errDown) })
@@ -421,7 +421,7 @@ func TestStoreSeesTheAttachment(t *testing.T) {
 	withFaults(t, idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
 		execution(r).Attach("transaction")
 		w.WriteHeader([]int{0, 500, 201}[run(r)])
-	}, func(t *testing.T, s *faultyStore, c *client, _ *eventLog) {
+	}, func(t *testing.T, s *faultyStore, c *api, _ *eventLog) {
 		carrier := &contextStore{Store: s.Store}
 		s.Store = carrier
 		c.check(t, 0, exchange{key: k("a"), get: "500 "})
@@ -459,7 +459,7 @@ func (s *contextStore) Release(ctx context.Context, key, token string) error {
 // began to stream: the client must not take what it has for a whole answer.
 func TestWithheldStreamIsAborted(t *testing.T) {
 	store := &faultyStore{Store: idempotency.NewMemoryStore()}
-	c := newClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+	c := newAPI(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
 		_, _ = w.Write([]byte("half"))
 		w.(http.Flusher).Flush()
 		store.fail("Complete", idempotency.ErrLeaseLost)
@@ -480,7 +480,7 @@ func newAEAD(t *testing.T, fill byte) cipher.AEAD {
 
 func TestAEAD(t *testing.T) {
 	store := &faultyStore{Store: idempotency.NewMemoryStore()}
-	sealed := newClient(store, &idempotency.Options{AEAD: newAEAD(t, 1)}, nil)
+	sealed := newAPI(store, &idempotency.Options{AEAD: newAEAD(t, 1)}, nil)
 	sealed.check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
 	sealed.check(t, 1, exchange{key: k("a"), get: "replay 201 charge 1"})
 	require.NotContains(t, string(store.lastResult().Value), "charge")
@@ -493,9 +493,9 @@ func TestAEAD(t *testing.T) {
 		Fingerprint: store.lastResult().Fingerprint, Value: value, TTL: time.Hour,
 	}))
 
-	for name, c := range map[string]*client{
-		"sealed under another key": newClient(store, &idempotency.Options{AEAD: newAEAD(t, 2)}, nil),
-		"sealed, but no AEAD":      newClient(store, &idempotency.Options{}, nil),
+	for name, c := range map[string]*api{
+		"sealed under another key": newAPI(store, &idempotency.Options{AEAD: newAEAD(t, 2)}, nil),
+		"sealed, but no AEAD":      newAPI(store, &idempotency.Options{}, nil),
 	} {
 		t.Run(name, func(t *testing.T) {
 			c.check(t, 0, exchange{key: k("a"), get: "500 record_unreadable"})
@@ -503,13 +503,13 @@ func TestAEAD(t *testing.T) {
 		})
 	}
 	t.Run("moved to another cell", func(t *testing.T) {
-		c := newClient(moved, &idempotency.Options{AEAD: newAEAD(t, 1)}, nil)
+		c := newAPI(moved, &idempotency.Options{AEAD: newAEAD(t, 1)}, nil)
 		c.check(t, 0, exchange{key: k("b"), get: "500 record_unreadable"})
 	})
 	t.Run("not sealed, but AEAD", func(t *testing.T) {
 		plain := &faultyStore{Store: idempotency.NewMemoryStore()}
-		newClient(plain, &idempotency.Options{}, nil).check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
-		newClient(plain, &idempotency.Options{AEAD: newAEAD(t, 1)}, nil).check(t, 1, exchange{key: k("a"), get: "500 record_unreadable"})
+		newAPI(plain, &idempotency.Options{}, nil).check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
+		newAPI(plain, &idempotency.Options{AEAD: newAEAD(t, 1)}, nil).check(t, 1, exchange{key: k("a"), get: "500 record_unreadable"})
 	})
 }
 
@@ -529,7 +529,7 @@ func TestPanickingCallbacks(t *testing.T) {
 			var log bytes.Buffer
 			row.opts.Logger = slog.New(slog.NewTextHandler(&log, nil))
 			store := &faultyStore{Store: idempotency.NewMemoryStore()}
-			c := newClient(store, &row.opts, func(w http.ResponseWriter, r *http.Request) {
+			c := newAPI(store, &row.opts, func(w http.ResponseWriter, r *http.Request) {
 				w.Header().Set("X-Some", "header")
 				lasting(0)(w, r)
 			})
@@ -554,7 +554,7 @@ func TestLog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log bytes.Buffer
 		store := &faultyStore{Store: idempotency.NewMemoryStore()}
-		c := newClient(store, &idempotency.Options{Logger: slog.New(slog.NewTextHandler(&log, nil))}, nil)
+		c := newAPI(store, &idempotency.Options{Logger: slog.New(slog.NewTextHandler(&log, nil))}, nil)
 		c.check(t, 0, exchange{key: k("fine"), get: "201 charge 1"})
 		c.check(t, 1, exchange{key: k("fine"), get: "replay 201 charge 1"})
 		require.Empty(t, log.String(), "warnings and errors only")
@@ -569,7 +569,7 @@ func TestLog(t *testing.T) {
 func TestEvents(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		events := &eventLog{}
-		c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{OnEvent: events.add}, lasting(2*time.Second))
+		c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{OnEvent: events.add}, lasting(2*time.Second))
 		r := c.request(exchange{key: k("a")})
 		c.do(r)
 		e := events.last()
@@ -601,7 +601,7 @@ func TestEvents(t *testing.T) {
 }
 
 func TestErrorBody(t *testing.T) {
-	c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{RequireKey: true, DocsURL: "https://docs.example/idempotency"}, nil)
+	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{RequireKey: true, DocsURL: "https://docs.example/idempotency"}, nil)
 	resp := c.do(c.request(exchange{}))
 	require.Equal(t, "application/problem+json", resp.Header.Get("Content-Type"))
 	require.Equal(t, "no-store", resp.Header.Get("Cache-Control"))
@@ -613,7 +613,7 @@ func TestErrorBody(t *testing.T) {
 	require.Equal(t, "https://docs.example/idempotency", p.Type)
 
 	var seen *idempotency.Error
-	c = newClient(idempotency.NewMemoryStore(), &idempotency.Options{RequireKey: true, ErrorHandler: func(w http.ResponseWriter, r *http.Request, err *idempotency.Error) {
+	c = newAPI(idempotency.NewMemoryStore(), &idempotency.Options{RequireKey: true, ErrorHandler: func(w http.ResponseWriter, r *http.Request, err *idempotency.Error) {
 		seen = err
 		w.WriteHeader(http.StatusTeapot)
 	}}, nil)

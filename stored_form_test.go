@@ -22,10 +22,10 @@ const goldenResponse = "0101c901002c04" + // version, kind, status 201, no diges
 	"05" + "68656c6c6f"
 
 // stored returns a store in which the cell of request has value.
-func stored(t testing.TB, c *client, value []byte) idempotency.Store {
+func stored(t testing.TB, c *api, value []byte) idempotency.Store {
 	s := &faultyStore{Store: idempotency.NewMemoryStore()}
 	opts := idempotency.Options{}
-	probe := newClient(s, &opts, nil)
+	probe := newAPI(s, &opts, nil)
 	probe.do(c.request(exchange{key: k("a")}))
 	golden := idempotency.NewMemoryStore()
 	result := s.lastResult()
@@ -37,8 +37,8 @@ func stored(t testing.TB, c *client, value []byte) idempotency.Store {
 func TestRecordsOfReleasesAreReadable(t *testing.T) {
 	value, err := hex.DecodeString(goldenResponse)
 	require.NoError(t, err)
-	c := new(client)
-	c = newClient(stored(t, c, value), &idempotency.Options{}, nil)
+	c := new(api)
+	c = newAPI(stored(t, c, value), &idempotency.Options{}, nil)
 	w := httptest.NewRecorder()
 	w.Header().Set("X-Gone", "outer")
 	w.Header().Set("X-More", "1")
@@ -54,7 +54,7 @@ func TestRecordsOfReleasesAreReadable(t *testing.T) {
 
 	value, err = hex.DecodeString("0102c90100")
 	require.NoError(t, err)
-	c = newClient(stored(t, c, value), &idempotency.Options{}, nil)
+	c = newAPI(stored(t, c, value), &idempotency.Options{}, nil)
 	c.check(t, 0, exchange{key: k("a"), get: "409 response_not_stored", original: 201})
 }
 
@@ -80,8 +80,8 @@ func TestDamagedRecords(t *testing.T) {
 	}
 	for name, value := range damaged {
 		t.Run(name, func(t *testing.T) {
-			c := new(client)
-			c = newClient(stored(t, c, value), &idempotency.Options{}, nil)
+			c := new(api)
+			c = newAPI(stored(t, c, value), &idempotency.Options{}, nil)
 			c.check(t, 0, exchange{key: k("a"), get: "500 record_unreadable"})
 			require.Zero(t, c.runs())
 		})
@@ -97,8 +97,8 @@ func FuzzStoredForm(f *testing.F) {
 	f.Add([]byte{1, 2, 0xc9, 1, 0})
 	f.Add([]byte{1, 3, 0, 0})
 	f.Fuzz(func(t *testing.T, value []byte) {
-		c := new(client)
-		c = newClient(stored(t, c, value), &idempotency.Options{}, nil)
+		c := new(api)
+		c = newAPI(stored(t, c, value), &idempotency.Options{}, nil)
 		resp := c.do(c.request(exchange{key: k("a")}))
 		require.NotNil(t, resp, "panicked")
 		require.Zero(t, c.runs())
@@ -114,7 +114,7 @@ func FuzzKey(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, line string) {
 		var key string
-		c := newClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
+		c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
 			key = execution(r).Key()
 		})
 		resp := c.do(c.request(exchange{key: k(line)}))
