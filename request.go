@@ -318,16 +318,15 @@ func (b *requestBody) noteLocked(p []byte, err error) {
 	if b.hash != nil {
 		b.hash.Write(p)
 	}
-	var tooLarge *http.MaxBytesError
 	switch {
 	case err == io.EOF:
 		b.eof = true
 		if b.copy.Trailer == nil { // undeclared trailers come with the end
 			b.copy.Trailer = b.request.Trailer
 		}
-	case err == nil || errors.As(err, &tooLarge): // a limit is met by every retry
-	default:
-		b.broken = true
+	case err != nil:
+		var tooLarge *http.MaxBytesError
+		b.broken = !errors.As(err, &tooLarge) // every retry meets the same limit
 	}
 }
 

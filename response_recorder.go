@@ -299,15 +299,33 @@ func (r *recorder) finish() {
 		r.writeHeaderLocked(http.StatusOK)
 	}
 	r.closed = true
-	r.trailers = slices.DeleteFunc(headerDifference(r.w.Header(), r.header, r.outer), func(f headerField) bool {
-		return !r.isTrailer(f.name)
-	})
-	// What was a trailer when the header was written need not be one any more.
-	for _, f := range r.fields {
-		if _, ok := r.header[f.name]; !ok && r.isTrailer(f.name) {
-			r.trailers = append(r.trailers, headerField{op: opDelete, name: f.name})
+	r.findTrailersLocked()
+}
+
+// findTrailersLocked finds out what differs in the trailers from the header that
+// goes out before them.
+func (r *recorder) findTrailersLocked() {
+	any := len(r.declared) > 0
+	for name := range r.header {
+		any = any || r.isTrailer(name)
+	}
+	for i := range r.fields {
+		any = any || r.isTrailer(r.fields[i].name)
+	}
+	if !any {
+		return
+	}
+	before := r.w.Header()
+	if !r.streaming {
+		before = maps.Clone(before)
+		for i := range r.fields {
+			r.fields[i].apply(before)
 		}
 	}
+	names := slices.DeleteFunc(slices.Collect(maps.Keys(before)), func(name string) bool { return !r.isTrailer(name) })
+	trailers := maps.Clone(r.header)
+	maps.DeleteFunc(trailers, func(name string, _ []string) bool { return !r.isTrailer(name) })
+	r.trailers = headerDifference(before, trailers, names)
 }
 
 func (r *recorder) isTrailer(name string) bool {
