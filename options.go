@@ -103,7 +103,8 @@ type Options struct {
 	ShouldStore func(status int, h http.Header) bool
 
 	// ReplayHeader says which of the headers and trailers that the handler set
-	// are kept for replay. Connection-level ones never are. Default nil: all
+	// are kept for replay. Connection-level ones never are. What outer
+	// middleware sets is always that of the current request. Default nil: all
 	// but Set-Cookie.
 	ReplayHeader func(name string) bool
 

@@ -285,6 +285,7 @@ func (r *recorder) sendLocked() {
 	r.w.WriteHeader(r.status)
 	for _, chunk := range r.body.chunks {
 		if _, err := r.w.Write(chunk); err != nil {
+			r.body.lent = true
 			return // the client is gone
 		}
 	}
@@ -378,6 +379,10 @@ func (r *recorder) encode(digest []byte, keep func(name string) bool) []byte {
 type recordedBody struct {
 	chunks [][]byte
 	size   int64
+
+	// lent: a Write of a chunk has failed. net/http's HTTP/2 returns from one
+	// while a frame of it may still be on its way, so it is not used again.
+	lent bool
 }
 
 const (
@@ -415,9 +420,11 @@ func newChunk(small bool) []byte {
 // free gives the chunks back.
 func (b *recordedBody) free() {
 	for _, chunk := range b.chunks {
-		if cap(chunk) == smallChunk {
+		switch {
+		case b.lent:
+		case cap(chunk) == smallChunk:
 			smallChunks.Put((*[smallChunk]byte)(chunk[:smallChunk]))
-		} else {
+		default:
 			largeChunks.Put((*[largeChunk]byte)(chunk[:largeChunk]))
 		}
 	}

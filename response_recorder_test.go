@@ -3,6 +3,7 @@ package idempotency_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
@@ -13,11 +14,16 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/http/httptrace"
+	"net/http/httputil"
 	"net/textproto"
+	"net/url"
+	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -31,11 +37,10 @@ import (
 // must be equal, but for what first and replay list.
 type shape struct {
 	name    string
-	handler func(w *probe, r *http.Request)
+	handler func(w *probe)
 	outer   func(http.Handler) http.Handler // what is around the middleware
 	opts    idempotency.Options
 	request func(*http.Request) // changes what the client sends
-	only    int                 // the major version of HTTP, 0: both
 	first   []edit              // what makes the direct response the first
 	replay  []edit              // what makes the first response the replay, see replayOf
 }
@@ -44,19 +49,20 @@ type shape struct {
 // through.
 func checkShapes(t *testing.T, shapes []shape) {
 	for _, s := range shapes {
-		for _, proto := range []int{1, 2} {
-			if s.only != 0 && s.only != proto {
-				continue
-			}
-			t.Run(fmt.Sprintf("%s/HTTP%d", s.name, proto), func(t *testing.T) {
-				t.Parallel()
-				w := newWire(t, proto, s)
-				direct, first, replay := w.direct(), w.kept("first"), w.kept("replay")
-				require.Empty(t, direct.Err)
-				require.Equal(t, direct.edited(s.first), first, "the first response is not the direct one")
-				require.Equal(t, replayOf(first).edited(s.replay), replay, "the replay is not the first response")
+		t.Run(s.name, func(t *testing.T) {
+			eachProto(t, func(t *testing.T, proto int) {
+				newWire(t, proto, s).check(func() {})
 			})
-		}
+		})
+	}
+}
+
+func eachProto(t *testing.T, test func(t *testing.T, proto int)) {
+	for _, proto := range []int{1, 2} {
+		t.Run(fmt.Sprintf("HTTP%d", proto), func(t *testing.T) {
+			t.Parallel()
+			test(t, proto)
+		})
 	}
 }
 
@@ -167,9 +173,10 @@ func notStored(status int) edit {
 // there.
 type probe struct {
 	http.ResponseWriter
-	client <-chan int // how much of the body the client has; before that, see awaitClient
-	mu     *sync.Mutex
-	notes  *[]string
+	request *http.Request
+	client  *progress
+	mu      *sync.Mutex
+	notes   *[]string
 }
 
 func (w *probe) saw(values ...any) {
@@ -184,26 +191,55 @@ func (w *probe) write(body string) {
 	w.saw("wrote", n, err)
 }
 
+// set sets headers, given as names and values.
+func (w *probe) set(headers ...string) {
+	for i := 0; i < len(headers); i += 2 {
+		w.Header().Set(headers[i], headers[i+1])
+	}
+}
+
+func (w *probe) flush() { w.saw("flushed", w.control().Flush()) }
+
 func (w *probe) control() *http.ResponseController {
 	return http.NewResponseController(w.ResponseWriter)
 }
 
-// interim for awaitClient is a 1xx response. 0 is the header.
-const interim = -1
-
-// awaitClient returns when the client has n bytes of the body.
+// awaitClient returns when the client has n bytes of the body; see progress.
 func (w *probe) awaitClient(n int) {
 	timeout := time.After(10 * time.Second)
-	for {
+	for w.client.seen.Load() < int64(n) {
 		select {
-		case seen := <-w.client:
-			if seen >= n {
-				return
-			}
+		case <-w.client.changed:
 		case <-timeout:
 			w.saw("the client did not get", n, "bytes in time")
 			return
 		}
+	}
+}
+
+// progress is how much of the body the client has. 0 says that it has the
+// header, interim that it has a 1xx response.
+type progress struct {
+	seen    atomic.Int64
+	changed chan struct{}
+}
+
+const (
+	interim = -1
+	nothing = -2
+)
+
+func newProgress() *progress {
+	p := &progress{changed: make(chan struct{}, 1)}
+	p.seen.Store(nothing)
+	return p
+}
+
+func (p *progress) reach(n int) {
+	p.seen.Store(int64(n))
+	select {
+	case p.changed <- struct{}{}:
+	default: // is not known yet, or nobody waits
 	}
 }
 
@@ -212,11 +248,21 @@ type wire struct {
 	t     *testing.T
 	proto int
 	shape shape
-	store *idempotency.MemoryStore
+	store idempotency.Store
 }
 
 func newWire(t *testing.T, proto int, s shape) *wire {
 	return &wire{t: t, proto: proto, shape: s, store: idempotency.NewMemoryStore()}
+}
+
+// check compares the three responses.
+func (x *wire) check(beforeReplay func()) {
+	direct, first := x.direct(), x.kept("first")
+	beforeReplay()
+	replay := x.kept("replay")
+	require.Empty(x.t, direct.Err)
+	require.Equal(x.t, direct.edited(x.shape.first), first, "the first response is not the direct one")
+	require.Equal(x.t, replayOf(first).edited(x.shape.replay), replay, "the replay is not the first response")
 }
 
 // direct asks the handler without the middleware.
@@ -234,10 +280,10 @@ func (x *wire) kept(name string) answer {
 
 func (x *wire) send(name string, middleware func(http.Handler) http.Handler) answer {
 	a := answer{Proto: x.proto}
-	client, done := make(chan int, 64), make(chan struct{})
+	client, done := newProgress(), make(chan struct{})
 	var mu sync.Mutex
 	next := middleware(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		x.shape.handler(&probe{w, client, &mu, &a.Saw}, r)
+		x.shape.handler(&probe{w, r, client, &mu, &a.Saw})
 	}))
 	if x.shape.outer != nil {
 		next = x.shape.outer(next)
@@ -261,7 +307,7 @@ func (x *wire) send(name string, middleware func(http.Handler) http.Handler) ans
 	if err != nil {
 		a.Err = err.Error()
 	} else {
-		client <- 0
+		client.reach(0)
 		a.read(resp, client)
 		if x.proto == 1 {
 			a.Header = headerBytes(received.bytes())
@@ -277,7 +323,7 @@ func (x *wire) send(name string, middleware func(http.Handler) http.Handler) ans
 }
 
 // read takes from resp what there is.
-func (a *answer) read(resp *http.Response, progress chan<- int) {
+func (a *answer) read(resp *http.Response, client *progress) {
 	defer resp.Body.Close()
 	var body []byte
 	for err := error(nil); err == nil; {
@@ -285,20 +331,22 @@ func (a *answer) read(resp *http.Response, progress chan<- int) {
 		var n int
 		n, err = resp.Body.Read(buf)
 		body = append(body, buf[:n]...)
-		select {
-		case progress <- len(body):
-		default: // nobody waits
-		}
+		client.reach(len(body))
 		if err != nil && err != io.EOF {
 			a.BodyErr = err.Error()
 		}
 	}
-	a.Body = string(body)
-	if len(body) > 8<<10 {
-		a.Body = fmt.Sprintf("%d bytes with CRC %08x", len(body), crc32.ChecksumIEEE(body))
-	}
+	a.Body = brief(string(body))
 	a.Status, a.Header, a.Trailer = resp.Status, resp.Header, resp.Trailer
 	a.Length, a.Encoding = resp.ContentLength, resp.TransferEncoding
+}
+
+// brief keeps a failure readable.
+func brief(body string) string {
+	if len(body) > 8<<10 {
+		return fmt.Sprintf("%d bytes with CRC %08x", len(body), crc32.ChecksumIEEE([]byte(body)))
+	}
+	return body
 }
 
 // serve starts a server and returns what a client for one request needs.
@@ -323,19 +371,37 @@ func (x *wire) serve(handler http.HandlerFunc) (url string, transport *http.Tran
 		transport.TLSClientConfig = server.Client().Transport.(*http.Transport).TLSClientConfig
 		transport.ForceAttemptHTTP2 = true
 	}
-	x.t.Cleanup(server.Close)
+	// Close of httptest would wait until a connection that was closed has lingered.
+	x.t.Cleanup(func() { _ = server.Config.Close() })
 	return server.URL, transport, received
 }
 
 // traced makes a note of 1xx responses.
-func traced(ctx context.Context, a *answer, progress chan<- int) context.Context {
+func traced(ctx context.Context, a *answer, client *progress) context.Context {
 	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
 		Got1xxResponse: func(code int, header textproto.MIMEHeader) error {
 			a.Interim = append(a.Interim, fmt.Sprint(code, http.Header(header)))
-			progress <- interim
+			client.reach(interim)
 			return nil
 		},
 	})
+}
+
+// bodyInParts makes the second part of the request's body wait for a value.
+func bodyInParts(r *http.Request, first string, wait <-chan struct{}, second string) {
+	r.ContentLength = -1
+	r.Body = io.NopCloser(io.MultiReader(strings.NewReader(first), waitReader(wait), strings.NewReader(second)))
+}
+
+// waitReader has nothing to read, and tells so late.
+type waitReader <-chan struct{}
+
+func (r waitReader) Read([]byte) (int, error) {
+	select {
+	case <-r:
+	case <-time.After(10 * time.Second):
+	}
+	return 0, io.EOF
 }
 
 // tap collects the bytes that a connection receives.
@@ -359,14 +425,16 @@ func (c *tappedConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
 	c.tap.mu.Lock()
 	defer c.tap.mu.Unlock()
-	c.tap.all = append(c.tap.all, p[:n]...)
+	if len(c.tap.all) < 128<<10 { // no header is larger
+		c.tap.all = append(c.tap.all, p[:n]...)
+	}
 	return n, err
 }
 
 // headerBytes returns the header of the final response in raw, byte by byte.
 func headerBytes(raw []byte) http.Header {
 	head, rest, _ := bytes.Cut(raw, []byte("\r\n\r\n"))
-	for bytes.HasPrefix(head, []byte("HTTP/1.1 10")) {
+	for bytes.HasPrefix(head, []byte("HTTP/1.1 1")) && !bytes.HasPrefix(head, []byte("HTTP/1.1 101")) {
 		head, rest, _ = bytes.Cut(rest, []byte("\r\n\r\n"))
 	}
 	header := make(http.Header)
@@ -384,4 +452,323 @@ func hideClock(header http.Header) {
 			header["Date"] = []string{"now"}
 		}
 	}
+}
+
+// Handlers of the standard library are the ones that know net/http's writers
+// best.
+func TestRecorderStandardHandlers(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file.txt")
+	modified := time.Date(2001, 1, 1, 0, 0, 0, 0, time.UTC)
+	require.NoError(t, os.WriteFile(file, []byte(strings.Repeat("0123456789", 1000)), 0o600))
+	require.NoError(t, os.Chtimes(file, modified, modified))
+
+	backend := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Trailer", "X-Declared")
+		w.Header().Set("Link", "</style.css>")
+		w.WriteHeader(103)
+		w.Header().Set("Connection", "X-Hop")
+		w.Header().Set("X-Hop", "1")
+		w.Header().Set("Vary", "Accept")
+		w.WriteHeader(201)
+		_, _ = io.WriteString(w, "from behind")
+		w.Header().Set("X-Declared", "1")
+		w.Header().Set(http.TrailerPrefix+"X-Prefixed", "1")
+	}))
+	t.Cleanup(backend.Close)
+	target, err := url.Parse(backend.URL)
+	require.NoError(t, err)
+
+	serve := func(h http.Handler) func(*probe) {
+		return func(w *probe) { h.ServeHTTP(w.ResponseWriter, w.request) }
+	}
+	byRange := func(spec string) func(*http.Request) {
+		return func(r *http.Request) { r.Header.Set("Range", spec) }
+	}
+	serveFile := func(w *probe) { http.ServeFile(w.ResponseWriter, w.request, file) }
+	slow := http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
+
+	checkShapes(t, []shape{
+		{name: "Error", outer: around("X-Outer", "1"), handler: func(w *probe) {
+			w.Header().Set("Content-Length", "5")
+			http.Error(w, "bad", 400)
+		}},
+		{name: "NotFoundHandler", handler: serve(http.NotFoundHandler())},
+		{name: "RedirectHandler", handler: serve(http.RedirectHandler("/elsewhere", http.StatusSeeOther))},
+		{name: "ServeFile", handler: serveFile},
+		{name: "ServeFile of a range", request: byRange("bytes=5-14"), handler: serveFile},
+		{name: "ServeFile of a range that is not there", request: byRange("bytes=50000-"), handler: serveFile},
+		{name: "TimeoutHandler in time", handler: serve(http.TimeoutHandler(http.NotFoundHandler(), time.Minute, "slow"))},
+		{name: "TimeoutHandler too late", handler: serve(http.TimeoutHandler(slow, time.Millisecond, "slow")),
+			opts: idempotency.Options{ShouldStore: func(int, http.Header) bool { return true }}},
+		{name: "ReverseProxy", outer: around("Vary", "Origin"), handler: serve(httputil.NewSingleHostReverseProxy(target)),
+			replay: []edit{on(2, length)}},
+		{name: "MaxBytesReader", handler: func(w *probe) {
+			_, err := io.ReadAll(http.MaxBytesReader(w.ResponseWriter, w.request.Body, 1))
+			w.saw(err)
+			http.Error(w, "too large", http.StatusRequestEntityTooLarge)
+		},
+			// The middleware has read the body, so that the connection need not be
+			// closed to get rid of the rest.
+			first: []edit{on(1, remove("Connection"))}},
+	})
+}
+
+func TestRecorderCapabilities(t *testing.T) {
+	checkShapes(t, []shape{
+		{name: "what a ResponseWriter is", handler: func(w *probe) {
+			_, flusher := w.ResponseWriter.(http.Flusher)
+			_, flushErrorer := w.ResponseWriter.(interface{ FlushError() error })
+			_, stringWriter := w.ResponseWriter.(io.StringWriter)
+			w.saw(flusher, flushErrorer, stringWriter)
+			_, hijacker := w.ResponseWriter.(http.Hijacker)
+			_, readerFrom := w.ResponseWriter.(io.ReaderFrom)
+			_, pusher := w.ResponseWriter.(http.Pusher)
+			_, closeNotifier := w.ResponseWriter.(interface{ CloseNotify() <-chan bool })
+			_, unwrapper := w.ResponseWriter.(interface{ Unwrap() http.ResponseWriter })
+			w.saw(hijacker, readerFrom, pusher, closeNotifier, unwrapper)
+		},
+			// Hijack, ReadFrom and Push would bypass the record. CloseNotify is
+			// deprecated, and tells of a cancellation that the handler is spared.
+			first: []edit{saw(1, "false false false false false")}},
+		{name: "Hijack is refused", handler: func(w *probe) {
+			if w.request.Header.Get("X-Request-Id") == "direct" && w.request.ProtoMajor == 1 {
+				w.saw(true) // net/http would do it
+			} else {
+				_, _, err := w.control().Hijack()
+				w.saw(errors.Is(err, http.ErrNotSupported))
+			}
+			w.write("not hijacked")
+		}},
+		{name: "deadlines and full duplex", handler: func(w *probe) {
+			for _, at := range []time.Time{time.Now().Add(time.Hour), {}} {
+				w.saw(w.control().SetReadDeadline(at), w.control().SetWriteDeadline(at))
+			}
+			w.saw(w.control().EnableFullDuplex())
+			w.write("hello")
+		}},
+	})
+}
+
+// What is around the middleware decides what the handler can do.
+func TestRecorderOuterCapabilities(t *testing.T) {
+	type noMore struct{ http.ResponseWriter }
+	wrapped := func(wrap func(http.ResponseWriter) http.ResponseWriter) func(http.Handler) http.Handler {
+		return func(next http.Handler) http.Handler {
+			return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { next.ServeHTTP(wrap(w), r) })
+		}
+	}
+	handler := func(w *probe) {
+		w.set("X-Early", "1")
+		w.flush()
+		w.set("X-Late", "1")
+		w.WriteHeader(201)
+		w.write("hello")
+		w.saw(w.control().SetReadDeadline(time.Time{}), w.control().SetWriteDeadline(time.Time{}))
+		w.saw(w.control().EnableFullDuplex())
+	}
+	checkShapes(t, []shape{
+		{name: "nothing", handler: handler,
+			outer: wrapped(func(w http.ResponseWriter) http.ResponseWriter { return noMore{w} })},
+		{name: "what it unwraps to", handler: handler,
+			outer:  wrapped(func(w http.ResponseWriter) http.ResponseWriter { return unwrapper{noMore{w}, w} }),
+			replay: []edit{length}},
+	})
+}
+
+type unwrapper struct {
+	http.ResponseWriter
+	inner http.ResponseWriter
+}
+
+func (w unwrapper) Unwrap() http.ResponseWriter { return w.inner }
+
+// In full duplex the client may hold back its body until it has the beginning
+// of the answer.
+func TestRecorderFullDuplex(t *testing.T) {
+	eachProto(t, func(t *testing.T, proto int) {
+		rest := make(chan struct{}, 1)
+		newWire(t, proto, shape{
+			opts:    idempotency.Options{MaxBufferedBody: 1},
+			request: func(r *http.Request) { bodyInParts(r, "ab", rest, "cd") },
+			handler: func(w *probe) {
+				w.saw(w.control().EnableFullDuplex())
+				w.flush()
+				w.awaitClient(0)
+				rest <- struct{}{}
+				body, err := io.ReadAll(w.request.Body)
+				w.saw(string(body), err)
+			},
+			replay: []edit{length},
+		}).check(func() { close(rest) }) // a replay has to compare the whole body first
+	})
+}
+
+func TestRecorderReadDeadline(t *testing.T) {
+	eachProto(t, func(t *testing.T, proto int) {
+		never := make(chan struct{})
+		defer close(never)
+		x := newWire(t, proto, shape{
+			opts:    idempotency.Options{MaxBufferedBody: 1},
+			request: func(r *http.Request) { bodyInParts(r, "ab", never, "cd") },
+			handler: func(w *probe) {
+				w.saw(w.control().SetReadDeadline(time.Unix(1, 0)))
+				_, err := io.ReadAll(w.request.Body)
+				w.saw(errors.Is(err, os.ErrDeadlineExceeded))
+				w.WriteHeader(408) // frees the key
+			},
+		})
+		direct := x.direct()
+		require.Equal(t, []string{"<nil>", "true"}, direct.Saw)
+		require.Equal(t, direct, x.kept("first"))
+		require.Equal(t, direct, x.kept("second"))
+	})
+}
+
+// The client does not get the answer in time, and comes again for it.
+func TestRecorderWriteDeadline(t *testing.T) {
+	eachProto(t, func(t *testing.T, proto int) {
+		x := newWire(t, proto, shape{handler: func(w *probe) {
+			w.saw(w.control().SetWriteDeadline(time.Unix(1, 0)))
+			w.write("hello")
+		}})
+		direct, first, replay := x.direct(), x.kept("first"), x.kept("replay")
+		require.NotEmpty(t, direct.Err)
+		require.NotEmpty(t, first.Err)
+		require.Equal(t, direct.Saw, first.Saw)
+		require.Equal(t, "200 OK", replay.Status)
+		require.Equal(t, "hello", replay.Body)
+	})
+}
+
+// A goroutine that the handler leaves behind writes between the end of the
+// handler and the answer, when the response is being stored, and after it.
+func TestRecorderRefusesWritesAfterTheHandler(t *testing.T) {
+	const refused = "idempotency: write after the handler returned"
+	for _, flushed := range []bool{false, true} {
+		t.Run(fmt.Sprintf("flushed %v", flushed), func(t *testing.T) {
+			eachProto(t, func(t *testing.T, proto int) {
+				var left *probe
+				x := newWire(t, proto, shape{handler: func(w *probe) {
+					left = w
+					w.write("hello")
+					if flushed {
+						w.flush()
+					}
+				}})
+				late := func() {
+					_, err := left.Write([]byte("late"))
+					left.saw(err)
+					_, err = io.WriteString(left.ResponseWriter, "late")
+					left.saw(err)
+					left.saw(left.control().Flush())
+					left.ResponseWriter.(http.Flusher).Flush()
+					left.WriteHeader(103)
+					left.WriteHeader(500)
+				}
+				direct := x.direct()
+				x.store = &storeWithPause{x.store, func() {
+					done := make(chan struct{})
+					go func() { defer close(done); late() }()
+					<-done
+				}}
+				first := x.kept("first")
+				late()
+				replay := x.kept("replay")
+
+				direct.Saw = append(direct.Saw, refused, refused, refused)
+				require.Equal(t, direct, first)
+				require.Equal(t, append(direct.Saw, refused, refused, refused), *left.notes)
+				length(&first)
+				require.Equal(t, replayOf(first), replay)
+			})
+		})
+	}
+}
+
+// What a goroutine writes while the handler returns is sent and kept exactly as
+// far as it was accepted.
+func TestRecorderAcceptsWritesUntilTheHandlerReturns(t *testing.T) {
+	eachProto(t, func(t *testing.T, proto int) {
+		started, accepted := make(chan struct{}, 1), make(chan []byte, 1)
+		x := newWire(t, proto, shape{opts: idempotency.Options{MaxResponseBytes: 1 << 30}, handler: func(w *probe) {
+			go func() {
+				var body []byte
+				for n := 0; ; n++ {
+					part := fmt.Append(nil, n, " ")
+					if _, err := w.Write(part); err != nil {
+						break
+					}
+					if body = append(body, part...); n == 3 {
+						started <- struct{}{}
+					}
+				}
+				accepted <- body
+			}()
+			<-started
+		}})
+		first := x.kept("first")
+		require.Equal(t, brief(string(<-accepted)), first.Body)
+		require.Equal(t, replayOf(first), x.kept("replay"))
+	})
+}
+
+// storeWithPause calls pause before a response is stored.
+type storeWithPause struct {
+	idempotency.Store
+	pause func()
+}
+
+func (s *storeWithPause) Complete(ctx context.Context, key, token string, r idempotency.Result) error {
+	s.pause()
+	return s.Store.Complete(ctx, key, token, r)
+}
+
+// Without a key, or with a method that needs none, the handler gets what the
+// middleware got.
+func TestRecorderStaysOut(t *testing.T) {
+	for _, request := range []struct{ method, key string }{
+		{"GET", "key"}, {"HEAD", "key"}, {"OPTIONS", "key"}, {"TRACE", "key"}, {"CONNECT", "key"}, {"POST", ""},
+	} {
+		t.Run(request.method, func(t *testing.T) {
+			ran := false
+			w, r := httptest.NewRecorder(), httptest.NewRequest(request.method, "http://example.com/", nil)
+			if request.key != "" {
+				r.Header.Set("Idempotency-Key", request.key)
+			}
+			idempotency.Middleware(idempotency.NewMemoryStore(), nil)(http.HandlerFunc(
+				func(gotW http.ResponseWriter, gotR *http.Request) {
+					ran = true
+					require.Same(t, w, gotW)
+					require.Same(t, r, gotR)
+				})).ServeHTTP(w, r)
+			require.True(t, ran)
+		})
+	}
+}
+
+// holdingWriter fails, and keeps what it was given, as HTTP/2 does for a while
+// when a stream is reset.
+type holdingWriter struct {
+	http.ResponseWriter
+	held []byte
+}
+
+func (w *holdingWriter) Write(p []byte) (int, error) {
+	w.held = p
+	return 0, errors.New("stream reset")
+}
+
+// What a client did not take must not turn into the answer for another.
+func TestRecorderDoesNotReuseWhatAFailedWriteHolds(t *testing.T) {
+	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+		_, err := io.Copy(w, r.Body)
+		must(err)
+	})
+	first := &holdingWriter{ResponseWriter: httptest.NewRecorder()}
+	c.handler.ServeHTTP(first, c.request(exchange{key: k("first"), body: "the first answer"}))
+	require.Equal(t, "the first answer", string(first.held))
+	for i := range 100 {
+		c.check(t, i, exchange{key: k(fmt.Sprint(i)), body: "another's answer", get: "200 another's answer"})
+	}
+	require.Equal(t, "the first answer", string(first.held))
 }

@@ -299,7 +299,7 @@ func TestBrokenWatch(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				s := &watchedStore{faultyStore: &faultyStore{Store: idempotency.NewMemoryStore()}, watch: watch}
+				s := &fakeWatcher{faultyStore: &faultyStore{Store: idempotency.NewMemoryStore()}, watch: watch}
 				c := newAPI(s, &idempotency.Options{Lease: 4 * time.Second}, panicOnce)
 				c.check(t, 0, exchange{key: k("a"), get: "panic"})
 				start := time.Now()
@@ -311,12 +311,12 @@ func TestBrokenWatch(t *testing.T) {
 	}
 }
 
-type watchedStore struct {
+type fakeWatcher struct {
 	*faultyStore
 	watch func() (<-chan struct{}, error)
 }
 
-func (s *watchedStore) Watch(context.Context, string) (<-chan struct{}, error) { return s.watch() }
+func (s *fakeWatcher) Watch(context.Context, string) (<-chan struct{}, error) { return s.watch() }
 
 func TestReleaseFailsForAWhile(t *testing.T) {
 	withFaults(t, idempotency.Options{Wait: idempotency.NoWait}, answering(500, 201), func(t *testing.T, s *faultyStore, c *api, events *eventLog) {
