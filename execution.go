@@ -116,9 +116,11 @@ func (e *Execution) Discard() {
 // retried, and the handler's response is not sent: whether the transaction went
 // through is what the retry finds out.
 //
-// Attach only what the store knows how to end, and not with
-// [Options.FailOpen]: nobody ends what is attached to an unprotected run. A
-// handler that panics ends its transaction itself, with a deferred Rollback.
+// Begin a transaction with the context of the request, which is cancelled when
+// the handler is done, so that nothing can leave it open. Attach only what the
+// store knows how to end, and not with [Options.FailOpen]: nobody ends what is
+// attached to an unprotected run. A handler that panics ends its transaction
+// itself, with a deferred Rollback.
 func (e *Execution) Attach(v any) {
 	e.mu.Lock()
 	defer e.mu.Unlock()

@@ -283,7 +283,7 @@ func (c *call) replay(rec Record) {
 func (c *call) refuse(err *Error) { c.refuseAs(Outcome(err.Code), err) }
 
 func (c *call) refuseAs(outcome Outcome, err *Error) {
-	if err.Status >= 500 {
+	if err.Status >= 500 || outcome == OutcomeLeaseLost {
 		c.warn("request refused", err)
 	}
 	c.drain()

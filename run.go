@@ -210,11 +210,11 @@ func (c *call) send(recorder *recorder, outcome Outcome, err error) {
 // streamed cannot be taken back, but the client can be kept from taking it for
 // a whole response.
 func (c *call) withhold(recorder *recorder, outcome Outcome, p *Error) {
-	c.warn("a response was withheld", p)
 	if streaming := recorder.drop(); !streaming {
 		c.refuseAs(outcome, p)
 		return
 	}
+	c.warn("a response was withheld that had begun to stream", p)
 	c.report(outcome, recorder.status, p)
 	panic(http.ErrAbortHandler)
 }
