@@ -1,0 +1,438 @@
+package idempotency_test
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/storetest"
+)
+
+// connect returns a client as the documentation recommends it: of one server,
+// of a Cluster, or through Sentinel.
+func connect(t *testing.T, opts redis.UniversalOptions) redis.UniversalClient {
+	opts.ContextTimeoutEnabled = true
+	client := redis.NewUniversalClient(&opts)
+	t.Cleanup(func() { _ = client.Close() })
+	return client
+}
+
+// connectTo is for a look at one server, behind the back of any store.
+func connectTo(t *testing.T, s *redisServer) redis.UniversalClient {
+	return connect(t, redis.UniversalOptions{Addrs: []string{s.addr}})
+}
+
+// A browser sends requests with keys.
+type browser struct{ client *http.Client }
+
+func newBrowser(t *testing.T) browser {
+	transport := &http.Transport{MaxIdleConnsPerHost: 500}
+	t.Cleanup(transport.CloseIdleConnections)
+	return browser{&http.Client{Transport: transport, Timeout: patience}}
+}
+
+// ask posts to url. It returns "status body", for a problem "status code", both
+// after "replay " if it is one, and for no answer "broken: " and why.
+func (b browser) ask(url, key string, headers ...string) string {
+	r, err := http.NewRequest(http.MethodPost, url, strings.NewReader(`{"amount":1}`))
+	if err != nil {
+		return "broken: " + err.Error()
+	}
+	r.Header.Set("Idempotency-Key", key)
+	for i := 0; i < len(headers); i += 2 {
+		r.Header.Set(headers[i], headers[i+1])
+	}
+	resp, err := b.client.Do(r)
+	if err != nil {
+		return "broken: " + err.Error()
+	}
+	defer func() { _ = resp.Body.Close() }()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return "broken: " + err.Error()
+	}
+	var p problem
+	if resp.StatusCode >= 400 && json.Unmarshal(body, &p) == nil {
+		body = []byte(p.Code)
+	}
+	answer := fmt.Sprintf("%d %s", resp.StatusCode, body)
+	if resp.Header.Get("Idempotent-Replayed") == "true" {
+		answer = "replay " + answer
+	}
+	return answer
+}
+
+// An effect is what a handler did, whatever was answered.
+type effect struct {
+	attempt int
+	at      time.Time
+	answer  string
+}
+
+// traffic is many clients of one service. Each sends every key of its own twice
+// at once, and repeats it until it has an answer that is no call to repeat it.
+// Every second key runs at most once.
+type traffic struct {
+	t       *testing.T
+	lease   time.Duration
+	browser browser
+	url     string
+	stop    chan struct{}
+	clients sync.WaitGroup
+
+	mu        sync.Mutex // guards what follows
+	effects   map[string][]effect
+	sent      map[string]time.Time // when a key was sent first
+	answers   map[string][]string
+	owed      map[string]bool // executed, and not stored at first
+	errors    int
+	lastError time.Time
+	streak    int // answers since then
+	numbered  int
+}
+
+// trafficClients is also how many commands are on their way at most when a
+// server is killed, and so how many keys a lost reply or record can concern.
+const trafficClients = 8
+
+func startTraffic(t *testing.T, store idempotency.Store, lease time.Duration) *traffic {
+	x := &traffic{
+		t: t, lease: lease, browser: newBrowser(t), stop: make(chan struct{}),
+		effects: make(map[string][]effect), sent: make(map[string]time.Time), answers: make(map[string][]string), owed: make(map[string]bool),
+	}
+	mux := http.NewServeMux()
+	for path, once := range map[string]bool{"/often": false, "/once": true} {
+		mux.Handle(path, idempotency.Middleware(store, &idempotency.Options{
+			Lease: lease, AtMostOnce: once, OnEvent: x.event, Logger: slog.New(slog.DiscardHandler),
+		})(http.HandlerFunc(x.handle)))
+	}
+	server := httptest.NewServer(mux)
+	t.Cleanup(server.Close)
+	x.url = server.URL
+	for n := range trafficClients {
+		x.clients.Go(func() { x.send(n) })
+	}
+	t.Cleanup(x.end)
+	return x
+}
+
+// end waits for the clients to have all their answers.
+func (x *traffic) end() {
+	x.mu.Lock()
+	select {
+	case <-x.stop:
+	default:
+		close(x.stop)
+	}
+	x.mu.Unlock()
+	x.clients.Wait()
+}
+
+func (x *traffic) handle(w http.ResponseWriter, r *http.Request) {
+	e, _ := idempotency.FromContext(r.Context())
+	x.mu.Lock()
+	x.numbered++
+	answer := fmt.Sprintf("%s, effect %d", e.Key(), x.numbered)
+	x.effects[e.Key()] = append(x.effects[e.Key()], effect{e.Attempt(), time.Now(), "201 " + answer})
+	x.mu.Unlock()
+	<-time.After(rand.N(10 * time.Millisecond)) // whatever happens, happens to some in here
+	w.WriteHeader(http.StatusCreated)
+	_, _ = io.WriteString(w, answer)
+}
+
+func (x *traffic) event(_ context.Context, e idempotency.Event) {
+	if e.Outcome == idempotency.OutcomeExecuted && e.Err != nil {
+		x.mu.Lock()
+		defer x.mu.Unlock()
+		x.owed[e.Request.Header.Get("Idempotency-Key")] = true
+	}
+}
+
+func (x *traffic) send(client int) {
+	for n := 0; ; n++ {
+		select {
+		case <-x.stop:
+			return
+		default:
+		}
+		key := fmt.Sprintf("%s-%d-%d", []string{"often", "once"}[n%2], client, n)
+		x.mu.Lock()
+		x.sent[key] = time.Now()
+		x.mu.Unlock()
+		var pair sync.WaitGroup
+		for range 2 {
+			pair.Go(func() { x.insist(key) })
+		}
+		pair.Wait()
+	}
+}
+
+// insist repeats a request until its answer is final.
+func (x *traffic) insist(key string) string {
+	path, _, _ := strings.Cut(key, "-")
+	answer := ""
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); {
+		answer = strings.TrimPrefix(x.browser.ask(x.url+"/"+path, key), "replay ")
+		if final := x.note(key, answer); final {
+			return answer
+		}
+		<-time.After(rand.N(40 * time.Millisecond)) // as a client does
+	}
+	x.t.Errorf("%s is still answered %q", key, answer)
+	return answer
+}
+
+// note reports whether the answer is final.
+func (x *traffic) note(key, answer string) bool {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	switch answer {
+	case "503 store_unavailable":
+		x.errors++
+		x.lastError, x.streak = time.Now(), 0
+		return false
+	case "409 in_progress":
+		return false
+	}
+	x.streak++
+	x.answers[key] = append(x.answers[key], answer)
+	return true
+}
+
+// flows waits until so many answers came without an error in between: more than
+// there can be while a part of the keys is out of reach.
+func (x *traffic) flows(answers int) {
+	x.t.Helper()
+	x.mu.Lock()
+	x.streak = 0
+	x.mu.Unlock()
+	await(x.t, "traffic flows", func() bool {
+		x.mu.Lock()
+		defer x.mu.Unlock()
+		return x.streak >= answers
+	})
+}
+
+// loss is how many keys ended in a way that only a lost record explains.
+type loss struct {
+	ranAgain int // taken over, or run as if never seen
+	unknown  int // at-most-once keys whose answer is gone
+	owed     int // of both, those that were not stored at first
+}
+
+// judge ends the traffic, repeats every key twice and checks what became of it.
+// replicated means that no claim can be lost: a key runs a second time only when
+// it may, as attempt 2, and not before a lease has passed since it was sent.
+func (x *traffic) judge(replicated bool) (lost loss) {
+	x.t.Helper()
+	x.end()
+	final := x.repeatAll()
+	again := x.repeatAll()
+	require.Equal(x.t, final, again, "retries are answered equally")
+	require.NotEmpty(x.t, final)
+	for key, answer := range final {
+		effects := x.effects[key]
+		once := strings.HasPrefix(key, "once")
+		require.NotEmpty(x.t, effects, "%s was answered %q and never ran", key, answer)
+		var all []string
+		for _, e := range effects {
+			all = append(all, e.answer)
+		}
+		unknown := once && answer == "409 outcome_unknown"
+		if unknown {
+			lost.unknown++
+		} else {
+			require.Contains(x.t, all, answer, key)
+		}
+		for _, a := range x.answers[key] {
+			require.True(x.t, slices.Contains(all, a) || unknown && a == answer, "%s was answered %q, its effects are %q", key, a, all)
+		}
+		if x.owed[key] && (unknown || len(effects) > 1) {
+			lost.owed++
+		}
+		if len(effects) == 1 {
+			continue
+		}
+		lost.ranAgain++
+		require.Len(x.t, effects, 2, key)
+		if replicated {
+			require.False(x.t, once, "%s ran twice", key)
+			require.Equal(x.t, []int{1, 2}, []int{effects[0].attempt, effects[1].attempt}, key)
+			require.GreaterOrEqual(x.t, effects[1].at.Sub(x.sent[key]), x.lease, key)
+			require.Equal(x.t, effects[1].answer, answer, key)
+		}
+	}
+	x.t.Logf("%d keys, %d errors, %d not stored at first, lost %+v", len(final), x.errors, len(x.owed), lost)
+	return lost
+}
+
+// repeatAll sends every key once more and returns the answers.
+func (x *traffic) repeatAll() map[string]string {
+	x.mu.Lock()
+	keys := make(chan string, len(x.sent))
+	for key := range x.sent {
+		keys <- key
+	}
+	x.mu.Unlock()
+	close(keys)
+	final := make(map[string]string)
+	var mu sync.Mutex
+	var clients sync.WaitGroup
+	for range 2 * trafficClients {
+		clients.Go(func() {
+			for key := range keys {
+				answer := x.insist(key)
+				mu.Lock()
+				final[key] = answer
+				mu.Unlock()
+			}
+		})
+	}
+	clients.Wait()
+	return final
+}
+
+// errorsAfter returns for how long after an instant requests were refused.
+func (x *traffic) errorsAfter(since time.Time) time.Duration {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return max(0, x.lastError.Sub(since))
+}
+
+// A redisCluster has three masters, and a replica of each: that of node n is
+// node n+3.
+type redisCluster struct {
+	t      *testing.T
+	nodes  []*redisServer
+	admins []redis.UniversalClient // of each node
+	client redis.UniversalClient
+}
+
+func startCluster(t *testing.T) *redisCluster {
+	c := &redisCluster{t: t}
+	var addrs, busPorts []string
+	for range 6 {
+		busPorts = append(busPorts, freePort(t))
+		node := startRedis(t, "--cluster-enabled", "yes", "--cluster-port", busPorts[len(busPorts)-1],
+			"--cluster-node-timeout", "500", "--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1")
+		c.nodes, addrs = append(c.nodes, node), append(addrs, node.addr)
+		c.admins = append(c.admins, connectTo(t, node))
+	}
+	do := func(node int, args ...any) {
+		await(t, fmt.Sprint(args...), func() bool { return c.admins[node].Do(t.Context(), args...).Err() == nil })
+	}
+	for n, slots := range [][2]int{{0, 5460}, {5461, 10922}, {10923, 16383}} {
+		do(n, "cluster", "addslotsrange", slots[0], slots[1])
+		do(n, "cluster", "set-config-epoch", n+1)
+	}
+	for n := range 6 {
+		for other := range n {
+			host, port, err := net.SplitHostPort(addrs[other])
+			require.NoError(t, err)
+			do(n, "cluster", "meet", host, port, busPorts[other])
+		}
+	}
+	for n := range 3 { // a node that does not know this master yet refuses
+		do(n+3, "cluster", "replicate", c.admins[n].Do(t.Context(), "cluster", "myid").Val())
+	}
+	c.client = connect(t, redis.UniversalOptions{Addrs: addrs})
+	for n := range 6 {
+		await(t, "the cluster", func() bool { return c.isWhole(n) })
+	}
+	for n := range 3 {
+		await(t, "replicas", func() bool { return c.replication(n, "state=online") })
+	}
+	return c
+}
+
+// isWhole reports whether a node knows three masters, each with its replica.
+func (c *redisCluster) isWhole(node int) bool {
+	slots, err := c.admins[node].ClusterSlots(c.t.Context()).Result()
+	for _, s := range slots {
+		if len(s.Nodes) != 2 {
+			return false
+		}
+	}
+	return err == nil && len(slots) == 3 &&
+		strings.Contains(c.admins[node].ClusterInfo(c.t.Context()).Val(), "cluster_state:ok")
+}
+
+// replication reports whether a node says so about its replication.
+func (c *redisCluster) replication(node int, words ...string) bool {
+	info := c.admins[node].Info(c.t.Context(), "replication").Val()
+	for _, w := range words {
+		if !strings.Contains(info, w) {
+			return false
+		}
+	}
+	return true
+}
+
+func TestRedisClusterContract(t *testing.T) {
+	c := startCluster(t)
+
+	check := idempotency.NewRedisStore(c.client, nil).Check
+	require.NoError(t, check(t.Context()))
+	require.NoError(t, c.admins[2].ConfigSet(t.Context(), "maxmemory-policy", "volatile-ttl").Err())
+	require.ErrorContains(t, check(t.Context()), c.nodes[2].addr, "one master is enough")
+
+	for name, opts := range map[string]*idempotency.RedisOptions{"defaults": nil, "MinReplicas": {MinReplicas: 1}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			storetest.Run(t, func(*testing.T) idempotency.Store { return idempotency.NewRedisStore(c.client, opts) })
+		})
+	}
+}
+
+// A master is killed among traffic. Its replica takes over, and later the
+// killed one comes back as a replica: until then no claim of its slots can be
+// replicated, so a store that insists on that refuses them.
+func TestRedisClusterFailover(t *testing.T) {
+	c := startCluster(t)
+	const lease = 6 * time.Second // longer than a failover
+	lax := startTraffic(t, idempotency.NewRedisStore(c.client, &idempotency.RedisOptions{Prefix: "lax:"}), lease)
+	strict := startTraffic(t, idempotency.NewRedisStore(c.client,
+		&idempotency.RedisOptions{Prefix: "strict:", MinReplicas: 1}), lease)
+	lax.flows(200)
+	strict.flows(200)
+	require.Zero(t, lax.errors+strict.errors, "before anything happened")
+
+	killed := time.Now()
+	c.nodes[0].kill()
+	await(t, "the replica is master", func() bool { return c.replication(3, "role:master") })
+	promoted := time.Now()
+	lax.flows(300)
+	recovered := time.Now()
+	await(t, "a claim without a replica is refused", func() bool { return strict.errorsAfter(recovered) > 0 })
+	c.nodes[0].restart()
+	await(t, "the old master is a replica", func() bool {
+		return c.replication(0, "role:slave", "master_link_status:up") && c.replication(3, "state=online")
+	})
+	replicated := time.Now()
+	strict.flows(300)
+
+	require.NotZero(t, lax.errors, "the killed master was missed")
+	t.Logf("after the kill: promoted %v, errors until %v, replicated %v, errors with MinReplicas until %v", promoted.Sub(killed),
+		lax.errorsAfter(killed), replicated.Sub(killed), strict.errorsAfter(killed))
+	require.Less(t, lax.errorsAfter(killed), 5*time.Second)
+	require.Less(t, strict.errorsAfter(replicated), time.Second)
+	for _, lost := range []loss{lax.judge(false), strict.judge(true)} {
+		require.LessOrEqual(t, lost.ranAgain+lost.unknown, trafficClients, "keys whose record was lost")
+		require.Zero(t, lost.owed, "there was time to store them")
+	}
+}

@@ -1,0 +1,174 @@
+package idempotency_test
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-idempotency/idempotency"
+)
+
+// startSentinels starts three that watch a master with so many replicas, and
+// returns their addresses when they know all of it and each other. They notice
+// its death one after the other, and the first has the votes of all.
+func startSentinels(t *testing.T, master *redisServer, replicas int) (addrs []string) {
+	const conf = `port %s
+bind 127.0.0.1
+dir %s
+logfile %s
+sentinel monitor payments %s 1
+sentinel down-after-milliseconds payments %d
+sentinel failover-timeout payments 3000
+`
+	for n := range 3 {
+		dir, port := t.TempDir(), freePort(t)
+		s := &redisServer{t: t, addr: "127.0.0.1:" + port, log: filepath.Join(dir, "log")}
+		file := filepath.Join(dir, "sentinel.conf")
+		text := fmt.Sprintf(conf, port, dir, s.log, strings.Replace(master.addr, ":", " ", 1), 500*(n+1))
+		require.NoError(t, os.WriteFile(file, []byte(text), 0o600))
+		s.args = []string{master.args[0], file, "--sentinel"}
+		require.True(t, s.start(), "sentinel does not start")
+		t.Cleanup(s.kill)
+		addrs = append(addrs, s.addr)
+		// Sentinels look around every few seconds unless they are told to hurry,
+		// and take a master for dead that they have not looked at for so long.
+		require.NoError(t, connectTo(t, s).Do(t.Context(), "sentinel", "debug",
+			"ping-period", 100, "info-period", 200, "publish-period", 200).Err())
+	}
+	for _, addr := range addrs {
+		sentinel := redis.NewSentinelClient(&redis.Options{Addr: addr})
+		t.Cleanup(func() { _ = sentinel.Close() })
+		await(t, "the sentinels", func() bool {
+			known, err := sentinel.Master(t.Context(), "payments").Result()
+			return err == nil && known["num-other-sentinels"] == "2" && known["num-slaves"] == fmt.Sprint(replicas)
+		})
+	}
+	return addrs
+}
+
+// The master is killed among traffic, and Sentinel makes a replica the master.
+// Sentinels that disagree may do so twice, and for a moment there are two
+// masters. That costs answers, but no claim.
+func TestRedisSentinelFailover(t *testing.T) {
+	const lease = 6 * time.Second // longer than a failover
+	master := startRedis(t, "--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1")
+	host, port, err := net.SplitHostPort(master.addr)
+	require.NoError(t, err)
+	for range 2 {
+		startRedis(t, "--replicaof", host+" "+port, "--repl-diskless-sync-delay", "0")
+	}
+	admin := connectTo(t, master)
+	await(t, "the replicas", func() bool {
+		return strings.Count(admin.Info(context.Background(), "replication").Val(), "state=online") == 2
+	})
+	client := connect(t, redis.UniversalOptions{MasterName: "payments", Addrs: startSentinels(t, master, 2)})
+	store := idempotency.NewRedisStore(client, &idempotency.RedisOptions{MinReplicas: 1})
+	require.NoError(t, store.Check(t.Context()))
+
+	x := startTraffic(t, store, lease)
+	x.flows(200)
+	require.Zero(t, x.errors, "before anything happened")
+	killed := time.Now()
+	master.kill()
+	x.flows(300)
+	t.Logf("errors until %v after the kill", x.errorsAfter(killed))
+	require.NotZero(t, x.errors, "the killed master was missed")
+	require.Less(t, x.errorsAfter(killed), 10*time.Second)
+	require.NoError(t, store.Check(t.Context()))
+	lost := x.judge(true)
+	require.LessOrEqual(t, lost.ranAgain+lost.unknown, 2*trafficClients, "keys whose answer was lost")
+	if x.errorsAfter(killed) < lease/2 {
+		require.Zero(t, lost.owed, "there was time to store them")
+	}
+}
+
+// A Redis that keeps what it acknowledged is killed and started again among
+// traffic: nothing is lost.
+func TestRedisRestartsAmongTraffic(t *testing.T) {
+	server := startRedis(t, "--appendonly", "yes", "--appendfsync", "always")
+	store := idempotency.NewRedisStore(connectTo(t, server), nil)
+	x := startTraffic(t, store, 3*time.Second)
+	for range 3 {
+		x.flows(200)
+		server.kill()
+		server.restart()
+		restarted := time.Now()
+		x.flows(200)
+		require.Less(t, x.errorsAfter(restarted), 2*time.Second)
+	}
+	require.Zero(t, x.judge(true), "keys whose record was lost")
+}
+
+// A Redis that keeps nothing is killed and started again while a handler runs.
+// The claim is lost, but what the handler answers is stored all the same.
+func TestRedisLosesTheClaimOfARunningHandler(t *testing.T) {
+	server := startRedis(t)
+	store := idempotency.NewRedisStore(connectTo(t, server), nil)
+	shop := openShop(t, store, nil, func(w http.ResponseWriter, _ *http.Request) {
+		server.kill()
+		server.restart()
+		_, _ = io.WriteString(w, "charged")
+	})
+	require.Equal(t, "200 charged", shop.post("key"))
+	require.Equal(t, "200 charged replayed", shop.post("key"))
+	require.EqualValues(t, 1, shop.runs.Load())
+}
+
+func TestRedisForgetsScriptsAmongTraffic(t *testing.T) {
+	client := connectTo(t, startRedis(t))
+	x := startTraffic(t, idempotency.NewRedisStore(client, nil), 30*time.Second)
+	for range 50 {
+		x.flows(10)
+		require.NoError(t, client.ScriptFlush(t.Context()).Err())
+	}
+	require.Zero(t, x.judge(true))
+	require.Zero(t, x.errors)
+}
+
+// Redis fills up while a handler runs. Its answer is stored and replayed; new
+// keys are refused until there is room again.
+func TestRedisFillsUpWhileAHandlerRuns(t *testing.T) {
+	const size = 64 << 10
+	client := connectTo(t, startRedis(t, "--maxmemory", "8mb", "--maxmemory-policy", "noeviction"))
+	var fillers []string
+	fill := func() error {
+		for len(fillers) < 1000 {
+			name := fmt.Sprint("filler ", len(fillers))
+			if err := client.Set(t.Context(), name, make([]byte, size), 0).Err(); err != nil {
+				return err
+			}
+			fillers = append(fillers, name)
+		}
+		return nil
+	}
+	var events eventLog
+	opts := &idempotency.Options{OnEvent: events.add, Logger: slog.New(slog.DiscardHandler)}
+	shop := openShop(t, idempotency.NewRedisStore(client, nil), opts, func(w http.ResponseWriter, r *http.Request) {
+		if err := fill(); len(fillers) < 10 || !redis.HasErrorPrefix(err, "OOM") {
+			t.Errorf("Redis is not full after %d: %v", len(fillers), err)
+		}
+		_, _ = io.WriteString(w, strings.Repeat("x", size))
+	})
+	require.Len(t, shop.post("running"), len("200 ")+size)
+	require.Len(t, shop.post("running"), len("200 ")+size+len(" replayed"))
+	require.Equal(t, "503 Service Unavailable", shop.post("new"))
+	refused := events.last()
+	require.Equal(t, idempotency.OutcomeStoreUnavailable, refused.Outcome)
+	require.ErrorIs(t, refused.Err, idempotency.ErrStoreFull)
+	require.EqualValues(t, 1, shop.runs.Load())
+
+	require.NoError(t, client.Del(t.Context(), fillers...).Err())
+	require.Len(t, shop.post("new"), len("200 ")+size)
+	require.EqualValues(t, 2, shop.runs.Load())
+}

@@ -1,0 +1,407 @@
+package idempotency
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+)
+
+// ErrTooFewReplicas: fewer than RedisOptions.MinReplicas replicas acknowledged
+// a claim in time. A new claim was released, a renewed one stands as it was.
+var ErrTooFewReplicas = errors.New("idempotency: too few Redis replicas acknowledged the claim")
+
+// RedisOptions configure [NewRedisStore]. A nil *RedisOptions and a zero field
+// mean the defaults. NewRedisStore copies them.
+type RedisOptions struct {
+	// Prefix is put before every key and every Pub/Sub channel. Default
+	// "idem:".
+	Prefix string
+
+	// MinReplicas is how many replicas must acknowledge a claim before the
+	// handler may run; of a Cluster, replicas of the key's master. A failover
+	// to one of them then cannot lose the claim. When they do not, the claim
+	// is released and the request is refused with [ErrTooFewReplicas]; a
+	// renewal that they do not acknowledge fails too, so that a handler is
+	// cancelled at the end of its lease. They are asked in the same round
+	// trip, but as long as there are too few of them every answer, a replay
+	// as well, takes ReplicaTimeout. Default 0: claims are not waited for.
+	//
+	// What is stored after the handler ran is not waited for: a failover that
+	// loses it leaves the claim, and the handler runs again after its lease.
+	MinReplicas int
+
+	// ReplicaTimeout is how long to wait for MinReplicas, in whole
+	// milliseconds. Default 500ms. It is shortened to half of what the
+	// deadline of a call leaves, so that there is time to release the claim.
+	ReplicaTimeout time.Duration
+}
+
+// withDefaults returns a copy of o in which every field has its value. It
+// panics on nonsense.
+func (o *RedisOptions) withDefaults() RedisOptions {
+	var r RedisOptions
+	if o != nil {
+		r = *o
+	}
+	setDefault(&r.Prefix, "idem:")
+	setDefault(&r.ReplicaTimeout, 500*time.Millisecond)
+	switch {
+	case r.MinReplicas < 0:
+		panic("idempotency: RedisOptions.MinReplicas is negative; leave it zero not to wait for replicas")
+	case r.ReplicaTimeout < time.Millisecond:
+		panic("idempotency: RedisOptions.ReplicaTimeout is under 1ms; leave it zero for 500ms")
+	}
+	return r
+}
+
+// A RedisStore keeps records in Redis 7.0 or newer, or in Valkey: one server,
+// Sentinel or Cluster, whatever the client reaches. It is what a service of
+// many replicas needs. A first execution costs two round trips, a replay one.
+//
+// Set ContextTimeoutEnabled in the options of the client. Without it go-redis
+// looks at its own ReadTimeout and MaxRetries only, so that a Redis that hangs
+// holds a request for many times Options.StoreTimeout.
+//
+// Redis must not evict: with another maxmemory-policy than noeviction it drops
+// records, and then handlers run twice. [RedisStore.Check] looks at that. When
+// Redis is full, new keys get [ErrStoreFull], and what runs is still completed.
+// What a restart without persistence or a failover loses is lost as well; see
+// RedisOptions.MinReplicas.
+//
+// A RedisStore is safe for concurrent use and needs no Close; the client is the
+// caller's. Duplicates that wait share one Pub/Sub connection per store, which
+// is there only as long as somebody waits. Where the user may not subscribe or
+// publish, they poll.
+//
+// Leases and TTLs run by the clock of the server. It is a wall clock: have it
+// slewed, not stepped.
+type RedisStore struct {
+	client redis.UniversalClient
+	opts   RedisOptions
+
+	mu       sync.Mutex // guards what follows and what it points to
+	flights  map[string]*redisFlight
+	session  *redisSession // nil: nobody waits
+	quiet    time.Time     // until then no new session is tried
+	reloaded time.Time     // when the Cluster's slots were last asked for
+}
+
+var (
+	_ Store   = (*RedisStore)(nil)
+	_ Watcher = (*RedisStore)(nil)
+)
+
+// NewRedisStore returns a store on client. It panics if client is nil or opts
+// is nonsense, and for a [redis.Ring]: a Ring moves keys to other servers when
+// one is down, where their claims are not known, so that handlers run twice.
+// It does not connect; see [RedisStore.Check].
+func NewRedisStore(client redis.UniversalClient, opts *RedisOptions) *RedisStore {
+	s := &RedisStore{client: client, opts: opts.withDefaults(), flights: make(map[string]*redisFlight)}
+	_, oneServer := client.(*redis.Client)
+	_, cluster := client.(masterFinder)
+	_, ring := client.(*redis.Ring)
+	switch {
+	case client == nil:
+		panic("idempotency: NewRedisStore without a client; make one with redis.NewUniversalClient")
+	case ring:
+		panic("idempotency: NewRedisStore with a redis.Ring, which loses claims when a server is down; " +
+			"use Redis Cluster or Sentinel")
+	case s.opts.MinReplicas > 0 && !oneServer && !cluster:
+		panic("idempotency: RedisOptions.MinReplicas needs the connection that a claim went over; " +
+			"use a *redis.Client or a *redis.ClusterClient")
+	}
+	return s
+}
+
+// redisAnswer is a Record, and the cell that made it unless we own that now.
+type redisAnswer struct {
+	Record
+	cell redisCell
+}
+
+// Acquire implements [Store]. It returns an error that wraps [ErrStoreFull]
+// when Redis has no room for a new key, and [ErrTooFewReplicas]. A key that
+// holds something else than a record is an error as well.
+//
+// Calls of one store for one key may share a question to Redis, which begins
+// after each of them did.
+func (s *RedisStore) Acquire(ctx context.Context, key string, c Claim) (Record, error) {
+	name := s.opts.Prefix + key
+	if len(c.Fingerprint) > 0 && !isRenewal(ctx, c) {
+		return s.askTogether(ctx, name, c)
+	}
+	// A renewal is nobody else's business, and a streamed body is rare.
+	answer, err := s.ask(ctx, name, c, true)
+	return answer.Record, err
+}
+
+// isRenewal reports whether the call comes from the very execution that it is
+// for. It is a hint: what it decides takes longer if it is wrong.
+func isRenewal(ctx context.Context, c Claim) bool {
+	e, ok := FromContext(ctx)
+	return ok && e.call != nil && e.call.token == c.Token
+}
+
+// ask asks Redis. One command is enough unless the key is claimed or released.
+// Where that is likely (contended) the script is asked at once: it decides
+// alike, but a stored value takes longer through Lua.
+func (s *RedisStore) ask(ctx context.Context, name string, c Claim, contended bool) (redisAnswer, error) {
+	sent := time.Now()
+	cell := redisCell{
+		state: redisClaimed, once: c.Once, lease: millis(c.Lease), ttl: max(millis(c.TTL), millis(c.Lease)),
+		attempt: 1, token: c.Token, fingerprint: c.Fingerprint,
+	}
+	claim, err := cell.encode()
+	if err != nil {
+		return redisAnswer{}, err
+	}
+	answer, full := redisAnswer{}, false
+	if !contended {
+		answer, full, err = s.claim(ctx, name, c, claim, cell.ttl)
+	}
+	if err == nil && answer.State == 0 {
+		answer, err = s.contend(ctx, name, c, claim, full)
+	}
+	if err != nil {
+		return redisAnswer{}, err
+	}
+	s.observe(name, sent, answer)
+	return answer, nil
+}
+
+// claim is the usual way. The answer has no State when it takes the script to
+// tell: somebody has the key, or (full) there is no room for a new one.
+//
+// A command that go-redis sent again finds our own claim, which the script
+// recognises.
+func (s *RedisStore) claim(ctx context.Context, name string, c Claim, claim []byte, ttl int64) (answer redisAnswer, full bool, err error) {
+	cmd := redis.NewStringCmd(ctx, "set", name, claim, "nx", "get", "px", ttl)
+	replicated, err := s.send(ctx, name, cmd, true)
+	switch {
+	case errors.Is(err, redis.Nil):
+		answer, err = s.claimed(ctx, name, c, 1, false, replicated)
+		return answer, false, err
+	case isRedisFull(err):
+		return redisAnswer{}, true, nil
+	case err != nil:
+		return redisAnswer{}, false, err
+	}
+	stored, err := cmd.Bytes()
+	if err == nil {
+		answer.cell, err = parseRedisCell(stored)
+	}
+	if err != nil {
+		return redisAnswer{}, false, err
+	}
+	switch {
+	case answer.cell.state == redisReleased:
+	case mismatch(answer.cell.fingerprint, c.Fingerprint):
+		answer.State = Mismatch
+	case answer.cell.state == redisCompleted:
+		answer.Record = Record{State: Completed, Fingerprint: answer.cell.fingerprint, Value: answer.cell.value}
+	}
+	return answer, false, nil
+}
+
+// contend has the script decide.
+func (s *RedisStore) contend(ctx context.Context, name string, c Claim, claim []byte, full bool) (redisAnswer, error) {
+	cmd, replicated, err := (*redis.Cmd)(nil), false, error(nil)
+	if !full {
+		cmd, replicated, err = s.eval(ctx, contendScript.plain, true, name, claim, 1)
+		full = isRedisFull(err)
+	}
+	if full {
+		cmd, replicated, err = s.eval(ctx, contendScript.full, true, name, claim, 0)
+	}
+	if err != nil {
+		return redisAnswer{}, err
+	}
+	reply, err := cmd.Slice()
+	if err != nil || len(reply) != 3 {
+		return redisAnswer{}, fmt.Errorf("idempotency: unexpected reply of Redis to a claim: %v", reply)
+	}
+	state, _ := reply[0].(int64)
+	number, _ := reply[1].(int64)
+	answer := redisAnswer{Record: Record{State: State(state)}}
+	switch answer.State {
+	case 0:
+		return redisAnswer{}, fmt.Errorf("%w: Redis has reached its maxmemory", ErrStoreFull)
+	case Lost:
+		return answer, nil
+	case Acquired:
+		return s.claimed(ctx, name, c, int(number), reply[2] == int64(1), replicated)
+	}
+	stored, _ := reply[2].(string)
+	if answer.cell, err = parseRedisCell([]byte(stored)); err != nil {
+		return redisAnswer{}, err
+	}
+	switch answer.State {
+	case InProgress:
+		answer.Remaining = time.Duration(number) * time.Millisecond
+	case Completed:
+		answer.Fingerprint, answer.Value = answer.cell.fingerprint, answer.cell.value
+	}
+	return answer, nil
+}
+
+// claimed is the answer to a claim that Redis took. When too few replicas have
+// it, it is given back; but not one that was renewed, which may be that of a
+// running handler.
+func (s *RedisStore) claimed(ctx context.Context, name string, c Claim, attempt int, renewed, replicated bool) (redisAnswer, error) {
+	if replicated {
+		return redisAnswer{Record: Record{State: Acquired, Attempt: attempt}}, nil
+	}
+	if renewed {
+		return redisAnswer{}, ErrTooFewReplicas
+	}
+	if err := s.release(ctx, name, c.Token); err != nil {
+		return redisAnswer{}, fmt.Errorf("%w; releasing it failed: %w", ErrTooFewReplicas, err)
+	}
+	return redisAnswer{}, ErrTooFewReplicas
+}
+
+// Complete implements [Store]. It gets through when Redis is full.
+func (s *RedisStore) Complete(ctx context.Context, key, token string, r Result) error {
+	ok, err := s.settle(ctx, completeScript, s.opts.Prefix+key, redisCell{
+		state: redisCompleted, ttl: millis(r.TTL), token: token, fingerprint: r.Fingerprint, value: r.Value,
+	})
+	if err == nil && !ok {
+		err = ErrLeaseLost
+	}
+	return err
+}
+
+// Release implements [Store]. It gets through when Redis is full.
+func (s *RedisStore) Release(ctx context.Context, key, token string) error {
+	return s.release(ctx, s.opts.Prefix+key, token)
+}
+
+func (s *RedisStore) release(ctx context.Context, name, token string) error {
+	marker := millis(absentMarker)
+	_, err := s.settle(ctx, releaseScript, name, redisCell{
+		state: redisReleased, lease: marker, ttl: marker, token: token,
+	})
+	return err
+}
+
+// send sends a command. If claims is set it may make a claim, and replicated
+// tells whether enough replicas have what it wrote.
+func (s *RedisStore) send(ctx context.Context, name string, cmd redis.Cmder, claims bool) (replicated bool, err error) {
+	if claims && s.opts.MinReplicas > 0 {
+		replicated, err = s.sendAndWait(ctx, name, cmd)
+	} else {
+		_ = s.client.Process(ctx, cmd) // may return at once, if client is a redis.AutoPipeliner
+		replicated, err = true, cmd.Err()
+	}
+	s.notice(ctx, err)
+	return replicated, err
+}
+
+// A masterFinder is a redis.ClusterClient.
+type masterFinder interface {
+	MasterForKey(ctx context.Context, key string) (*redis.Client, error)
+}
+
+// sendAndWait sends a command and WAIT, which is about the connection that it
+// comes on. WAIT has no key, so a ClusterClient would send it anywhere.
+func (s *RedisStore) sendAndWait(ctx context.Context, name string, cmd redis.Cmder) (replicated bool, err error) {
+	timeout := s.opts.ReplicaTimeout
+	if deadline, ok := ctx.Deadline(); ok {
+		timeout = min(timeout, time.Until(deadline)/2)
+	}
+	client := redis.Cmdable(s.client)
+	if cluster, ok := s.client.(masterFinder); ok {
+		if client, err = cluster.MasterForKey(ctx, name); err != nil {
+			return false, err
+		}
+	}
+	wait := redis.NewIntCmd(ctx, "wait", s.opts.MinReplicas, millis(timeout))
+	pipe := client.Pipeline()
+	_ = pipe.Process(ctx, cmd)
+	_ = pipe.Process(ctx, wait)
+	_, _ = pipe.Exec(ctx) // each command has its own error
+	if err := cmd.Err(); err != nil && !errors.Is(err, redis.Nil) {
+		return false, err
+	}
+	if err := wait.Err(); err != nil {
+		return false, err
+	}
+	return wait.Val() >= int64(s.opts.MinReplicas), cmd.Err()
+}
+
+// notice has the slots of a Cluster loaded again, once a second at most, after
+// an error that is not Redis's reply: go-redis itself would ask a master that
+// died for up to a minute.
+func (s *RedisStore) notice(ctx context.Context, err error) {
+	var reply redis.Error
+	if err == nil || errors.As(err, &reply) && !redis.HasErrorPrefix(err, "MOVED") && !redis.HasErrorPrefix(err, "CLUSTERDOWN") {
+		return
+	}
+	cluster, ok := s.client.(interface{ ReloadState(context.Context) })
+	if !ok {
+		return
+	}
+	s.mu.Lock()
+	now := time.Now()
+	due := now.Sub(s.reloaded) >= time.Second
+	if due {
+		s.reloaded = now
+	}
+	s.mu.Unlock()
+	if due {
+		cluster.ReloadState(ctx)
+	}
+}
+
+// Check returns an error if Redis cannot be reached, is older than 7.0, or may
+// evict records: every master of a Cluster. It is for the start of a program
+// and for health checks. What the user is not allowed to ask passes.
+func (s *RedisStore) Check(ctx context.Context) error {
+	if cluster, ok := s.client.(interface {
+		ForEachMaster(context.Context, func(context.Context, *redis.Client) error) error
+	}); ok {
+		return cluster.ForEachMaster(ctx, func(ctx context.Context, node *redis.Client) error {
+			if err := checkRedis(ctx, node); err != nil {
+				return fmt.Errorf("%s: %w", node.Options().Addr, err)
+			}
+			return nil
+		})
+	}
+	return checkRedis(ctx, s.client)
+}
+
+func checkRedis(ctx context.Context, client redis.Cmdable) error {
+	info, err := client.Info(ctx, "server").Result()
+	if err != nil && !isRedisRefusal(err) {
+		return fmt.Errorf("idempotency: asking Redis for its version: %w", err)
+	}
+	_, version, found := strings.Cut(info, "redis_version:") // Valkey says which Redis it is like
+	version, _, _ = strings.Cut(version, "\r\n")
+	major, _, _ := strings.Cut(version, ".")
+	if n, err := strconv.Atoi(major); found && (err != nil || n < 7) {
+		return fmt.Errorf("idempotency: Redis is version %s; 7.0 or newer is needed", version)
+	}
+	config, err := client.ConfigGet(ctx, "maxmemory-policy").Result()
+	if err != nil && !isRedisRefusal(err) {
+		return fmt.Errorf("idempotency: asking Redis for its maxmemory-policy: %w", err)
+	}
+	if policy := config["maxmemory-policy"]; policy != "" && policy != "noeviction" {
+		return fmt.Errorf("idempotency: Redis has maxmemory-policy %s and may drop records, "+
+			"after which handlers run twice; set it to noeviction", policy)
+	}
+	return nil
+}
+
+// isRedisRefusal reports whether Redis is there and only does not tell: the
+// user may not ask, or the command is renamed or unknown.
+func isRedisRefusal(err error) bool {
+	var reply redis.Error
+	return errors.As(err, &reply) &&
+		(strings.HasPrefix(reply.Error(), "NOPERM") || strings.HasPrefix(reply.Error(), "ERR"))
+}
