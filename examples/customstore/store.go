@@ -1,0 +1,242 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"database/sql"
+	"errors"
+	"net/url"
+	"time"
+
+	"github.com/go-idempotency/idempotency"
+)
+
+// Open opens a database for a Store and the handlers that share it.
+//
+// SQLite has one writer at a time. A single connection makes those of this
+// process queue for it in order, and no longer than their contexts allow; with
+// several they would poll for the lock. Other processes on this machine are
+// waited for as long as the busy timeout says, which is less than half of the
+// default StoreTimeout. Every transaction takes the lock when it begins: what
+// it reads is then what it writes on.
+//
+// synchronous(FULL) syncs each commit to the disk, so that not even a power
+// failure takes back an answer that a client has seen.
+func Open(driver, path string) (*sql.DB, error) {
+	db, err := sql.Open(driver, "file:"+(&url.URL{Path: path}).EscapedPath()+"?_txlock=immediate"+
+		"&_pragma=busy_timeout(400)&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)")
+	if err == nil {
+		db.SetMaxOpenConns(1)
+	}
+	return db, err
+}
+
+// A Store is an [idempotency.Store] in a table of an SQL database.
+//
+// A handler that attaches a transaction on that database gets its own rows and
+// the stored response committed together, or neither of them: see Complete.
+type Store struct{ db *sql.DB }
+
+var _ idempotency.Store = (*Store)(nil)
+
+// NewStore returns a store on db, which comes from Open, and makes its table.
+func NewStore(ctx context.Context, db *sql.DB) (*Store, error) {
+	_, err := db.ExecContext(ctx, schema)
+	return &Store{db}, err
+}
+
+// All times are milliseconds. The clock is SQLite's, which is this machine's:
+// the same for every process that can open the file.
+const (
+	schema = `
+		CREATE TABLE IF NOT EXISTS idempotency (
+			key         TEXT PRIMARY KEY,
+			state       INTEGER NOT NULL,
+			token       TEXT NOT NULL,
+			attempt     INTEGER NOT NULL,
+			once        BOOLEAN NOT NULL,
+			fingerprint BLOB,
+			value       BLOB,
+			lease       INTEGER NOT NULL, -- its length
+			lease_end   INTEGER NOT NULL,
+			expires     INTEGER NOT NULL
+		);
+		CREATE INDEX IF NOT EXISTS idempotency_expires ON idempotency (expires)`
+
+	now = `CAST(round(1000 * unixepoch('subsec')) AS INTEGER)`
+
+	selectCell = `
+		SELECT state, token, attempt, once, fingerprint, value, lease, lease_end - ` + now + `
+		FROM idempotency WHERE key = $1 AND expires > ` + now
+
+	upsertCell = `
+		INSERT INTO idempotency (key, state, token, attempt, once, fingerprint, value, lease, lease_end, expires)
+		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $8 + ` + now + `, $9 + ` + now + `)
+		ON CONFLICT (key) DO UPDATE SET state = excluded.state, token = excluded.token,
+			attempt = excluded.attempt, once = excluded.once, fingerprint = excluded.fingerprint,
+			value = excluded.value, lease = excluded.lease, lease_end = excluded.lease_end,
+			expires = excluded.expires`
+
+	// A claim makes one cell at most, so the table keeps up, and no request
+	// pays for the cleaning of a whole night.
+	deleteExpired = `
+		DELETE FROM idempotency WHERE key IN
+			(SELECT key FROM idempotency WHERE expires <= ` + now + ` ORDER BY expires LIMIT 4)`
+)
+
+const (
+	absent = iota
+	claimed
+	completed
+	released
+)
+
+// A cell is one row. The zero cell is absent.
+type cell struct {
+	state, attempt     int
+	token              string
+	once               bool
+	fingerprint, value []byte
+	lease, remaining   int64
+}
+
+func load(ctx context.Context, tx *sql.Tx, key string) (c cell, err error) {
+	err = tx.QueryRowContext(ctx, selectCell, key).Scan(
+		&c.state, &c.token, &c.attempt, &c.once, &c.fingerprint, &c.value, &c.lease, &c.remaining)
+	if errors.Is(err, sql.ErrNoRows) {
+		return cell{}, nil
+	}
+	return c, err
+}
+
+// save writes c, whose lease begins now, and keeps it for ttl.
+func save(ctx context.Context, tx *sql.Tx, key string, c cell, ttl int64) error {
+	_, err := tx.ExecContext(ctx, upsertCell,
+		key, c.state, c.token, c.attempt, c.once, c.fingerprint, c.value, c.lease, ttl)
+	return err
+}
+
+// millis rounds up, so that nothing ends early.
+func millis(d time.Duration) int64 { return int64((d + time.Millisecond - 1) / time.Millisecond) }
+
+// update runs f in a transaction.
+func (s *Store) update(ctx context.Context, f func(tx *sql.Tx) error) error {
+	tx, err := s.db.BeginTx(ctx, nil)
+	if err != nil {
+		return err
+	}
+	defer tx.Rollback() // without effect after Commit
+	if err := f(tx); err != nil {
+		return err
+	}
+	return tx.Commit()
+}
+
+// Acquire implements [idempotency.Store].
+func (s *Store) Acquire(ctx context.Context, key string, c idempotency.Claim) (rec idempotency.Record, err error) {
+	err = s.update(ctx, func(tx *sql.Tx) error {
+		rec, err = acquire(ctx, tx, key, c)
+		return err
+	})
+	return rec, err
+}
+
+// acquire is the table in the documentation of [idempotency.Store].
+func acquire(ctx context.Context, tx *sql.Tx, key string, c idempotency.Claim) (idempotency.Record, error) {
+	old, err := load(ctx, tx, key)
+	if err != nil {
+		return idempotency.Record{}, err
+	}
+	next := cell{
+		state: claimed, token: c.Token, attempt: old.attempt + 1,
+		once: c.Once, fingerprint: c.Fingerprint, lease: millis(c.Lease),
+	}
+	own := old.token == c.Token
+	switch {
+	case old.state == absent:
+	case old.state == released && own:
+		return idempotency.Record{State: idempotency.Lost}, nil
+	case old.state == released:
+	case len(old.fingerprint) > 0 && len(c.Fingerprint) > 0 && !bytes.Equal(old.fingerprint, c.Fingerprint):
+		return idempotency.Record{State: idempotency.Mismatch}, nil
+	case old.state == completed:
+		return idempotency.Record{State: idempotency.Completed, Fingerprint: old.fingerprint, Value: old.value}, nil
+	case own:
+		next.attempt, next.once, next.fingerprint = old.attempt, old.once || c.Once, old.fingerprint
+	case old.remaining > 0:
+		remaining := time.Duration(old.remaining) * time.Millisecond
+		return idempotency.Record{State: idempotency.InProgress, Remaining: remaining}, nil
+	case old.once:
+		return idempotency.Record{State: idempotency.Abandoned}, nil
+	}
+	if err := save(ctx, tx, key, next, millis(max(c.TTL, c.Lease))); err != nil {
+		return idempotency.Record{}, err
+	}
+	_, err = tx.ExecContext(ctx, deleteExpired)
+	return idempotency.Record{State: idempotency.Acquired, Attempt: next.attempt}, err
+}
+
+// Complete implements [idempotency.Store]. When the handler attached a *sql.Tx,
+// the response is written on that transaction, and it is committed here: the
+// handler's rows and the response, or neither.
+func (s *Store) Complete(ctx context.Context, key, token string, r idempotency.Result) error {
+	tx := attached(ctx)
+	if tx == nil {
+		return s.update(ctx, func(tx *sql.Tx) error { return complete(ctx, tx, key, token, r) })
+	}
+	if err := complete(ctx, tx, key, token, r); err != nil {
+		_ = tx.Rollback() // if even that fails: what was not committed never is
+		return errors.Join(idempotency.ErrRolledBack, err)
+	}
+	// When this fails, nobody can say whether it was committed. So it is not
+	// ErrRolledBack: the claim stands until its lease ends, and the retry finds
+	// either the response or a lapsed claim.
+	return tx.Commit()
+}
+
+// complete returns ErrLeaseLost if the cell is not token's.
+func complete(ctx context.Context, tx *sql.Tx, key, token string, r idempotency.Result) error {
+	old, err := load(ctx, tx, key)
+	switch {
+	case err != nil:
+		return err
+	case old.state == absent:
+	case old.state == released || old.token != token:
+		return idempotency.ErrLeaseLost
+	case old.state == completed:
+		return nil
+	}
+	return save(ctx, tx, key, cell{
+		state: completed, token: token, attempt: old.attempt, fingerprint: r.Fingerprint, value: r.Value,
+	}, millis(r.TTL))
+}
+
+// Release implements [idempotency.Store]. It rolls back what was attached.
+func (s *Store) Release(ctx context.Context, key, token string) error {
+	if tx := attached(ctx); tx != nil {
+		_ = tx.Rollback() // an error says that it was over already, or its connection is
+	}
+	return s.update(ctx, func(tx *sql.Tx) error {
+		old, err := load(ctx, tx, key)
+		switch {
+		case err != nil:
+			return err
+		case old.state == absent:
+			old.lease = millis(30 * time.Second)
+		case old.state != claimed || old.token != token:
+			return nil
+		}
+		marker := cell{state: released, token: token, attempt: old.attempt, lease: old.lease}
+		return save(ctx, tx, key, marker, old.lease)
+	})
+}
+
+// attached returns the transaction that the handler attached, or nil.
+func attached(ctx context.Context) *sql.Tx {
+	exec, ok := idempotency.FromContext(ctx)
+	if !ok {
+		return nil
+	}
+	tx, _ := exec.Attachment().(*sql.Tx)
+	return tx
+}

@@ -1,0 +1,171 @@
+// Command redis runs replicas of one service that share what they know about
+// idempotency keys through Redis: whichever of them gets a retry, the request
+// is executed once, and all give the same answer.
+//
+// By default two replicas run in this process, each with a Redis client and a
+// store of its own, as if they were two machines. With -listen and one address
+// it is a single replica, to be started as often as you like.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"log"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"runtime"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/go-idempotency/idempotency"
+	"github.com/redis/go-redis/v9"
+)
+
+// A replica has what the handler needs.
+type replica struct {
+	name   string
+	client *redis.Client
+	work   time.Duration
+}
+
+// newClient returns a client with the settings that matter to a store.
+func newClient(addr string) *redis.Client {
+	return redis.NewClient(&redis.Options{
+		Addr: addr,
+
+		// Without it go-redis ignores the deadline of a call, and a Redis that
+		// hangs would hold every request for seconds instead of StoreTimeout.
+		ContextTimeoutEnabled: true,
+
+		// This is the default, and enough for most. A request holds a
+		// connection for the one or two round trips of its own, not while the
+		// handler runs, and a waiting duplicate holds none. So requests per
+		// second times 2 times the round trip are in use: 10 for 5000 requests
+		// at 1 ms. Look at PoolStats().Timeouts before you raise it.
+		PoolSize: 10 * runtime.GOMAXPROCS(0),
+	})
+}
+
+func newHandler(rep *replica, lease time.Duration) http.Handler {
+	store := idempotency.NewRedisStore(rep.client, nil)
+	idempotent := idempotency.Middleware(store, &idempotency.Options{Lease: lease, RequireKey: true})
+	mux := http.NewServeMux()
+	mux.Handle("POST /charge", idempotent(http.HandlerFunc(rep.charge)))
+	return mux
+}
+
+// ledger is a Redis list of all charges, by key and attempt. It stands for the
+// effect that must happen once, at a payment provider say.
+const ledger = "charges"
+
+// charge has its effect first and takes its time afterwards. A replica that is
+// killed in between has charged without an answer: then the key is taken over
+// when its lease is over, and attempt 2 charges again. That is the one case in
+// which a handler runs twice. To close it give [idempotency.Execution.Commit] or
+// DownstreamKey a look; the chi example shows both.
+func (rep *replica) charge(w http.ResponseWriter, r *http.Request) {
+	exec, ok := idempotency.FromContext(r.Context())
+	if !ok {
+		http.Error(w, "no idempotency middleware", http.StatusInternalServerError)
+		return
+	}
+	amount, err := strconv.Atoi(r.PostFormValue("amount"))
+	if err != nil || amount <= 0 {
+		http.Error(w, "amount must be a positive number", http.StatusBadRequest)
+		return
+	}
+	entry := fmt.Sprintf("%s attempt %d", exec.Key(), exec.Attempt())
+	number, err := rep.client.RPush(r.Context(), ledger, entry).Result()
+	if err != nil {
+		log.Print("charge: ", err)
+		http.Error(w, "payment provider unavailable", http.StatusBadGateway)
+		return
+	}
+	select {
+	case <-time.After(rep.work):
+	case <-r.Context().Done(): // the lease is lost, say: this answer will not go out
+	}
+	w.WriteHeader(http.StatusCreated)
+	if _, err := fmt.Fprintf(w, "charge %d: %d, by %s\n", number, amount, rep.name); err != nil {
+		log.Print(err)
+	}
+}
+
+// checkRedis tells what is wrong with Redis, and how to get one.
+func checkRedis(ctx context.Context, addr string) error {
+	client := newClient(addr)
+	defer client.Close()
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	if err := client.Ping(ctx).Err(); err != nil {
+		return fmt.Errorf(`no Redis at %s: %w
+start one with one of
+  redis-server --port 6379 --appendonly yes
+  docker run --rm -p 127.0.0.1:6379:6379 redis:7 redis-server --appendonly yes
+or say in REDIS_ADDR where it is, as host:port`, addr, err)
+	}
+	return idempotency.NewRedisStore(client, nil).Check(ctx)
+}
+
+func main() {
+	listen := flag.String("listen", "127.0.0.1:8081,127.0.0.1:8082", "addresses, one replica for each")
+	lease := flag.Duration("lease", 30*time.Second, "how long a claim outlives a replica that died")
+	work := flag.Duration("work", 200*time.Millisecond, "how long a charge takes")
+	flag.Parse()
+	addr := os.Getenv("REDIS_ADDR")
+	if addr == "" {
+		addr = "127.0.0.1:6379"
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	context.AfterFunc(ctx, stop) // a second interrupt ends the program at once
+	if err := run(ctx, addr, strings.Split(*listen, ","), *lease, *work); err != nil {
+		log.Fatal(err)
+	}
+}
+
+// run serves one replica on each of the addresses until ctx ends.
+func run(ctx context.Context, redisAddr string, addrs []string, lease, work time.Duration) (err error) {
+	if err := checkRedis(ctx, redisAddr); err != nil {
+		return err
+	}
+	var servers []*http.Server
+	var urls []string
+	stopped := make(chan error, len(addrs))
+	for _, addr := range addrs {
+		ln, err := net.Listen("tcp", addr)
+		if err != nil {
+			return err // ends the program, and with it what listens already
+		}
+		client := newClient(redisAddr)
+		defer client.Close()
+		rep := &replica{name: ln.Addr().String(), client: client, work: work}
+		server := &http.Server{Handler: newHandler(rep, lease)}
+		servers, urls = append(servers, server), append(urls, "http://"+rep.name+"/charge")
+		go func() { stopped <- server.Serve(ln) }()
+	}
+	suggest(urls)
+	select {
+	case <-ctx.Done():
+	case err = <-stopped:
+	}
+	for _, server := range servers {
+		err = errors.Join(err, server.Shutdown(context.Background()))
+	}
+	return err
+}
+
+// suggest prints what to try.
+func suggest(urls []string) {
+	const data = " -H 'Idempotency-Key: order-17' -d amount="
+	first, last := "\n  curl -i "+urls[0]+data, "\n  curl -i "+urls[len(urls)-1]+data
+	fmt.Println("The first request is executed:" + first + "100")
+	fmt.Println("The same at another replica is replayed, with Idempotent-Replayed: true:" + last + "100")
+	fmt.Println("Another body under the same key is refused with 422, by both:" + last + "999")
+	fmt.Println("Two at once: one is executed, the other waits for its answer:" +
+		strings.ReplaceAll(first+"100 &"+last+"100; wait", "order-17", "order-18"))
+}
