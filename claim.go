@@ -228,17 +228,18 @@ func isFinal(err error) bool {
 	return errors.Is(err, ErrLeaseLost) || errors.Is(err, ErrRolledBack)
 }
 
-// persistLater goes on with op in the background until the claim would end. It
-// tries once at least.
+// persistLater goes on with op in the background until end. It tries once at
+// least, and for the last time at the end.
 func (c *call) persistLater(ctx context.Context, end time.Time, failure string, op func(context.Context) error) {
 	go func() {
 		for pause := 50 * time.Millisecond; ; pause = min(2*pause, c.opts.Lease/6) {
-			time.Sleep(pause)
+			last := time.Until(end) <= pause
+			time.Sleep(min(pause, max(0, time.Until(end))))
 			err := storeCall(ctx, c.opts.StoreTimeout, op)
 			if err == nil {
 				return
 			}
-			if isFinal(err) || time.Until(end) <= pause {
+			if isFinal(err) || last {
 				c.warn(failure, err)
 				return
 			}

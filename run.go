@@ -124,7 +124,8 @@ func isFinalStatus(status int, atMostOnce bool) bool {
 
 // keep stores the response. When the store fails, the client gets it all the
 // same: the handler has finished, and the claim stands while storing goes on in
-// the background.
+// the background. Nobody takes an at-most-once claim over, so that goes on for
+// MaxExecution longer before the outcome is given up for unknown.
 func (c *call) keep(ctx context.Context, recorder *recorder, value []byte, notStored error, committed, attached bool) {
 	result := Result{Fingerprint: c.fingerprint, Value: value, TTL: c.opts.TTL}
 	complete := func(ctx context.Context) error { return c.store.Complete(ctx, c.storeKey, c.token, result) }
@@ -152,6 +153,9 @@ func (c *call) keep(ctx context.Context, recorder *recorder, value []byte, notSt
 		}
 		c.withhold(recorder, OutcomeStoreUnavailable, p)
 	default:
+		if committed || c.opts.AtMostOnce {
+			end = end.Add(c.opts.MaxExecution)
+		}
 		c.persistLater(ctx, end, "storing a response failed, its request may run again", complete)
 		c.send(recorder, OutcomeExecuted, err)
 	}

@@ -241,14 +241,18 @@ func TestCompleteFails(t *testing.T) {
 		until time.Duration // the store is back
 		then  string
 		runs  int
+		once  bool
 	}{
-		"for a moment":              {fail: func(s *faultyStore) { s.fail("Complete", errDown) }, until: 200 * time.Millisecond, then: "replay 201 charge 1", runs: 1},
-		"for a while":               {fail: func(s *faultyStore) { s.fail("Complete", errDown) }, until: 20 * time.Second, then: "replay 201 charge 1", runs: 1},
-		"but took effect":           {fail: func(s *faultyStore) { s.failAfter("Complete", errDown) }, until: 20 * time.Second, then: "replay 201 charge 1", runs: 1},
-		"for longer than the lease": {fail: func(s *faultyStore) { s.fail("Complete", errDown) }, until: 40 * time.Second, then: "201 charge 2", runs: 2},
+		"until just before the lease ends": {fail: func(s *faultyStore) { s.fail("Complete", errDown) }, until: 29900 * time.Millisecond, then: "replay 201 charge 1", runs: 1},
+		"longer, for an at-most-once key":  {fail: func(s *faultyStore) { s.fail("Complete", errDown) }, until: 5 * time.Minute, then: "replay 201 charge 1", runs: 1, once: true},
+		"too long for an at-most-once key": {fail: func(s *faultyStore) { s.fail("Complete", errDown) }, until: 15 * time.Minute, then: "409 outcome_unknown", runs: 1, once: true},
+		"for a moment":                     {fail: func(s *faultyStore) { s.fail("Complete", errDown) }, until: 200 * time.Millisecond, then: "replay 201 charge 1", runs: 1},
+		"for a while":                      {fail: func(s *faultyStore) { s.fail("Complete", errDown) }, until: 20 * time.Second, then: "replay 201 charge 1", runs: 1},
+		"but took effect":                  {fail: func(s *faultyStore) { s.failAfter("Complete", errDown) }, until: 20 * time.Second, then: "replay 201 charge 1", runs: 1},
+		"for longer than the lease":        {fail: func(s *faultyStore) { s.fail("Complete", errDown) }, until: 40 * time.Second, then: "201 charge 2", runs: 2},
 	} {
 		t.Run(name, func(t *testing.T) {
-			withFaults(t, idempotency.Options{Wait: idempotency.NoWait}, nil, func(t *testing.T, s *faultyStore, c *api, events *eventLog) {
+			withFaults(t, idempotency.Options{Wait: idempotency.NoWait, AtMostOnce: row.once}, nil, func(t *testing.T, s *faultyStore, c *api, events *eventLog) {
 				row.fail(s)
 				go func() {
 					time.Sleep(row.until)
