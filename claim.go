@@ -92,7 +92,7 @@ func (c *call) acquire(ctx context.Context, claim Claim) (rec Record, err error)
 	}
 	start := time.Now()
 	err = storeCall(ctx, c.opts.StoreTimeout/2, op)
-	if err != nil && !errors.Is(err, ErrStoreFull) {
+	if err != nil && !isRefusal(err) {
 		c.uncertain.Store(true)
 		err = storeCall(ctx, c.opts.StoreTimeout-time.Since(start), op)
 	}
@@ -100,6 +100,11 @@ func (c *call) acquire(ctx context.Context, claim Claim) (rec Record, err error)
 		return Record{}, err
 	}
 	return rec, nil
+}
+
+// isRefusal reports whether a store has said that there is no claim and why.
+func isRefusal(err error) bool {
+	return errors.Is(err, ErrStoreFull) || errors.Is(err, ErrTooFewReplicas)
 }
 
 // tryClaim asks for the key in the name of the request.
@@ -139,11 +144,13 @@ func (c *call) wait(rec Record) (Record, error) {
 	defer cancel()
 
 	poll := firstPoll
-	for {
-		changed := c.watch(ctx)
+	for first := true; ; first = false {
+		changed, err := c.watch(ctx)
+		if err != nil && first {
+			c.warn("watching a key failed, polling instead", err)
+		}
 		if changed != nil {
 			// What changed before the watch began would not be noticed.
-			var err error
 			if rec, err = c.tryClaim(); err != nil || rec.State != InProgress {
 				return rec, err
 			}
@@ -156,7 +163,6 @@ func (c *call) wait(rec Record) (Record, error) {
 		if !sleepUntil(ctx, changed, max(pause, time.Millisecond)) {
 			return rec, nil
 		}
-		var err error
 		if rec, err = c.tryClaim(); err != nil || rec.State != InProgress {
 			return rec, err
 		}
@@ -169,16 +175,15 @@ func (c *call) wait(rec Record) (Record, error) {
 }
 
 // watch returns nil when the store cannot watch, or not now.
-func (c *call) watch(ctx context.Context) <-chan struct{} {
+func (c *call) watch(ctx context.Context) (<-chan struct{}, error) {
 	if c.watcher == nil {
-		return nil
+		return nil, nil
 	}
 	changed, err := c.watcher.Watch(ctx, c.storeKey)
 	if err != nil {
-		c.warn("watching a key failed, polling instead", err)
-		return nil
+		return nil, err
 	}
-	return changed
+	return changed, nil
 }
 
 // sleepUntil waits for d or changed. It is false when ctx ended first.

@@ -148,6 +148,7 @@ type lease struct {
 	length time.Duration
 	limit  time.Time               // from here on it is not renewed
 	call   *call                   // whose claim it is
+	ctx    context.Context         // the handler's
 	cancel context.CancelCauseFunc // cancels the handler's context
 
 	mu       sync.Mutex // guards what follows
@@ -200,7 +201,7 @@ func (l *lease) tick() {
 }
 
 func (l *lease) renewOnce(sent time.Time) {
-	rec, err := l.call.renew(l.call.r.Context(), false)
+	rec, err := l.call.renew(l.ctx, false)
 	if err != nil {
 		l.call.warn("renewing a lease failed", err)
 	}

@@ -18,7 +18,7 @@ func (c *call) run(rec Record) {
 	ctx, cancel := c.handlerContext()
 	defer cancel(nil)
 	c.lease = lease{
-		call: c, cancel: cancel, length: c.opts.Lease,
+		call: c, ctx: ctx, cancel: cancel, length: c.opts.Lease,
 		limit: time.Now().Add(c.opts.MaxExecution),
 	}
 	recorder := newRecorder(c.w, c.r.ProtoMajor, c.opts.MaxResponseBytes)
