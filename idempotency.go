@@ -160,7 +160,7 @@ func (c *call) serve(lines []string) {
 	case err == nil && rec.State == Completed:
 		c.replay(rec)
 		return
-	case err != nil && c.opts.FailOpen && rec.State != InProgress:
+	case err != nil && c.opts.FailOpen && rec.State != InProgress && !errors.Is(err, ErrTooFewReplicas):
 		// A claim that was made unnoticed protects the run for a while.
 		c.runUnprotected(err)
 		return

@@ -203,8 +203,8 @@ if state == 'D' then return {3, 0, cell} end
 local once, waited = flags % 2, flags - flags % 2
 if owner == token then
   local head = string.char(math.max(once, mine) + waited) .. string.sub(claim, 7, 18)
-  if head ~= string.sub(cell, 6, 18) then redis.call('SETRANGE', KEYS[1], 5, head) end
   redis.call('PEXPIRE', KEYS[1], number(claim, 13, 18))
+  if head ~= string.sub(cell, 6, 18) then redis.call('SETRANGE', KEYS[1], 5, head) end
   return {1, number(cell, 19, 22), 1}
 end
 

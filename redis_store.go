@@ -13,7 +13,7 @@ import (
 )
 
 // ErrTooFewReplicas: fewer than RedisOptions.MinReplicas replicas acknowledged
-// a claim in time. A new claim was released, a renewed one stands as it was.
+// a claim in time. A new claim was released, that of a running handler stands.
 var ErrTooFewReplicas = errors.New("idempotency: too few Redis replicas acknowledged the claim")
 
 // RedisOptions configure [NewRedisStore]. A nil *RedisOptions and a zero field
@@ -34,11 +34,16 @@ type RedisOptions struct {
 	//
 	// What is stored after the handler ran is not waited for: a failover that
 	// loses it leaves the claim, and the handler runs again after its lease.
+	//
+	// These commands go to the master of a key directly. Hooks of a Cluster
+	// client do not see them, and redirections are not followed: while a
+	// Cluster moves slots, claims in them are refused.
 	MinReplicas int
 
 	// ReplicaTimeout is how long to wait for MinReplicas, in whole
 	// milliseconds. Default 500ms. It is shortened to half of what the
 	// deadline of a call leaves, so that there is time to release the claim.
+	// The client's ReadTimeout must be longer.
 	ReplicaTimeout time.Duration
 }
 
@@ -80,7 +85,8 @@ func (o *RedisOptions) withDefaults() RedisOptions {
 // publish, they poll.
 //
 // Leases and TTLs run by the clock of the server. It is a wall clock: have it
-// slewed, not stepped.
+// slewed, not stepped, and have those of masters and replicas agree to much
+// less than a lease, for a failover changes from one to the other.
 type RedisStore struct {
 	client redis.UniversalClient
 	opts   RedisOptions
@@ -98,17 +104,22 @@ var (
 )
 
 // NewRedisStore returns a store on client. It panics if client is nil or opts
-// is nonsense, and for a [redis.Ring]: a Ring moves keys to other servers when
-// one is down, where their claims are not known, so that handlers run twice.
-// It does not connect; see [RedisStore.Check].
+// is nonsense, for a [redis.Ring], which moves keys to other servers when one is
+// down, where their claims are not known, so that handlers run twice, and for a
+// [redis.AutoPipeliner], which does not keep to deadlines. It does not connect;
+// see [RedisStore.Check].
 func NewRedisStore(client redis.UniversalClient, opts *RedisOptions) *RedisStore {
 	s := &RedisStore{client: client, opts: opts.withDefaults(), flights: make(map[string]*redisFlight)}
 	_, oneServer := client.(*redis.Client)
 	_, cluster := client.(masterFinder)
 	_, ring := client.(*redis.Ring)
+	_, pipelined := client.(*redis.AutoPipeliner)
 	switch {
 	case client == nil:
 		panic("idempotency: NewRedisStore without a client; make one with redis.NewUniversalClient")
+	case pipelined:
+		panic("idempotency: NewRedisStore with a redis.AutoPipeliner, which waits longer than a call may take; " +
+			"use the client that it was made of")
 	case ring:
 		panic("idempotency: NewRedisStore with a redis.Ring, which loses claims when a server is down; " +
 			"use Redis Cluster or Sentinel")
@@ -142,7 +153,7 @@ func (s *RedisStore) Acquire(ctx context.Context, key string, c Claim) (Record, 
 }
 
 // isRenewal reports whether the call comes from the very execution that it is
-// for. It is a hint: what it decides takes longer if it is wrong.
+// for: the handler is running, even if Redis has lost the claim.
 func isRenewal(ctx context.Context, c Claim) bool {
 	e, ok := FromContext(ctx)
 	return ok && e.call != nil && e.call.token == c.Token
@@ -257,7 +268,7 @@ func (s *RedisStore) claimed(ctx context.Context, name string, c Claim, attempt 
 	if replicated {
 		return redisAnswer{Record: Record{State: Acquired, Attempt: attempt}}, nil
 	}
-	if renewed {
+	if renewed || isRenewal(ctx, c) {
 		return redisAnswer{}, ErrTooFewReplicas
 	}
 	if err := s.release(ctx, name, c.Token); err != nil {
@@ -296,8 +307,7 @@ func (s *RedisStore) send(ctx context.Context, name string, cmd redis.Cmder, cla
 	if claims && s.opts.MinReplicas > 0 {
 		replicated, err = s.sendAndWait(ctx, name, cmd)
 	} else {
-		_ = s.client.Process(ctx, cmd) // may return at once, if client is a redis.AutoPipeliner
-		replicated, err = true, cmd.Err()
+		replicated, err = true, s.client.Process(ctx, cmd)
 	}
 	s.notice(ctx, err)
 	return replicated, err

@@ -33,16 +33,6 @@ func TestRedisStoreContract(t *testing.T) {
 		"all keys are watched": func(t *testing.T, client *redis.Client) idempotency.Store {
 			return watchedStore{idempotency.NewRedisStore(client, nil), t}
 		},
-		"AutoPipeline": func(t *testing.T, client *redis.Client) idempotency.Store {
-			pipeliner, err := client.AutoPipeline()
-			require.NoError(t, err)
-			return idempotency.NewRedisStore(pipeliner, nil)
-		},
-		"AsyncAutoPipeline": func(t *testing.T, client *redis.Client) idempotency.Store {
-			pipeliner, err := client.AsyncAutoPipeline()
-			require.NoError(t, err)
-			return idempotency.NewRedisStore(pipeliner, nil)
-		},
 	}
 	for name, newStore := range stores {
 		t.Run(name, func(t *testing.T) {
@@ -86,7 +76,8 @@ func TestNewRedisStorePanicsOnNonsense(t *testing.T) {
 	}{
 		{"no client", nil, idempotency.RedisOptions{}, "redis.NewUniversalClient"},
 		{"a Ring", ring, idempotency.RedisOptions{}, "use Redis Cluster or Sentinel"},
-		{"MinReplicas over any connection", pipeliner, idempotency.RedisOptions{MinReplicas: 1}, "use a *redis.Client"},
+		{"an AutoPipeliner", pipeliner, idempotency.RedisOptions{}, "use the client"},
+		{"MinReplicas over any connection", struct{ redis.UniversalClient }{client}, idempotency.RedisOptions{MinReplicas: 1}, "use a *redis.Client"},
 		{"negative MinReplicas", client, idempotency.RedisOptions{MinReplicas: -1}, "leave it zero"},
 		{"negative ReplicaTimeout", client, idempotency.RedisOptions{ReplicaTimeout: -1}, "leave it zero for 500ms"},
 		{"too short ReplicaTimeout", client, idempotency.RedisOptions{ReplicaTimeout: time.Microsecond}, "leave it zero for 500ms"},
@@ -645,6 +636,7 @@ func TestRedisMinReplicas(t *testing.T) {
 	_, err = store.Acquire(ctx, "taken", claimOf("A"))
 	require.ErrorIs(t, err, idempotency.ErrTooFewReplicas)
 	require.Equal(t, idempotency.InProgress, acquireAs(t, store, "taken", "B").State)
+
 	require.NoError(t, store.Complete(ctx, "taken", "A", idempotency.Result{TTL: time.Hour}))
 	require.Equal(t, idempotency.Completed, acquireAs(t, store, "taken", "B").State)
 
@@ -653,6 +645,63 @@ func TestRedisMinReplicas(t *testing.T) {
 	_, err = store.Acquire(ctx, "other", claimOf("B"))
 	require.ErrorIs(t, err, idempotency.ErrTooFewReplicas)
 	require.Equal(t, idempotency.Lost, acquireAs(t, store, "other", "B").State)
+}
+
+// The claim of a running handler is not released, not even when Redis has lost
+// it and the renewal makes it anew: the handler would run a second time.
+func TestRedisMinReplicasOfARunningHandler(t *testing.T) {
+	master := startRedis(t, "--repl-diskless-sync-delay", "0")
+	admin := newClient(t, master.addr)
+	host, port, err := net.SplitHostPort(master.addr)
+	require.NoError(t, err)
+	replica := startRedis(t, "--replicaof", host+" "+port)
+	replicas := func(n int) func() bool {
+		return func() bool {
+			info := admin.Info(t.Context(), "replication").Val()
+			return strings.Contains(info, fmt.Sprintf("connected_slaves:%d", n)) && (n == 0 || strings.Contains(info, "state=online"))
+		}
+	}
+	await(t, "the replica", replicas(1))
+	store := idempotency.NewRedisStore(newClient(t, master.addr),
+		&idempotency.RedisOptions{MinReplicas: 1, ReplicaTimeout: 50 * time.Millisecond})
+	commit := make(chan error, 1)
+	shop := openShop(t, store, nil, func(w http.ResponseWriter, r *http.Request) {
+		replica.kill()
+		await(t, "no replica", replicas(0))
+		_ = admin.FlushAll(r.Context())
+		e, _ := idempotency.FromContext(r.Context())
+		commit <- e.Commit(r.Context())
+		w.WriteHeader(http.StatusCreated)
+	})
+	require.Equal(t, "201", strings.TrimSpace(shop.post("key")))
+	require.ErrorIs(t, <-commit, idempotency.ErrTooFewReplicas)
+	require.Contains(t, shop.post("key"), "replayed")
+	require.EqualValues(t, 1, shop.runs.Load())
+}
+
+// A refusal for lack of replicas is final, and FailOpen is no way around it.
+func TestRedisMinReplicasIsARefusal(t *testing.T) {
+	addr := startRedis(t).addr
+	store := idempotency.NewRedisStore(newClient(t, addr),
+		&idempotency.RedisOptions{MinReplicas: 1, ReplicaTimeout: 20 * time.Millisecond})
+	events := &eventLog{}
+	shop := openShop(t, store, &idempotency.Options{FailOpen: true, OnEvent: events.add}, nil)
+	require.Equal(t, "503 Service Unavailable", shop.post("key"))
+	require.ErrorIs(t, events.last().Err, idempotency.ErrTooFewReplicas)
+	require.Zero(t, shop.runs.Load())
+}
+
+// Renewals by the timer take one command each.
+func TestRedisRenewalIsOneCommand(t *testing.T) {
+	proxy := startProxy(t, startRedis(t).addr)
+	store := idempotency.NewRedisStore(newClient(t, proxy.addr()), nil)
+	shop := openShop(t, store, &idempotency.Options{Lease: 300 * time.Millisecond}, func(w http.ResponseWriter, r *http.Request) {
+		proxy.forget()
+		await(t, "three renewals", func() bool { return proxy.count("evalsha") >= 3 })
+		w.WriteHeader(http.StatusCreated)
+	})
+	require.Equal(t, "201", strings.TrimSpace(shop.post("key")))
+	require.Zero(t, proxy.count("set"))
 }
 
 // Duplicates that come one by one cannot ask together, only wait together.

@@ -118,12 +118,13 @@ type redisWatch struct {
 	ready   chan struct{} // closed when Redis has confirmed the subscription
 	changed chan struct{} // closed by a message; nil until somebody watches again
 
-	// asked is when a question was sent that found the key claimed. A record
-	// that is found later was completed after that, so it is there until its
-	// TTL has passed since asked, and nobody need ask for it until then.
-	asked     time.Time
-	result    *redisCell
-	resultEnd time.Time
+	// asked is when a question was sent that found the key claimed, answered
+	// when that was known. A record that a question sent later finds was
+	// completed after asked, so it is there until its TTL has passed since
+	// asked, and nobody need ask for it until then.
+	asked, answered time.Time
+	result          *redisCell
+	resultEnd       time.Time
 }
 
 // contended reports whether somebody waits for the key and was not told yet
@@ -154,8 +155,8 @@ func (s *RedisStore) observe(name string, sent time.Time, a redisAnswer) {
 	switch {
 	case w == nil:
 	case a.State == InProgress:
-		w.asked, w.result = sent, nil
-	case a.cell.state == redisCompleted && !w.asked.IsZero() && sent.After(w.asked):
+		w.asked, w.answered, w.result = sent, time.Now(), nil
+	case a.cell.state == redisCompleted && !w.asked.IsZero() && sent.After(w.answered):
 		cell := a.cell
 		w.result, w.resultEnd = &cell, w.asked.Add(time.Duration(cell.ttl)*time.Millisecond)
 	case a.State == Acquired:
