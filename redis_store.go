@@ -409,9 +409,13 @@ func checkRedis(ctx context.Context, client redis.Cmdable) error {
 }
 
 // isRedisRefusal reports whether Redis is there and only does not tell: the
-// user may not ask, or the command is renamed or unknown.
+// user may not ask, or the command is renamed, unknown, or (miniredis) known in
+// part.
 func isRedisRefusal(err error) bool {
 	var reply redis.Error
-	return errors.As(err, &reply) &&
-		(strings.HasPrefix(reply.Error(), "NOPERM") || strings.HasPrefix(reply.Error(), "ERR"))
+	if !errors.As(err, &reply) {
+		return false
+	}
+	text := reply.Error()
+	return strings.HasPrefix(text, "NOPERM") || strings.HasPrefix(text, "ERR") || strings.HasSuffix(text, "is not supported")
 }

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/alicebob/miniredis/v2"
 	"github.com/redis/go-redis/v9"
 	"github.com/stretchr/testify/require"
 
@@ -494,6 +495,12 @@ func TestRedisCheck(t *testing.T) {
 
 	server.kill()
 	require.Error(t, check())
+}
+
+// A program that checks its store at the start can be tested on miniredis.
+func TestRedisCheckOnMiniredis(t *testing.T) {
+	server := miniredis.RunT(t)
+	require.NoError(t, idempotency.NewRedisStore(newClient(t, server.Addr()), nil).Check(t.Context()))
 }
 
 func TestRedisCheckVersion(t *testing.T) {
