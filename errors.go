@@ -87,7 +87,7 @@ func (e *Error) Error() string { return e.Err.Error() }
 func (e *Error) Unwrap() error { return e.Err }
 
 // problem is what clients see of one sentinel. The first three titles are
-// those of draft-ietf-httpapi-idempotency-key-header-07, section 2.7.
+// those of draft-ietf-httpapi-idempotency-key-header, "Error Scenarios".
 type problem struct {
 	err        error
 	status     int
