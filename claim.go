@@ -92,19 +92,16 @@ func (c *call) acquire(ctx context.Context, claim Claim) (rec Record, err error)
 	}
 	start := time.Now()
 	err = storeCall(ctx, c.opts.StoreTimeout/2, op)
-	if err != nil && !isRefusal(err) {
+	if err != nil && !errors.Is(err, ErrStoreFull) {
 		c.uncertain.Store(true)
-		err = storeCall(ctx, c.opts.StoreTimeout-time.Since(start), op)
+		if !errors.Is(err, ErrTooFewReplicas) { // which another try would only meet again
+			err = storeCall(ctx, c.opts.StoreTimeout-time.Since(start), op)
+		}
 	}
 	if err != nil {
 		return Record{}, err
 	}
 	return rec, nil
-}
-
-// isRefusal reports whether a store has said that there is no claim and why.
-func isRefusal(err error) bool {
-	return errors.Is(err, ErrStoreFull) || errors.Is(err, ErrTooFewReplicas)
 }
 
 // tryClaim asks for the key in the name of the request.
@@ -252,10 +249,21 @@ func (c *call) persistLater(ctx context.Context, end time.Time, failure string, 
 	}()
 }
 
+// backgroundEnd returns how long it makes sense to go on after a store failed,
+// for a claim whose lease runs until end: nobody takes an at-most-once claim
+// over, which would leave its outcome unknown.
+func (c *call) backgroundEnd(end time.Time, once bool) time.Time {
+	if once {
+		return end.Add(c.opts.MaxExecution)
+	}
+	return end
+}
+
 // giveBack releases in the background a claim that may or may not have been
 // made, so that the key is free when the store is back.
 func (c *call) giveBack() {
 	ctx := context.WithoutCancel(c.r.Context())
-	c.persistLater(ctx, time.Now().Add(c.opts.Lease), "releasing an uncertain claim failed",
+	end := c.backgroundEnd(time.Now().Add(c.opts.Lease), c.opts.AtMostOnce)
+	c.persistLater(ctx, end, "releasing an uncertain claim failed",
 		func(ctx context.Context) error { return c.store.Release(ctx, c.storeKey, c.token) })
 }

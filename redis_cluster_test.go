@@ -233,6 +233,7 @@ type loss struct {
 	ranAgain int // taken over, or run as if never seen
 	unknown  int // at-most-once keys whose answer is gone
 	owed     int // of both, those that were not stored at first
+	neverRan int // at-most-once keys whose claim nobody could give back in time
 }
 
 // judge ends the traffic, repeats every key twice and checks what became of it.
@@ -248,7 +249,13 @@ func (x *traffic) judge(replicated bool) (lost loss) {
 	for key, answer := range final {
 		effects := x.effects[key]
 		once := strings.HasPrefix(key, "once")
-		require.NotEmpty(x.t, effects, "%s was answered %q and never ran", key, answer)
+		if len(effects) == 0 {
+			// Its claim was made, but nobody heard of it or could give it back
+			// in time. That may be said of an at-most-once key.
+			require.True(x.t, once && answer == "409 outcome_unknown", "%s was answered %q and never ran", key, answer)
+			lost.neverRan++
+			continue
+		}
 		var all []string
 		for _, e := range effects {
 			all = append(all, e.answer)
@@ -260,7 +267,9 @@ func (x *traffic) judge(replicated bool) (lost loss) {
 			require.Contains(x.t, all, answer, key)
 		}
 		for _, a := range x.answers[key] {
-			require.True(x.t, slices.Contains(all, a) || unknown && a == answer, "%s was answered %q, its effects are %q", key, a, all)
+			// Unknown for a while: until an uncertain claim was given back, or an
+			// answer stored in the background.
+			require.True(x.t, slices.Contains(all, a) || once && a == "409 outcome_unknown", "%s was answered %q, its effects are %q", key, a, all)
 		}
 		if x.owed[key] && (unknown || len(effects) > 1) {
 			lost.owed++
@@ -430,7 +439,7 @@ func TestRedisClusterFailover(t *testing.T) {
 	t.Logf("after the kill: promoted %v, errors until %v, replicated %v, errors with MinReplicas until %v", promoted.Sub(killed),
 		lax.errorsAfter(killed), replicated.Sub(killed), strict.errorsAfter(killed))
 	require.Less(t, lax.errorsAfter(killed), 5*time.Second)
-	require.Less(t, strict.errorsAfter(replicated), time.Second)
+	require.Less(t, strict.errorsAfter(replicated), 3*time.Second)
 	for _, lost := range []loss{lax.judge(false), strict.judge(true)} {
 		require.LessOrEqual(t, lost.ranAgain+lost.unknown, trafficClients, "keys whose record was lost")
 		require.Zero(t, lost.owed, "there was time to store them")

@@ -124,8 +124,7 @@ func isFinalStatus(status int, atMostOnce bool) bool {
 
 // keep stores the response. When the store fails, the client gets it all the
 // same: the handler has finished, and the claim stands while storing goes on in
-// the background. Nobody takes an at-most-once claim over, so that goes on for
-// MaxExecution longer before the outcome is given up for unknown.
+// the background.
 func (c *call) keep(ctx context.Context, recorder *recorder, value []byte, notStored error, committed, attached bool) {
 	result := Result{Fingerprint: c.fingerprint, Value: value, TTL: c.opts.TTL}
 	complete := func(ctx context.Context) error { return c.store.Complete(ctx, c.storeKey, c.token, result) }
@@ -153,9 +152,7 @@ func (c *call) keep(ctx context.Context, recorder *recorder, value []byte, notSt
 		}
 		c.withhold(recorder, OutcomeStoreUnavailable, p)
 	default:
-		if committed || c.opts.AtMostOnce {
-			end = end.Add(c.opts.MaxExecution)
-		}
+		end = c.backgroundEnd(end, committed || c.opts.AtMostOnce)
 		c.persistLater(ctx, end, "storing a response failed, its request may run again", complete)
 		c.send(recorder, OutcomeExecuted, err)
 	}
