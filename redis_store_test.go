@@ -589,7 +589,7 @@ func TestRedisDuplicatesOverTwoProcesses(t *testing.T) {
 		t.Logf("%d commands in %v for %d requests", len(proxy.commands()), time.Since(start), requests)
 		require.EqualValues(t, 1, shops[0].runs.Load()+shops[1].runs.Load()-before)
 		require.LessOrEqual(t, len(proxy.commands()), 2*requests+10)
-		require.LessOrEqual(t, proxy.count("subscribe"), 2)
+		require.LessOrEqual(t, proxy.count("subscribe"), 10, "one for each process, and for stragglers")
 		await(t, "nobody watches", func() bool { return redisSessions() == 0 })
 	})
 }
