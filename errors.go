@@ -10,8 +10,7 @@ import (
 )
 
 // What a client can be told instead of its answer. [Error.Err] matches one of
-// these with [errors.Is]; for ErrStoreUnavailable and ErrRecordUnreadable it
-// also wraps the cause.
+// these with [errors.Is]; where there is a cause it wraps that as well.
 var (
 	// ErrKeyMissing: 400, RequireKey is set and the request has no key.
 	ErrKeyMissing = errors.New("idempotency: key missing")

@@ -306,14 +306,14 @@ func (r *recorder) finish() {
 // findTrailersLocked finds out what differs in the trailers from the header that
 // goes out before them.
 func (r *recorder) findTrailersLocked() {
-	any := len(r.declared) > 0
+	found := len(r.declared) > 0
 	for name := range r.header {
-		any = any || r.isTrailer(name)
+		found = found || r.isTrailer(name)
 	}
 	for i := range r.fields {
-		any = any || r.isTrailer(r.fields[i].name)
+		found = found || r.isTrailer(r.fields[i].name)
 	}
-	if !any {
+	if !found {
 		return
 	}
 	before := r.w.Header()
