@@ -1,0 +1,82 @@
+package idempotency_test
+
+import (
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+// A floor that does less than its job would make every ratio a lie.
+func TestFloorsAnswer(t *testing.T) {
+	rows := []struct {
+		contender
+		size int
+	}{
+		{contender{"map", newMapFloor}, smallBody},
+		{contender{"slab", newSlabFloor}, smallBody},
+		{contender{"map, 64 KiB", newMapFloor}, 64 << 10},
+		{contender{"slab, 64 KiB", newSlabFloor}, 64 << 10},
+		{contender{"map, 1 MiB", newMapFloor}, 1 << 20},
+		{contender{"idempotency", inMemory}, smallBody},
+		{contender{"idempotency, 1 MiB", inMemory}, 1 << 20},
+	}
+	for _, row := range rows {
+		t.Run(row.name, func(t *testing.T) { answers(t, row.wrap, row.size) })
+	}
+	t.Run("pass-through", func(t *testing.T) {
+		r := httptest.NewRequest(http.MethodPost, benchPath, strings.NewReader("{}"))
+		w := httptest.NewRecorder()
+		newPassFloor(newCharge(smallBody)).ServeHTTP(w, r)
+		require.Equal(t, http.StatusCreated, w.Code)
+	})
+}
+
+// answers checks that the handler runs once for each key, that a repetition has
+// the same answer, and that another request under the key has not.
+func answers(t *testing.T, wrap func(http.Handler) http.Handler, size int) {
+	const keys = 500 // several slabs
+	var mu sync.Mutex
+	var bodies []string
+	charge := newCharge(size)
+	h := wrap(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		defer mu.Unlock()
+		body, err := io.ReadAll(r.Body)
+		must(err)
+		bodies = append(bodies, string(body))
+		w.Header()["Run"] = []string{string(body)}
+		charge.ServeHTTP(w, r)
+	}))
+	ask := func(key, body string) *httptest.ResponseRecorder {
+		r := httptest.NewRequest(http.MethodPost, benchPath, strings.NewReader(body))
+		r.Header.Set("Content-Type", "application/json")
+		r.Header.Set("Idempotency-Key", key)
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, r)
+		w.Header().Del("Idempotent-Replayed")
+		return w
+	}
+	isCharge := func(i int, w *httptest.ResponseRecorder) {
+		require.Equal(t, http.StatusCreated, w.Code)
+		require.True(t, string(charge.body) == w.Body.String(), "the body")
+		require.Equal(t, http.Header{
+			"Content-Type": chargeType, "Location": chargeLocation, "Api-Version": chargeVersion, "Run": {keyAt(i)},
+		}, w.Header())
+	}
+	n := max(2, keys*smallBody/size)
+	for i := range n {
+		isCharge(i, ask(keyAt(i), keyAt(i)))
+	}
+	require.Len(t, bodies, n)
+	for i := range n {
+		require.Equal(t, keyAt(i), bodies[i], "what the handler read")
+		isCharge(i, ask(keyAt(i), keyAt(i)))
+		require.Equal(t, http.StatusUnprocessableEntity, ask(keyAt(i), "other").Code)
+	}
+	require.Len(t, bodies, n, "nothing ran again")
+}

@@ -1,0 +1,389 @@
+package idempotency_test
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
+	"hash/maphash"
+	"io"
+	"net/http"
+	"sync"
+	"unsafe"
+)
+
+// The floors are the least code that does the job in memory: claim the key, run
+// the handler, keep the answer, and replay it to the same request. They have no
+// panic safety, no limits, no leases, no expiry, no waiting, no streaming.
+// TestFloorsAnswer checks that they do what they are measured for.
+
+// passFloor looks for a key and does nothing else.
+type passFloor struct{ next http.Handler }
+
+func newPassFloor(next http.Handler) http.Handler { return &passFloor{next} }
+
+func (f *passFloor) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if _, ok := r.Header["Idempotency-Key"]; ok || r.Method != http.MethodPost {
+		panic("not a floor for that")
+	}
+	f.next.ServeHTTP(w, r)
+}
+
+// A floorRequest is what a request is told apart by: name is the method, the
+// path and the key, and sum is over that, all else that counts, and the body.
+// It is also the body that the handler reads.
+type floorRequest struct {
+	bodyReader
+	buffer []byte
+	name   []byte
+	sum    [sha256.Size]byte
+}
+
+var floorRequests = sync.Pool{New: func() any { return &floorRequest{buffer: make([]byte, 0, 1024)} }}
+
+// readFloorRequest reads the whole body. All that is hashed lies in one buffer.
+func readFloorRequest(r *http.Request) *floorRequest {
+	q := floorRequests.Get().(*floorRequest)
+	b := append(q.buffer[:0], r.Method...)
+	b = append(append(b, 0), r.URL.Path...)
+	b = append(append(b, 0), r.Header["Idempotency-Key"][0]...)
+	name := len(b)
+	b = append(append(b, 0), r.URL.RawQuery...)
+	for _, list := range [...][]string{r.Header["Content-Type"], r.Header["Authorization"], r.Header["Cookie"]} {
+		b = append(b, 0)
+		for _, s := range list {
+			b = append(append(b, 1), s...)
+		}
+	}
+	b = append(b, 0)
+	head := len(b)
+	for {
+		if len(b) == cap(b) {
+			b = append(b, 0)[:len(b)]
+		}
+		n, err := r.Body.Read(b[len(b):cap(b)])
+		b = b[:len(b)+n]
+		if err == io.EOF {
+			break
+		} else if err != nil {
+			panic(err)
+		}
+	}
+	q.buffer, q.name, q.sum = b, b[:name], sha256.Sum256(b)
+	q.data, q.off = b[head:], 0
+	return q
+}
+
+// run runs the handler with a copy of the request, as handlers must not change
+// the one they got.
+func (q *floorRequest) run(next http.Handler, r *http.Request) *capture {
+	c := captures.Get().(*capture)
+	inner := *r
+	inner.Body = q
+	next.ServeHTTP(c, &inner)
+	return c
+}
+
+// A capture holds an answer: a small body in a buffer that is used again, a
+// large one in chunks that the store takes over.
+type capture struct {
+	header http.Header
+	status int
+	small  []byte
+	chunks [][]byte
+}
+
+var captures = sync.Pool{New: func() any {
+	return &capture{header: make(http.Header), small: make([]byte, 0, 4<<10)}
+}}
+
+func (c *capture) Header() http.Header    { return c.header }
+func (c *capture) WriteHeader(status int) { c.status = status }
+
+func (c *capture) Write(p []byte) (int, error) {
+	n := len(p)
+	if c.chunks == nil && len(c.small)+n <= cap(c.small) {
+		c.small = append(c.small, p...)
+		return n, nil
+	}
+	if len(c.small) > 0 {
+		c.chunks = append(c.chunks, bytes.Clone(c.small))
+		c.small = c.small[:0]
+	}
+	if last := len(c.chunks) - 1; last >= 0 {
+		chunk := c.chunks[last]
+		room := min(cap(chunk)-len(chunk), len(p))
+		c.chunks[last] = append(chunk, p[:room]...)
+		p = p[room:]
+	}
+	if len(p) > 0 {
+		c.chunks = append(c.chunks, append(make([]byte, 0, max(32<<10, len(p))), p...))
+	}
+	return n, nil
+}
+
+// send lets the answer go out.
+func (c *capture) send(w http.ResponseWriter) {
+	h := w.Header()
+	for name, values := range c.header {
+		h[name] = values
+	}
+	w.WriteHeader(c.status)
+	if len(c.small) > 0 {
+		_, _ = w.Write(c.small)
+	}
+	for _, chunk := range c.chunks {
+		_, _ = w.Write(chunk)
+	}
+}
+
+func (c *capture) free() {
+	clear(c.header)
+	c.status, c.small, c.chunks = 0, c.small[:0], nil
+	captures.Put(c)
+}
+
+var floorSeed = maphash.MakeSeed()
+
+const floorShards = 64
+
+// mapFloor keeps answers as the values that a replay writes, in maps of
+// pointers. Nothing is faster to replay.
+type mapFloor struct {
+	next   http.Handler
+	shards [floorShards]mapShard
+}
+
+type mapShard struct {
+	mu      sync.Mutex // guards records, and those that are not done
+	records map[string]*mapRecord
+	_       [64]byte
+}
+
+type mapRecord struct {
+	sum    [sha256.Size]byte
+	done   bool
+	status int
+	fields []mapField
+	small  []byte
+	chunks [][]byte
+}
+
+type mapField struct {
+	name   string
+	values [1]string
+}
+
+func newMapFloor(next http.Handler) http.Handler {
+	f := &mapFloor{next: next}
+	for i := range f.shards {
+		f.shards[i].records = make(map[string]*mapRecord)
+	}
+	return f
+}
+
+func (f *mapFloor) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	q := readFloorRequest(r)
+	defer floorRequests.Put(q)
+	sh := &f.shards[maphash.Bytes(floorSeed, q.name)%floorShards]
+	sh.mu.Lock()
+	rec := sh.records[string(q.name)]
+	if rec == nil {
+		rec = &mapRecord{sum: q.sum}
+		sh.records[string(q.name)] = rec
+		sh.mu.Unlock()
+		f.run(w, r, q, sh, rec)
+		return
+	}
+	done := rec.done
+	sh.mu.Unlock()
+	switch {
+	case rec.sum != q.sum:
+		w.WriteHeader(http.StatusUnprocessableEntity)
+	case !done:
+		w.WriteHeader(http.StatusConflict)
+	default:
+		rec.replay(w)
+	}
+}
+
+func (f *mapFloor) run(w http.ResponseWriter, r *http.Request, q *floorRequest, sh *mapShard, rec *mapRecord) {
+	c := q.run(f.next, r)
+	fields := make([]mapField, 0, len(c.header))
+	for name, values := range c.header {
+		fields = append(fields, mapField{name, [1]string{values[0]}})
+	}
+	small := bytes.Clone(c.small)
+	sh.mu.Lock()
+	rec.status, rec.fields, rec.small, rec.chunks, rec.done = c.status, fields, small, c.chunks, true
+	sh.mu.Unlock()
+	c.send(w)
+	c.free()
+}
+
+func (rec *mapRecord) replay(w http.ResponseWriter) {
+	h := w.Header()
+	for i := range rec.fields {
+		h[rec.fields[i].name] = rec.fields[i].values[:1:1]
+	}
+	w.WriteHeader(rec.status)
+	if len(rec.small) > 0 {
+		_, _ = w.Write(rec.small)
+	}
+	for _, chunk := range rec.chunks {
+		_, _ = w.Write(chunk)
+	}
+}
+
+// slabFloor packs answers into slabs of bytes, with an index that has no
+// pointers, so that a million of them cost the garbage collector nothing.
+type slabFloor struct {
+	next   http.Handler
+	shards [floorShards]slabShard
+}
+
+type slabShard struct {
+	mu     sync.Mutex // guards what follows; what is in slabs never changes
+	index  map[uint64]slabPlace
+	slabs  [][]byte
+	claims []slabClaim
+	free   []uint32 // of claims
+	_      [64]byte
+}
+
+// A slabPlace is where a record begins, or the number of a claim.
+type slabPlace struct{ slab, offset uint32 }
+
+const claimed = ^uint32(0)
+
+type slabClaim struct {
+	name []byte
+	sum  [sha256.Size]byte
+}
+
+func newSlabFloor(next http.Handler) http.Handler {
+	f := &slabFloor{next: next}
+	for i := range f.shards {
+		f.shards[i].index = make(map[uint64]slabPlace)
+	}
+	return f
+}
+
+func (f *slabFloor) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	q := readFloorRequest(r)
+	defer floorRequests.Put(q)
+	hash := maphash.Bytes(floorSeed, q.name)
+	sh := &f.shards[hash%floorShards]
+	sh.mu.Lock()
+	p, found := sh.index[hash]
+	if !found {
+		sh.claim(hash, q)
+		sh.mu.Unlock()
+		c := q.run(f.next, r)
+		sh.publish(hash, q, c)
+		c.send(w)
+		c.free()
+		return
+	}
+	var name, sum, answer []byte
+	if p.slab == claimed {
+		name, sum = sh.claims[p.offset].name, sh.claims[p.offset].sum[:]
+	} else {
+		b := sh.slabs[p.slab][p.offset:]
+		end := 6 + int(binary.LittleEndian.Uint16(b[4:]))
+		name, sum = b[6:end], b[end:end+sha256.Size]
+		answer = b[end+sha256.Size : binary.LittleEndian.Uint32(b)]
+	}
+	same, known := bytes.Equal(sum, q.sum[:]), bytes.Equal(name, q.name)
+	sh.mu.Unlock()
+	switch {
+	case !known:
+		panic("two keys have one hash")
+	case !same:
+		w.WriteHeader(http.StatusUnprocessableEntity)
+	case answer == nil:
+		w.WriteHeader(http.StatusConflict)
+	default:
+		replayBytes(w, answer)
+	}
+}
+
+func (sh *slabShard) claim(hash uint64, q *floorRequest) {
+	if len(sh.free) == 0 {
+		sh.free = append(sh.free, uint32(len(sh.claims)))
+		sh.claims = append(sh.claims, slabClaim{})
+	}
+	n := sh.free[len(sh.free)-1]
+	sh.free = sh.free[:len(sh.free)-1]
+	sh.claims[n].name = append(sh.claims[n].name[:0], q.name...)
+	sh.claims[n].sum = q.sum
+	sh.index[hash] = slabPlace{claimed, n}
+}
+
+func (sh *slabShard) publish(hash uint64, q *floorRequest, c *capture) {
+	size := 6 + len(q.name) + sha256.Size + c.encodedSize()
+	sh.mu.Lock()
+	defer sh.mu.Unlock()
+	last := len(sh.slabs) - 1
+	if last < 0 || cap(sh.slabs[last])-len(sh.slabs[last]) < size {
+		sh.slabs = append(sh.slabs, make([]byte, 0, max(64<<10, size)))
+		last++
+	}
+	b := sh.slabs[last]
+	offset := uint32(len(b))
+	b = binary.LittleEndian.AppendUint32(b, uint32(size))
+	b = binary.LittleEndian.AppendUint16(b, uint16(len(q.name)))
+	b = append(append(b, q.name...), q.sum[:]...)
+	sh.slabs[last] = c.appendTo(b)
+	sh.free = append(sh.free, sh.index[hash].offset)
+	sh.index[hash] = slabPlace{uint32(last), offset}
+}
+
+// encodedSize is the number of bytes that appendTo appends.
+func (c *capture) encodedSize() int {
+	n := 3 + len(c.small)
+	for name, values := range c.header {
+		n += 4 + len(name) + len(values[0])
+	}
+	for _, chunk := range c.chunks {
+		n += len(chunk)
+	}
+	return n
+}
+
+// appendTo appends the answer in a form that replayBytes reads in place.
+func (c *capture) appendTo(b []byte) []byte {
+	b = binary.LittleEndian.AppendUint16(b, uint16(c.status))
+	b = append(b, byte(len(c.header)))
+	for name, values := range c.header {
+		b = binary.LittleEndian.AppendUint16(b, uint16(len(name)))
+		b = append(b, name...)
+		b = binary.LittleEndian.AppendUint16(b, uint16(len(values[0])))
+		b = append(b, values[0]...)
+	}
+	b = append(b, c.small...)
+	for _, chunk := range c.chunks {
+		b = append(b, chunk...)
+	}
+	return b
+}
+
+// replayBytes writes an answer, which nobody may change any more.
+func replayBytes(w http.ResponseWriter, b []byte) {
+	h := w.Header()
+	status, fields := binary.LittleEndian.Uint16(b), int(b[2])
+	b = b[3:]
+	field := func() string {
+		n := int(binary.LittleEndian.Uint16(b))
+		s := unsafe.String(&b[2], n)
+		b = b[2+n:]
+		return s
+	}
+	values := make([]string, fields)
+	for i := range values {
+		name := field()
+		values[i] = field()
+		h[name] = values[i : i+1 : i+1]
+	}
+	w.WriteHeader(int(status))
+	_, _ = w.Write(b)
+}

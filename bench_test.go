@@ -1,0 +1,341 @@
+package idempotency_test
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-idempotency/idempotency"
+)
+
+// Every row of benchmarks has the bare handler, one or several floors, and the
+// library, in this order and in one process: what counts is the ratio. A floor
+// is the least code that does the job; see bench_floor_test.go. .ci/bench runs
+// them all and compares the ratios with the goals.
+//
+// The workload is a request with 100 bytes of JSON and a key of 36 bytes, and a
+// response with three headers and 200 bytes.
+
+const (
+	benchPath     = "/charge"
+	benchKeyBytes = 36
+	benchKeys     = 200_000
+	smallBody     = 200
+)
+
+// chargeHandler reads its request and answers 201.
+type chargeHandler struct {
+	body   []byte
+	closed bool // it must not be run
+}
+
+var (
+	chargeType     = []string{"application/json"}
+	chargeLocation = []string{"/charges/ch_3MmlLrLkdIwHu7ix0snN0B15"}
+	chargeVersion  = []string{"2025-09-30"}
+)
+
+// ServeHTTP implements http.Handler. It does not write a large body at once:
+// io.Copy and templates do not either.
+func (h *chargeHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if h.closed {
+		panic("the handler runs, and nothing should make it")
+	}
+	if _, err := io.Copy(io.Discard, r.Body); err != nil {
+		panic(err)
+	}
+	header := w.Header()
+	header["Content-Type"] = chargeType
+	header["Location"] = chargeLocation
+	header["Api-Version"] = chargeVersion
+	w.WriteHeader(http.StatusCreated)
+	for body := h.body; len(body) > 0; {
+		n := min(len(body), 32<<10)
+		if _, err := w.Write(body[:n]); err != nil {
+			panic(err)
+		}
+		body = body[n:]
+	}
+}
+
+func newCharge(size int) *chargeHandler {
+	return &chargeHandler{body: []byte(strings.Repeat(`{"id":"ch_3MmlLrLkdIwHu7"}`, size/26+1)[:size])}
+}
+
+// A nullWriter is a ResponseWriter that can be used again.
+type nullWriter struct {
+	header  http.Header
+	status  int
+	written int
+}
+
+func (w *nullWriter) Header() http.Header    { return w.header }
+func (w *nullWriter) WriteHeader(status int) { w.status = status }
+func (w *nullWriter) Write(p []byte) (int, error) {
+	w.written += len(p)
+	return len(p), nil
+}
+
+// A bodyReader is a request body that can be read again.
+type bodyReader struct {
+	data []byte
+	off  int
+}
+
+func (b *bodyReader) Read(p []byte) (int, error) {
+	if b.off == len(b.data) {
+		return 0, io.EOF
+	}
+	n := copy(p, b.data[b.off:])
+	b.off += n
+	return n, nil
+}
+
+func (b *bodyReader) Close() error { return nil }
+
+// A benchClient sends one request again and again, with whatever key, and
+// allocates nothing for it.
+type benchClient struct {
+	request *http.Request
+	body    bodyReader
+	lines   []string
+	w       nullWriter
+}
+
+func newBenchClient(keyed bool) *benchClient {
+	c := &benchClient{lines: []string{""}, w: nullWriter{header: make(http.Header)}}
+	c.body.data = []byte(fmt.Sprintf("{%q:%q}", "memo", strings.Repeat("x", 89)))
+	r, err := http.NewRequest(http.MethodPost, benchPath, &c.body)
+	must(err)
+	r.RequestURI = benchPath
+	r.ContentLength = int64(len(c.body.data))
+	r.Header["Content-Type"] = chargeType
+	if keyed {
+		r.Header["Idempotency-Key"] = c.lines
+	}
+	c.request = r
+	return c
+}
+
+// do sends the request with a key. What came back is in c.w until the next.
+func (c *benchClient) do(h http.Handler, key string) {
+	clear(c.w.header)
+	c.w.status, c.w.written = 0, 0
+	c.body.off = 0
+	c.lines[0] = key
+	h.ServeHTTP(&c.w, c.request)
+}
+
+// check fails unless the last answer was the handler's, or a replay of it.
+func (c *benchClient) check(t testing.TB, size int, replayed bool) {
+	t.Helper()
+	require.Equal(t, http.StatusCreated, c.w.status)
+	require.Equal(t, size, c.w.written)
+	require.Equal(t, chargeLocation, c.w.header["Location"])
+	if !replayed {
+		require.NotContains(t, c.w.header, "Idempotent-Replayed")
+	}
+}
+
+// checkAny is check for one of many clients, which may have had nothing to do.
+func (c *benchClient) checkAny(t testing.TB, size int) {
+	t.Helper()
+	if c.lines[0] != "" {
+		c.check(t, size, true)
+	}
+}
+
+// keyList has all keys in one string, without pointers for the collector to
+// follow.
+var keyList = func() string {
+	var b strings.Builder
+	for i := range benchKeys {
+		fmt.Fprintf(&b, "8e03978e-40d5-43e8-bc93-%012x", i)
+	}
+	return b.String()
+}()
+
+// keyAt returns the key of number i.
+func keyAt(i int) string {
+	i = i % benchKeys * benchKeyBytes
+	return keyList[i : i+benchKeyBytes]
+}
+
+// A contender does the job. wrap returns it with an empty store.
+type contender struct {
+	name string
+	wrap func(next http.Handler) http.Handler
+}
+
+func bare(next http.Handler) http.Handler { return next }
+
+func inMemory(next http.Handler) http.Handler {
+	store := &idempotency.MemoryStore{MaxBytes: 4 << 30}
+	return idempotency.Middleware(store, nil)(next)
+}
+
+func memoryContenders() []contender {
+	return []contender{
+		{"bare", bare},
+		{"floor", newSlabFloor},
+		{"floor-map", newMapFloor},
+		{"idempotency", inMemory},
+	}
+}
+
+// largeContenders are those that keep a large body as it was captured.
+func largeContenders() []contender {
+	return []contender{{"bare", bare}, {"floor", newMapFloor}, {"idempotency", inMemory}}
+}
+
+// each runs a benchmark for each contender.
+func each(b *testing.B, list []contender, run func(b *testing.B, c contender)) {
+	for _, c := range list {
+		b.Run(c.name, func(b *testing.B) {
+			b.ReportAllocs()
+			run(b, c)
+		})
+	}
+}
+
+// first has the handler run under a new key each time. A full store is replaced
+// by an empty one, and the collector takes the old one.
+func first(b *testing.B, size int, c contender) {
+	keys := min(benchKeys, 16<<20/size)
+	client, charge := newBenchClient(true), newCharge(size)
+	var h http.Handler
+	for i := 0; b.Loop(); i++ {
+		if i%keys == 0 {
+			h = c.wrap(charge)
+		}
+		client.do(h, keyAt(i%keys))
+	}
+	client.check(b, size, false)
+}
+
+// replay has the same answer sent again and again.
+func replay(b *testing.B, size int, c contender) {
+	client, charge := newBenchClient(true), newCharge(size)
+	h := c.wrap(charge)
+	client.do(h, keyAt(0))
+	charge.closed = c.name != "bare"
+	for b.Loop() {
+		client.do(h, keyAt(0))
+	}
+	client.check(b, size, true)
+}
+
+// replayMany is replay among many keys, so that no cache has them all.
+func replayMany(b *testing.B, c contender) {
+	client, charge := newBenchClient(true), newCharge(smallBody)
+	h := c.wrap(charge)
+	for i := range benchKeys {
+		client.do(h, keyAt(i))
+	}
+	charge.closed = c.name != "bare"
+	for i := 0; b.Loop(); i += 7919 { // a prime, for another order
+		client.do(h, keyAt(i))
+	}
+	client.check(b, smallBody, true)
+}
+
+// parallel is first from a goroutine for each processor.
+func parallel(b *testing.B, c contender) {
+	charge := newCharge(smallBody)
+	var handlers atomic.Pointer[http.Handler]
+	fresh := func() {
+		h := c.wrap(charge)
+		handlers.Store(&h)
+	}
+	fresh()
+	var next atomic.Int64
+	b.ResetTimer()
+	b.RunParallel(func(pb *testing.PB) {
+		client := newBenchClient(true)
+		for pb.Next() {
+			i := int(next.Add(1))
+			if i%benchKeys == 0 {
+				fresh()
+			}
+			client.do(*handlers.Load(), keyAt(i))
+		}
+		client.checkAny(b, smallBody)
+	})
+}
+
+// parallelReplay is replayMany from a goroutine for each processor.
+func parallelReplay(b *testing.B, c contender) {
+	const keys = 1000
+	charge := newCharge(smallBody)
+	h := c.wrap(charge)
+	client := newBenchClient(true)
+	for i := range keys {
+		client.do(h, keyAt(i))
+	}
+	charge.closed = c.name != "bare"
+	b.ResetTimer()
+	b.RunParallel(func(pb *testing.PB) {
+		client := newBenchClient(true)
+		for i := 0; pb.Next(); i++ {
+			client.do(h, keyAt(i%keys))
+		}
+		client.checkAny(b, smallBody)
+	})
+}
+
+func BenchmarkPassThrough(b *testing.B) {
+	list := []contender{{"bare", bare}, {"floor", newPassFloor}, {"idempotency", inMemory}}
+	each(b, list, func(b *testing.B, c contender) {
+		client := newBenchClient(false)
+		h := c.wrap(newCharge(smallBody))
+		for b.Loop() {
+			client.do(h, "")
+		}
+		client.check(b, smallBody, false)
+	})
+}
+
+func BenchmarkReplay(b *testing.B) {
+	list := []contender{
+		{"bare", bare}, {"floor", newMapFloor}, {"floor-slab", newSlabFloor}, {"idempotency", inMemory},
+	}
+	each(b, list, func(b *testing.B, c contender) { replay(b, smallBody, c) })
+}
+
+func BenchmarkReplayManyKeys(b *testing.B) {
+	list := []contender{
+		{"bare", bare}, {"floor", newMapFloor}, {"floor-slab", newSlabFloor}, {"idempotency", inMemory},
+	}
+	each(b, list, replayMany)
+}
+
+func BenchmarkReplayParallel(b *testing.B) {
+	each(b, largeContenders(), parallelReplay)
+}
+
+func BenchmarkFirst(b *testing.B) {
+	each(b, memoryContenders(), func(b *testing.B, c contender) { first(b, smallBody, c) })
+}
+
+func BenchmarkFirstParallel(b *testing.B) { each(b, memoryContenders(), parallel) }
+
+func BenchmarkFirst64KiB(b *testing.B) {
+	each(b, largeContenders(), func(b *testing.B, c contender) { first(b, 64<<10, c) })
+}
+
+func BenchmarkFirst1MiB(b *testing.B) {
+	each(b, largeContenders(), func(b *testing.B, c contender) { first(b, 1<<20, c) })
+}
+
+func BenchmarkReplay64KiB(b *testing.B) {
+	each(b, largeContenders(), func(b *testing.B, c contender) { replay(b, 64<<10, c) })
+}
+
+func BenchmarkReplay1MiB(b *testing.B) {
+	each(b, largeContenders(), func(b *testing.B, c contender) { replay(b, 1<<20, c) })
+}
