@@ -28,6 +28,13 @@ func TestFloorsAnswer(t *testing.T) {
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) { answers(t, row.wrap, row.size) })
 	}
+	t.Run("Redis", func(t *testing.T) {
+		list, _ := redisContenders(t, "floor-raw", "floor-pipelined", "floor-goredis", "idempotency")
+		for _, c := range list {
+			t.Run(c.name, func(t *testing.T) { answers(t, c.wrap, smallBody) })
+			t.Run(c.name+", 64 KiB", func(t *testing.T) { answers(t, c.wrap, 64<<10) })
+		}
+	})
 	t.Run("pass-through", func(t *testing.T) {
 		r := httptest.NewRequest(http.MethodPost, benchPath, strings.NewReader("{}"))
 		w := httptest.NewRecorder()

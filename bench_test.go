@@ -36,8 +36,8 @@ type chargeHandler struct {
 
 var (
 	chargeType     = []string{"application/json"}
-	chargeLocation = []string{"/charges/ch_3MmlLrLkdIwHu7ix0snN0B15"}
-	chargeVersion  = []string{"2025-09-30"}
+	chargeLocation = []string{"/charges/ch_3MmlLr"}
+	chargeVersion  = []string{"2"}
 )
 
 // ServeHTTP implements http.Handler. It does not write a large body at once:

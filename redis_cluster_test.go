@@ -25,7 +25,7 @@ import (
 
 // connect returns a client as the documentation recommends it: of one server,
 // of a Cluster, or through Sentinel.
-func connect(t *testing.T, opts redis.UniversalOptions) redis.UniversalClient {
+func connect(t testing.TB, opts redis.UniversalOptions) redis.UniversalClient {
 	opts.ContextTimeoutEnabled = true
 	client := redis.NewUniversalClient(&opts)
 	t.Cleanup(func() { _ = client.Close() })
@@ -33,7 +33,7 @@ func connect(t *testing.T, opts redis.UniversalOptions) redis.UniversalClient {
 }
 
 // connectTo is for a look at one server, behind the back of any store.
-func connectTo(t *testing.T, s *redisServer) redis.UniversalClient {
+func connectTo(t testing.TB, s *redisServer) redis.UniversalClient {
 	return connect(t, redis.UniversalOptions{Addrs: []string{s.addr}})
 }
 

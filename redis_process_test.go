@@ -424,7 +424,7 @@ func (f *fleet) crowd(n int, key, work string) map[string]int {
 // setting up a connection, by Redis's own count. That has the commands of
 // scripts too, and every script of a RedisStore begins with a GET, which
 // nobody else sends.
-func commandsSent(t *testing.T, admin redis.UniversalClient) (sent int64, calls map[string]int64) {
+func commandsSent(t testing.TB, admin redis.UniversalClient) (sent int64, calls map[string]int64) {
 	calls = make(map[string]int64)
 	for line := range strings.Lines(admin.Info(t.Context(), "commandstats").Val()) {
 		name, stat, found := strings.Cut(strings.TrimPrefix(line, "cmdstat_"), ":calls=")

@@ -30,7 +30,7 @@ const patience = 20 * time.Second
 
 // redisServer is a redis-server of the test's own.
 type redisServer struct {
-	t      *testing.T
+	t      testing.TB
 	addr   string
 	args   []string
 	cmd    *exec.Cmd
@@ -40,7 +40,7 @@ type redisServer struct {
 
 // startRedis starts a redis-server without persistence on a free port of the
 // loopback interface. It stops with the test.
-func startRedis(t *testing.T, args ...string) *redisServer {
+func startRedis(t testing.TB, args ...string) *redisServer {
 	t.Helper()
 	binary, err := exec.LookPath("redis-server")
 	if err != nil && os.Getenv("REDIS_REQUIRED") == "1" {
@@ -66,7 +66,7 @@ func startRedis(t *testing.T, args ...string) *redisServer {
 	return s
 }
 
-func freePort(t *testing.T) string {
+func freePort(t testing.TB) string {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	defer func() { _ = listener.Close() }()
@@ -109,13 +109,13 @@ func (s *redisServer) kill() {
 func (s *redisServer) restart() { require.True(s.t, s.start(), "redis-server does not start again") }
 
 // await waits until something is so.
-func await(t *testing.T, what string, so func() bool) {
+func await(t testing.TB, what string, so func() bool) {
 	t.Helper()
 	require.Eventually(t, so, patience, time.Millisecond, what)
 }
 
 // newClient returns a client as the documentation recommends it.
-func newClient(t *testing.T, addr string, change ...func(*redis.Options)) *redis.Client {
+func newClient(t testing.TB, addr string, change ...func(*redis.Options)) *redis.Client {
 	opts := &redis.Options{Addr: addr, ContextTimeoutEnabled: true}
 	for _, c := range change {
 		c(opts)
