@@ -52,8 +52,6 @@ func BenchmarkStorm(b *testing.B) {
 	}
 }
 
-func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
-
 // storm returns the time from the start of the (first) handler to the last
 // answer.
 func storm(b *testing.B, clients []*wireClient, path string) time.Duration {

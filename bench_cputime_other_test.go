@@ -1,0 +1,10 @@
+//go:build !linux
+
+package idempotency_test
+
+import "time"
+
+var threadStart = time.Now()
+
+// threadTime is about the processor time of the calling thread.
+func threadTime() time.Duration { return time.Since(threadStart) }
