@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -184,7 +185,8 @@ func overWire(b *testing.B, addr, path string, replayed bool) {
 func overWireEach(b *testing.B, redisAddr string, replayed bool, paths ...string) {
 	names := map[string]string{"/bare": "bare", "/floor": "floor", "/memory": "idempotency", "/redis": "idempotency"}
 	addr := startBenchServer(b, redisAddr)
-	for _, path := range paths {
+	for _, n := range rand.Perm(len(paths)) {
+		path := paths[n]
 		b.Run(names[path], func(b *testing.B) { overWire(b, addr, path, replayed) })
 	}
 }

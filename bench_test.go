@@ -3,6 +3,7 @@ package idempotency_test
 import (
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net/http"
 	"strings"
 	"sync/atomic"
@@ -14,7 +15,7 @@ import (
 )
 
 // Every row of benchmarks has the bare handler, one or several floors, and the
-// library, in this order and in one process: what counts is the ratio. A floor
+// library, in one process: what counts is the ratio. A floor
 // is the least code that does the job; see bench_floor_test.go. .ci/bench runs
 // them all and compares the ratios with the goals.
 //
@@ -193,9 +194,11 @@ func largeContenders() []contender {
 	return []contender{{"bare", bare}, {"floor", newMapFloor}, {"idempotency", inMemory}}
 }
 
-// each runs a benchmark for each contender.
+// each runs a benchmark for each contender, in an order that differs from run to
+// run: who comes first may find the machine in another state than who comes last.
 func each(b *testing.B, list []contender, run func(b *testing.B, c contender)) {
-	for _, c := range list {
+	for _, n := range rand.Perm(len(list)) {
+		c := list[n]
 		b.Run(c.name, func(b *testing.B) {
 			b.ReportAllocs()
 			run(b, c)
