@@ -2,101 +2,69 @@ package idempotency
 
 import (
 	"context"
-	"encoding/base64"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"sync"
 	"time"
 )
 
-// storeContext is the context of one store call: the values of the request, a
-// deadline, and not the client's cancellation. Its timer is made only when a
-// store asks for Done. MemoryStore does not, and the timer is what makes
-// context.WithTimeout cost more than a whole replay from memory.
-type storeContext struct {
-	context.Context // for its values
-	deadline        time.Time
+const (
+	storeKeyBytes = 43 // SHA-256 in base64url
+	tokenBytes    = 22 // 16 bytes in base64url
+)
 
-	mu    sync.Mutex // guards what follows
-	done  chan struct{}
-	timer *time.Timer
-	err   error
+// newToken returns 16 random bytes. They tell owners apart and are no secret, so
+// they need not come from crypto/rand.
+func newToken() (token [16]byte) {
+	binary.LittleEndian.PutUint64(token[:8], rand.Uint64())
+	binary.LittleEndian.PutUint64(token[8:], rand.Uint64())
+	return token
 }
 
-func (c *storeContext) Deadline() (time.Time, bool) { return c.deadline, true }
+// A storeOp is one of the calls below.
+type storeOp func(c *call, ctx context.Context) error
 
-func (c *storeContext) Done() <-chan struct{} {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.done == nil {
-		c.done = make(chan struct{})
-		if c.err != nil {
-			close(c.done)
-		} else {
-			c.timer = time.AfterFunc(time.Until(c.deadline), func() { c.end(context.DeadlineExceeded) })
-		}
-	}
-	return c.done
+// complete stores the result.
+func (c *call) complete(ctx context.Context) error {
+	return c.store.Complete(ctx, c.storeKey, c.token, c.result)
 }
 
-func (c *storeContext) Err() error {
-	if !time.Now().Before(c.deadline) {
-		c.end(context.DeadlineExceeded)
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.err
+// free releases the claim.
+func (c *call) free(ctx context.Context) error {
+	return c.store.Release(ctx, c.storeKey, c.token)
 }
 
-func (c *storeContext) end(err error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.err != nil {
-		return
-	}
-	c.err = err
-	if c.done != nil {
-		close(c.done)
-		c.timer.Stop()
-	}
-}
-
-// storeCall runs op with a context that carries the values of ctx.
-func storeCall(ctx context.Context, timeout time.Duration, op func(context.Context) error) error {
+// try calls op with a context that carries the values of ctx.
+func (c *call) try(ctx context.Context, timeout time.Duration, op storeOp) error {
 	sc := &storeContext{Context: ctx, deadline: time.Now().Add(timeout)}
 	defer sc.end(context.Canceled)
-	return op(sc)
-}
-
-// newToken returns 16 random bytes as 22 of base64url. They tell owners apart
-// and are no secret, so they need not come from crypto/rand.
-func newToken() string {
-	var b [16]byte
-	binary.LittleEndian.PutUint64(b[:8], rand.Uint64())
-	binary.LittleEndian.PutUint64(b[8:], rand.Uint64())
-	return base64.RawURLEncoding.EncodeToString(b[:])
+	return op(c, sc)
 }
 
 // acquire asks the store for the key, and once more when the first answer is
-// lost: the token makes that harmless. The first try gets half of StoreTimeout,
+// lost: the token makes that harmless. start is now. The first try gets half of StoreTimeout,
 // so that one that hangs leaves time for another.
-func (c *call) acquire(ctx context.Context, claim Claim) (rec Record, err error) {
-	op := func(ctx context.Context) (err error) {
-		rec, err = c.store.Acquire(ctx, c.storeKey, claim)
-		if err == nil && (rec.State < Acquired || rec.State > Lost) {
-			err = fmt.Errorf("store returned %v", rec.State)
-		}
-		return err
+func (c *call) acquire(ctx context.Context, start time.Time, claim Claim) (Record, error) {
+	if c.memory != nil {
+		return c.memory.acquireAt(int64(start.Sub(memoryEpoch)), c.storeKey, claim)
 	}
-	start := time.Now()
-	err = storeCall(ctx, c.opts.StoreTimeout/2, op)
+	rec, err := c.tryAcquire(ctx, c.opts.StoreTimeout/2, claim)
 	if err != nil && !errors.Is(err, ErrStoreFull) {
 		c.uncertain.Store(true)
 		if !errors.Is(err, ErrTooFewReplicas) { // which another try would only meet again
-			err = storeCall(ctx, c.opts.StoreTimeout-time.Since(start), op)
+			rec, err = c.tryAcquire(ctx, c.opts.StoreTimeout-time.Since(start), claim)
 		}
+	}
+	return rec, err
+}
+
+func (c *call) tryAcquire(ctx context.Context, timeout time.Duration, claim Claim) (Record, error) {
+	sc := &storeContext{Context: ctx, deadline: time.Now().Add(timeout)}
+	defer sc.end(context.Canceled)
+	rec, err := c.store.Acquire(sc, c.storeKey, claim)
+	if err == nil && (rec.State < Acquired || rec.State > Lost) {
+		err = fmt.Errorf("store returned %v", rec.State)
 	}
 	if err != nil {
 		return Record{}, err
@@ -106,8 +74,8 @@ func (c *call) acquire(ctx context.Context, claim Claim) (rec Record, err error)
 
 // tryClaim asks for the key in the name of the request.
 func (c *call) tryClaim() (Record, error) {
-	c.claimSent = time.Now()
-	return c.acquire(c.r.Context(), Claim{
+	c.claimSent = memoryEpoch.Add(time.Duration(memoryNow())) // half of what time.Now costs
+	return c.acquire(c.r.Context(), c.claimSent, Claim{
 		Token: c.token, Fingerprint: c.fingerprint,
 		Lease: c.opts.Lease, TTL: c.opts.TTL, Once: c.opts.AtMostOnce,
 	})
@@ -115,9 +83,9 @@ func (c *call) tryClaim() (Record, error) {
 
 // renew extends the claim; once marks it as never to be taken over. A renewal
 // says again what it knows, in case that the store has lost the record.
-func (c *call) renew(ctx context.Context, once bool) (Record, error) {
+func (c *call) renew(ctx context.Context, sent time.Time, once bool) (Record, error) {
 	once = once || c.opts.AtMostOnce || c.execution.isCommitted()
-	return c.acquire(ctx, Claim{
+	return c.acquire(ctx, sent, Claim{
 		Token: c.token, Fingerprint: c.fingerprint,
 		Lease: c.opts.Lease, TTL: c.opts.TTL, Once: once,
 	})
@@ -199,7 +167,7 @@ func sleepUntil(ctx context.Context, changed <-chan struct{}, d time.Duration) b
 // commit is Execution.Commit: a renewal that also marks the claim.
 func (c *call) commit(ctx context.Context) error {
 	sent := time.Now()
-	rec, err := c.renew(ctx, true)
+	rec, err := c.renew(ctx, sent, true)
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrStoreUnavailable, err)
 	}
@@ -212,11 +180,14 @@ func (c *call) commit(ctx context.Context) error {
 
 // persist repeats op, a Complete or a Release, within StoreTimeout until it
 // succeeds or its error is final.
-func (c *call) persist(ctx context.Context, op func(context.Context) error) error {
+func (c *call) persist(ctx context.Context, op storeOp) error {
+	if c.memory != nil { // which looks at no context and takes no time
+		return op(c, ctx)
+	}
 	deadline := time.Now().Add(c.opts.StoreTimeout)
 	timeout := c.opts.StoreTimeout / 2
 	for pause := 10 * time.Millisecond; ; pause *= 2 {
-		err := storeCall(ctx, timeout, op)
+		err := c.try(ctx, timeout, op)
 		if err == nil || isFinal(err) || time.Until(deadline) <= pause {
 			return err
 		}
@@ -232,12 +203,12 @@ func isFinal(err error) bool {
 
 // persistLater goes on with op in the background until end. It tries once at
 // least, and for the last time at the end.
-func (c *call) persistLater(ctx context.Context, end time.Time, failure string, op func(context.Context) error) {
+func (c *call) persistLater(ctx context.Context, end time.Time, failure string, op storeOp) {
 	go func() {
 		for pause := 50 * time.Millisecond; ; pause = min(2*pause, c.opts.Lease/6) {
 			last := time.Until(end) <= pause
 			time.Sleep(min(pause, max(0, time.Until(end))))
-			err := storeCall(ctx, c.opts.StoreTimeout, op)
+			err := c.try(ctx, c.opts.StoreTimeout, op)
 			if err == nil {
 				return
 			}
@@ -264,6 +235,5 @@ func (c *call) backgroundEnd(end time.Time, once bool) time.Time {
 func (c *call) giveBack() {
 	ctx := context.WithoutCancel(c.r.Context())
 	end := c.backgroundEnd(time.Now().Add(c.opts.Lease), c.opts.AtMostOnce)
-	c.persistLater(ctx, end, "releasing an uncertain claim failed",
-		func(ctx context.Context) error { return c.store.Release(ctx, c.storeKey, c.token) })
+	c.persistLater(ctx, end, "releasing an uncertain claim failed", (*call).free)
 }

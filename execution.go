@@ -145,11 +145,9 @@ func (e *Execution) end() (committed, discarded, attached bool) {
 // A lease is the running claim of one execution. A timer renews it every third
 // of its length and notices when it is lost.
 type lease struct {
+	call   *call // whose claim it is
 	length time.Duration
-	limit  time.Time               // from here on it is not renewed
-	call   *call                   // whose claim it is
-	ctx    context.Context         // the handler's
-	cancel context.CancelCauseFunc // cancels the handler's context
+	limit  time.Time // from here on it is not renewed
 
 	mu       sync.Mutex // guards what follows
 	timer    *time.Timer
@@ -159,18 +157,23 @@ type lease struct {
 	taken    bool // another owner was seen
 }
 
-// start begins to keep a lease that was claimed by a call sent at sent.
-func (l *lease) start(sent time.Time) {
+// start begins to keep the lease that c has claimed.
+func (l *lease) start(c *call) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.end = sent.Add(l.length)
-	l.timer = time.AfterFunc(l.untilLocked(l.length/3), l.tick)
+	now := c.claimSent
+	if c.memory == nil { // which may have taken its time
+		now = time.Now()
+	}
+	l.call, l.length = c, c.opts.Lease
+	l.limit, l.end = now.Add(c.opts.MaxExecution), c.claimSent.Add(l.length)
+	l.timer = time.AfterFunc(l.untilLocked(now, l.length/3), l.tick)
 }
 
 // untilLocked returns the time to the next tick: next, or the end of the
 // execution if that comes first.
-func (l *lease) untilLocked(next time.Duration) time.Duration {
-	return max(0, min(next, time.Until(l.limit), time.Until(l.end)))
+func (l *lease) untilLocked(now time.Time, next time.Duration) time.Duration {
+	return max(0, min(next, l.limit.Sub(now), l.end.Sub(now)))
 }
 
 // tick renews the lease, or cancels the handler when that is no longer
@@ -183,16 +186,16 @@ func (l *lease) tick() {
 	case l.stopped:
 	case !now.Before(l.end):
 		l.stopped = true
-		l.cancel(ErrLeaseLost)
+		l.call.context.cancel(ErrLeaseLost)
 		l.call.warn("a lease could not be renewed in time", ErrLeaseLost)
 	case !now.Before(l.limit):
 		l.stopped = true
-		l.cancel(context.DeadlineExceeded)
+		l.call.context.cancel(context.DeadlineExceeded)
 	case l.renewing:
-		l.timer.Reset(l.untilLocked(l.length))
+		l.timer.Reset(l.untilLocked(now, l.length))
 	default:
 		l.renewing = true
-		l.timer.Reset(l.untilLocked(l.length))
+		l.timer.Reset(l.untilLocked(now, l.length))
 		l.mu.Unlock()
 		l.renewOnce(now)
 		return
@@ -201,7 +204,7 @@ func (l *lease) tick() {
 }
 
 func (l *lease) renewOnce(sent time.Time) {
-	rec, err := l.call.renew(l.ctx, false)
+	rec, err := l.call.renew(&l.call.context, sent, false)
 	if err != nil {
 		l.call.warn("renewing a lease failed", err)
 	}
@@ -213,10 +216,10 @@ func (l *lease) renewOnce(sent time.Time) {
 	}
 	switch {
 	case err != nil:
-		l.timer.Reset(l.untilLocked(l.length / 12)) // a few more tries before the end
+		l.timer.Reset(l.untilLocked(time.Now(), l.length/12)) // a few more tries before the end
 	case rec.State == Acquired:
 		l.extendLocked(sent)
-		l.timer.Reset(l.untilLocked(l.length / 3))
+		l.timer.Reset(l.untilLocked(time.Now(), l.length/3))
 	default:
 		l.loseLocked()
 	}
@@ -231,7 +234,7 @@ func (l *lease) extendLocked(sent time.Time) {
 func (l *lease) loseLocked() {
 	l.taken, l.stopped = true, true
 	l.timer.Stop()
-	l.cancel(ErrLeaseLost) // without effect if it was cancelled before
+	l.call.context.cancel(ErrLeaseLost) // without effect if it was cancelled before
 	l.call.warn("a lease was taken over", ErrLeaseLost)
 }
 

@@ -48,10 +48,16 @@ func (s *MemoryStore) requeue(sh *memoryShard, cell *memoryCell, now int64, ttl 
 
 // remove takes a cell out of the shard.
 func (s *MemoryStore) remove(sh *memoryShard, cell *memoryCell) {
+	s.bytes.Add(-sh.take(cell))
+}
+
+// take is remove for who counts the bytes that it returns.
+func (sh *memoryShard) take(cell *memoryCell) (cost int64) {
+	cost = cell.cost()
 	delete(sh.cells, cell.key)
-	s.bytes.Add(-cell.cost())
 	cell.unlink()
 	sh.recycle(cell)
+	return cost
 }
 
 func (q *memoryQueue) push(cell *memoryCell, now int64) {
@@ -224,7 +230,7 @@ func (r *packedRecords) lookup(hash uint64, key string, now int64) (packedRecord
 // record is too large, or its place in the index belongs to another key.
 func (r *packedRecords) add(q *memoryQueue, hash uint64, key, token string, res Result, now int64) bool {
 	size := packedSize(key, token, res)
-	if size > maxPacked {
+	if size > maxPacked || len(res.parts) > 0 {
 		return false
 	}
 	if p, ok := r.index[hash]; ok && r.at(p).expiry() > now {

@@ -76,6 +76,7 @@ type memoryCell struct {
 	attempt     int
 	fingerprint []byte
 	value       []byte
+	parts       [][]byte
 	lease       time.Duration
 	leaseEnd    int64
 	expiry      int64
@@ -87,7 +88,15 @@ type memoryCell struct {
 // cost is what a cell counts for in MaxBytes.
 func (c *memoryCell) cost() int64 {
 	const overhead = 256 // the struct and its place in the map
-	return int64(overhead + len(c.key) + len(c.token) + len(c.fingerprint) + len(c.value))
+	return int64(overhead + len(c.key) + len(c.token) + len(c.fingerprint) + len(c.value) + sizeOf(c.parts))
+}
+
+// sizeOf returns the memory of parts.
+func sizeOf(parts [][]byte) (n int) {
+	for _, part := range parts {
+		n += cap(part)
+	}
+	return n
 }
 
 var (
@@ -98,21 +107,26 @@ var (
 func memoryNow() int64 { return int64(time.Since(memoryEpoch)) }
 
 // lock returns the shard of key, locked and rid of some expired cells.
-func (s *MemoryStore) lock(key string) (sh *memoryShard, hash uint64, now int64) {
+func (s *MemoryStore) lock(key string, now int64) (sh *memoryShard, hash uint64) {
 	hash = maphash.String(memorySeed, key)
 	sh = &s.shards[hash%memoryShards]
-	now = memoryNow()
 	sh.mu.Lock()
 	s.retire(sh, now, retireBatch)
-	return sh, hash, now
+	return sh, hash
 }
 
 // Acquire implements [Store]. Its only error is [ErrStoreFull].
 func (s *MemoryStore) Acquire(_ context.Context, key string, c Claim) (Record, error) {
-	rec, full := s.acquire(key, c)
+	return s.acquireAt(memoryNow(), key, c)
+}
+
+// acquireAt is for a caller that has just looked at the clock: that takes as
+// long as to find a record. A claim made late ends early by as much.
+func (s *MemoryStore) acquireAt(now int64, key string, c Claim) (Record, error) {
+	rec, full := s.acquire(key, c, now)
 	if full {
 		s.retireAll(4 * retireBatch) // other shards may hold what has expired
-		rec, full = s.acquire(key, c)
+		rec, full = s.acquire(key, c, now)
 	}
 	if full {
 		return Record{}, ErrStoreFull
@@ -120,8 +134,8 @@ func (s *MemoryStore) Acquire(_ context.Context, key string, c Claim) (Record, e
 	return rec, nil
 }
 
-func (s *MemoryStore) acquire(key string, c Claim) (rec Record, full bool) {
-	sh, hash, now := s.lock(key)
+func (s *MemoryStore) acquire(key string, c Claim, now int64) (rec Record, full bool) {
+	sh, hash := s.lock(key, now)
 	defer sh.mu.Unlock()
 	cell := sh.cells[key]
 	if cell != nil && cell.expiry <= now {
@@ -133,7 +147,7 @@ func (s *MemoryStore) acquire(key string, c Claim) (rec Record, full bool) {
 	}
 	if b, ok := sh.packed.lookup(hash, key, now); ok {
 		_, _, fingerprint, value := b.parts()
-		return completedRecord(c, fingerprint, value), false
+		return completedRecord(c, fingerprint, value, nil), false
 	}
 	cell = sh.newCell(key)
 	cell.attempt = 1
@@ -157,7 +171,7 @@ func (s *MemoryStore) acquireCell(sh *memoryShard, cell *memoryCell, c Claim, no
 	case mismatch(cell.fingerprint, c.Fingerprint):
 		return Record{State: Mismatch}
 	case cell.state == cellCompleted:
-		return completedRecord(c, cell.fingerprint, cell.value)
+		return completedRecord(c, cell.fingerprint, cell.value, cell.parts)
 	case own:
 		cell.lease, cell.leaseEnd = c.Lease, expiry(now, c.Lease)
 		cell.once = cell.once || c.Once
@@ -182,11 +196,11 @@ func expiry(now int64, ttl time.Duration) int64 { return now + int64(min(ttl, ma
 
 func mismatch(a, b []byte) bool { return len(a) > 0 && len(b) > 0 && !bytes.Equal(a, b) }
 
-func completedRecord(c Claim, fingerprint, value []byte) Record {
+func completedRecord(c Claim, fingerprint, value []byte, parts [][]byte) Record {
 	if mismatch(fingerprint, c.Fingerprint) {
 		return Record{State: Mismatch}
 	}
-	return Record{State: Completed, Fingerprint: fingerprint, Value: value}
+	return Record{State: Completed, Fingerprint: fingerprint, Value: value, parts: parts}
 }
 
 // set makes the cell a claim of c.
@@ -198,7 +212,8 @@ func (cell *memoryCell) set(c Claim, now int64) {
 
 // Complete implements [Store]. Its only error is [ErrLeaseLost].
 func (s *MemoryStore) Complete(_ context.Context, key, token string, r Result) error {
-	sh, hash, now := s.lock(key)
+	now := memoryNow()
+	sh, hash := s.lock(key, now)
 	defer sh.mu.Unlock()
 	cell := sh.cells[key]
 	if cell != nil && cell.expiry > now {
@@ -214,16 +229,18 @@ func (s *MemoryStore) Complete(_ context.Context, key, token string, r Result) e
 		}
 		return nil
 	}
+	freed := int64(0)
 	if cell != nil {
-		s.remove(sh, cell)
+		freed = sh.take(cell)
 	}
 	if sh.packed.add(sh.queue(r.TTL), hash, key, token, r, now) {
-		s.bytes.Add(packedCost(key, token, r))
+		s.bytes.Add(packedCost(key, token, r) - freed)
 	} else {
+		s.bytes.Add(-freed)
 		// Not from the spare: what a completed cell returns stays valid.
 		s.insert(sh, &memoryCell{
 			key: key, token: token, state: cellCompleted,
-			fingerprint: bytes.Clone(r.Fingerprint), value: bytes.Clone(r.Value),
+			fingerprint: bytes.Clone(r.Fingerprint), value: bytes.Clone(r.Value), parts: r.parts,
 		}, now, r.TTL)
 	}
 	sh.notify(key)
@@ -232,7 +249,8 @@ func (s *MemoryStore) Complete(_ context.Context, key, token string, r Result) e
 
 // Release implements [Store]. It returns nil.
 func (s *MemoryStore) Release(_ context.Context, key, token string) error {
-	sh, hash, now := s.lock(key)
+	now := memoryNow()
+	sh, hash := s.lock(key, now)
 	defer sh.mu.Unlock()
 	cell := sh.cells[key]
 	if cell != nil && cell.expiry > now {
@@ -291,7 +309,7 @@ type memoryWatch struct {
 
 // Watch implements [Watcher]. It does not fail.
 func (s *MemoryStore) Watch(ctx context.Context, key string) (<-chan struct{}, error) {
-	sh, _, _ := s.lock(key)
+	sh, _ := s.lock(key, memoryNow())
 	defer sh.mu.Unlock()
 	w := sh.watches[key]
 	if w == nil {

@@ -34,7 +34,7 @@ func (s *RedisStore) askTogether(ctx context.Context, name string, c Claim) (Rec
 		s.mu.Lock()
 		if cell := s.resultLocked(name); cell != nil {
 			s.mu.Unlock()
-			return completedRecord(c, cell.fingerprint, cell.value), nil
+			return completedRecord(c, cell.fingerprint, cell.value, nil), nil
 		}
 		f := s.flights[name]
 		if f == nil {
@@ -101,7 +101,7 @@ func (a *redisAnswer) shared(c Claim) (Record, bool) {
 	case mismatch(a.cell.fingerprint, c.Fingerprint):
 		return Record{State: Mismatch}, true
 	case a.cell.state == redisCompleted:
-		return completedRecord(c, a.cell.fingerprint, a.cell.value), true
+		return completedRecord(c, a.cell.fingerprint, a.cell.value, nil), true
 	case a.cell.token == c.Token:
 		return Record{}, false
 	case a.State == InProgress || a.State == Abandoned:

@@ -3,12 +3,12 @@ package idempotency
 import (
 	"bytes"
 	"crypto/sha256"
-	"encoding/base64"
 	"encoding/binary"
 	"errors"
 	"hash"
 	"io"
 	"net/http"
+	"net/textproto"
 	"slices"
 	"strings"
 	"sync"
@@ -25,14 +25,14 @@ func parseKey(lines []string) (key, detail string) {
 	if len(lines) > 1 {
 		return "", "The idempotency key header appears more than once."
 	}
-	key = strings.Trim(strings.Join(lines, ""), " \t")
+	key = textproto.TrimString(strings.Join(lines, ""))
 	if strings.HasPrefix(key, `"`) {
 		var rest string
 		var ok bool
 		if key, rest, ok = cutString(key); !ok || !isParameters(rest) {
 			return "", "The idempotency key is not a well-formed quoted string."
 		}
-	} else if !isBare(key, ` ",`) {
+	} else if !isBare(key) {
 		return "", "An unquoted idempotency key must be visible ASCII without quotes, commas and spaces."
 	}
 	switch {
@@ -96,7 +96,7 @@ func isParameters(s string) bool {
 			continue
 		}
 		end = strings.IndexByte(value+";", ';')
-		if end == 0 || !isBare(value[:end], ` ",`) {
+		if end == 0 || !isBare(value[:end]) {
 			return false
 		}
 		s = value[end:]
@@ -104,10 +104,10 @@ func isParameters(s string) bool {
 	return true
 }
 
-// isBare reports whether s is visible ASCII with none of the bytes in except.
-func isBare(s, except string) bool {
-	for _, c := range []byte(s) {
-		if c <= ' ' || c > '~' || strings.IndexByte(except, c) >= 0 {
+// isBare reports whether s is visible ASCII without quotes and commas.
+func isBare(s string) bool {
+	for i := range len(s) {
+		if c := s[i]; c <= ' ' || c > '~' || c == '"' || c == ',' {
 			return false
 		}
 	}
@@ -148,23 +148,22 @@ func appendFields(b []byte, list []string) []byte {
 	return b
 }
 
-// hashKey returns the store key: no choice of key reaches another cell, and no
-// client's key can be read in the store.
-func hashKey(scratch []byte, scope, method, path, key string) string {
+// hashKey returns what the store key is made of: no choice of key reaches
+// another cell, and no client's key can be read in the store.
+func hashKey(scratch []byte, scope, method, path, key string) [sha256.Size]byte {
 	b := append(scratch, "idempotency store key 1"...)
 	b = appendField(b, scope)
 	b = appendField(b, method)
 	b = appendField(b, path)
 	b = appendField(b, key)
-	sum := sha256.Sum256(b)
-	return base64.RawURLEncoding.EncodeToString(sum[:])
+	return sha256.Sum256(b)
 }
 
 // appendIdentity appends all that tells two requests under one key apart, but
 // for the body. The key itself is part of it, so that someone who reads a store
 // cannot confirm guesses of short payloads.
 func appendIdentity(b []byte, r *http.Request, scope, key string, custom bool) []byte {
-	b = append(b, "idempotency fingerprint 1"...)
+	b = append(b, 'f') // short, for a block of SHA-256 less: 50 ns
 	b = appendField(b, key)
 	if scope == "" {
 		b = append(b, 'c')
@@ -255,7 +254,7 @@ func (b *requestBody) readAhead(r *http.Request, identity []byte, limit int64) e
 // with the response.
 func (b *requestBody) fingerprint() [sha256.Size]byte {
 	if !b.whole {
-		return sha256.Sum256(append([]byte("idempotency large body 1"), b.identity...))
+		return sha256.Sum256(append([]byte{'l'}, b.identity...))
 	}
 	return sha256.Sum256((*b.buffer)[:len(b.identity)+len(b.ahead)])
 }

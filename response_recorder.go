@@ -22,13 +22,14 @@ var errAfterReturn = errors.New("idempotency: write after the handler returned")
 // observe. There is no Unwrap, which would let writes bypass the record, and no
 // Hijack: http.ResponseController reports http.ErrNotSupported.
 type recorder struct {
-	w     http.ResponseWriter
-	proto int      // major version of HTTP
-	limit int64    // how much of the body is kept
-	outer []string // names that outer middleware had set at the beginning
+	w      http.ResponseWriter
+	proto  int         // major version of HTTP
+	limit  int64       // how much of the body is kept
+	header http.Header // of w, which the handler changes
+	outer  http.Header // what outer middleware had set at the beginning
+	room   headerRoom
 
 	mu          sync.Mutex  // guards what follows, against goroutines the handler leaves behind
-	header      http.Header // the handler's own, so that what it drops never reaches w
 	wroteHeader bool
 	status      int
 	length      int64         // declared by the handler, or -1
@@ -44,17 +45,30 @@ type recorder struct {
 	closed      bool
 }
 
-func newRecorder(w http.ResponseWriter, proto int, limit int64) *recorder {
-	r := &recorder{w: w, proto: proto, limit: limit, length: -1, header: make(http.Header)}
-	for name, values := range w.Header() {
-		r.header[name] = slices.Clone(values)
-		r.outer = append(r.outer, name)
+// init makes the zero recorder record what goes to w.
+func (r *recorder) init(w http.ResponseWriter, proto int, limit int64) {
+	r.w, r.proto, r.limit, r.length = w, proto, limit, -1
+	r.header = w.Header()
+	if len(r.header) > 0 {
+		r.outer = r.header.Clone()
 	}
-	return r
 }
 
-// Header implements http.ResponseWriter. The map begins as a copy of what outer
-// middleware has set.
+// resetHeaderLocked makes the header what outer middleware had set, and then
+// the fields.
+func (r *recorder) resetHeaderLocked(fields []headerField) {
+	clear(r.header)
+	maps.Copy(r.header, r.outer)
+	applyFields(r.header, fields)
+}
+
+// headerRoom is where the usual header fits in without an allocation.
+type headerRoom struct {
+	fields [4]headerField
+	values [4]string
+}
+
+// Header implements http.ResponseWriter.
 func (r *recorder) Header() http.Header { return r.header }
 
 // WriteHeader implements http.ResponseWriter.
@@ -68,29 +82,18 @@ func (r *recorder) WriteHeader(status int) {
 		panic("invalid WriteHeader code " + strconv.Itoa(status)) // as net/http does
 	}
 	if status < 200 && (status != http.StatusSwitchingProtocols || r.proto >= 2) {
-		r.informLocked(status)
+		r.w.WriteHeader(status) // with the header as it is now
 		return
 	}
 	r.writeHeaderLocked(status)
 }
 
-// informLocked sends a 1xx response, with the handler's header as it is now.
-func (r *recorder) informLocked(status int) {
-	h := r.w.Header()
-	outer := maps.Clone(h)
-	clear(h)
-	maps.Copy(h, r.header)
-	r.w.WriteHeader(status)
-	clear(h)
-	maps.Copy(h, outer)
-}
-
 // writeHeaderLocked fixes the status and the header, as net/http does.
 func (r *recorder) writeHeaderLocked(status int) {
 	r.wroteHeader, r.status = true, status
-	r.fields = headerDifference(r.w.Header(), r.header, r.outer)
-	if declared := r.header.Get("Content-Length"); declared != "" {
-		n, err := strconv.ParseInt(declared, 10, 64)
+	r.fields = r.room.difference(r.outer, r.header)
+	if declared := r.header["Content-Length"]; len(declared) > 0 && declared[0] != "" {
+		n, err := strconv.ParseInt(declared[0], 10, 64)
 		if err != nil || n < 0 {
 			r.header.Del("Content-Length") // w does the same, and says so in its log
 		} else {
@@ -115,16 +118,10 @@ func (r *recorder) writeHeaderLocked(status int) {
 	}
 }
 
-// headerDifference returns what turns base into header, where the handler could
-// have deleted only what is in outer. The values are copied: the handler may go
-// on changing its map.
-func headerDifference(base, header http.Header, outer []string) []headerField {
-	count := 0
-	for _, values := range header {
-		count += len(values)
-	}
-	backing := make([]string, 0, count)
-	fields := make([]headerField, 0, len(header))
+// difference returns what turns base into header. The values are copied: the
+// handler may go on changing them.
+func (room *headerRoom) difference(base, header http.Header) []headerField {
+	backing, fields := room.values[:0], room.fields[:0]
 	for name, values := range header {
 		f := headerField{op: opSet, name: name}
 		if outer, ok := base[name]; ok {
@@ -139,7 +136,7 @@ func headerDifference(base, header http.Header, outer []string) []headerField {
 		f.values = slices.Clip(backing[len(backing)-len(values):])
 		fields = append(fields, f)
 	}
-	for _, name := range outer {
+	for name := range base {
 		if _, ok := header[name]; !ok {
 			fields = append(fields, headerField{op: opDelete, name: name})
 		}
@@ -274,14 +271,11 @@ func (r *recorder) streamLocked() {
 		return
 	}
 	r.streaming = true
+	r.resetHeaderLocked(r.fields)
 	r.sendLocked()
 }
 
 func (r *recorder) sendLocked() {
-	h := r.w.Header()
-	for i := range r.fields {
-		r.fields[i].apply(h)
-	}
 	r.w.WriteHeader(r.status)
 	for _, chunk := range r.body.chunks {
 		if _, err := r.w.Write(chunk); err != nil {
@@ -316,17 +310,16 @@ func (r *recorder) findTrailersLocked() {
 	if !found {
 		return
 	}
-	before := r.w.Header()
-	if !r.streaming {
-		before = maps.Clone(before)
-		for i := range r.fields {
-			r.fields[i].apply(before)
-		}
+	before := maps.Clone(r.outer)
+	if before == nil {
+		before = make(http.Header)
 	}
-	names := slices.DeleteFunc(slices.Collect(maps.Keys(before)), func(name string) bool { return !r.isTrailer(name) })
+	applyFields(before, r.fields)
 	trailers := maps.Clone(r.header)
-	maps.DeleteFunc(trailers, func(name string, _ []string) bool { return !r.isTrailer(name) })
-	r.trailers = headerDifference(before, trailers, names)
+	for _, h := range []http.Header{before, trailers} {
+		maps.DeleteFunc(h, func(name string, _ []string) bool { return !r.isTrailer(name) })
+	}
+	r.trailers = new(headerRoom).difference(before, trailers)
 }
 
 func (r *recorder) isTrailer(name string) bool {
@@ -343,14 +336,12 @@ func (r *recorder) complete() bool {
 func (r *recorder) send() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	h := r.w.Header()
 	if !r.streaming {
-		announceTrailers(h, r.trailers)
 		r.streaming = true
+		r.resetHeaderLocked(r.fields)
+		announceTrailers(r.header, r.trailers)
 		r.sendLocked()
-	}
-	for i := range r.trailers {
-		r.trailers[i].apply(h)
+		applyFields(r.header, r.trailers) // where the handler has them while it streams
 	}
 	r.body.free()
 }
@@ -362,22 +353,31 @@ func (r *recorder) drop() (streaming bool) {
 	defer r.mu.Unlock()
 	r.closed = true
 	r.body.free()
+	if !r.streaming {
+		r.resetHeaderLocked(nil)
+	}
 	return r.streaming
 }
 
-// encode returns the stored form of the finished response, or nil when its
-// headers are too large.
-func (r *recorder) encode(digest []byte, keep func(name string) bool) []byte {
+// encode appends the stored form of the finished response to scratch: all of it
+// if whole is set or it is small, and otherwise only its beginning, which parts
+// follow. It returns nil when the headers are too large.
+func (r *recorder) encode(scratch, digest []byte, keep func(name string) bool, whole bool) (value []byte, parts [][]byte) {
 	markTransient(r.fields, keep, r.connection, r.body.size)
 	markTransient(r.trailers, keep, r.connection, -1)
-	return encodeResponse(r.status, digest, r.fields, r.trailers, r.body.chunks)
+	chunks := r.body.chunks
+	if !whole && r.body.size > maxPacked {
+		chunks, parts = chunks[:1], slices.Clone(chunks[1:])
+	}
+	return encodeResponse(scratch, r.status, digest, r.fields, r.trailers, r.body.size, chunks), parts
 }
 
-// recordedBody is a body in pooled chunks. Small first, then large: growing one
-// buffer by doubling costs five times as much at 1 MiB, and a chunk of one size
-// can go back to its pool whatever the body was.
+// recordedBody is a body in chunks: a small one that is pooled, which most
+// bodies fit into, then larger ones, which a MemoryStore keeps as they are.
+// Growing one buffer by doubling costs five times as much at 1 MiB.
 type recordedBody struct {
 	chunks [][]byte
+	first  [1][]byte // backing of chunks for a small body
 	size   int64
 
 	// lent: a Write of a chunk has failed. net/http's HTTP/2 returns from one
@@ -390,43 +390,33 @@ const (
 	largeChunk = 32 << 10
 )
 
-var (
-	smallChunks = sync.Pool{New: func() any { return new([smallChunk]byte) }}
-	largeChunks = sync.Pool{New: func() any { return new([largeChunk]byte) }}
-)
+var smallChunks = sync.Pool{New: func() any { return new([smallChunk]byte) }}
 
 func appendBody[T []byte | string](b *recordedBody, p T) {
+	if b.chunks == nil {
+		b.first[0] = smallChunks.Get().(*[smallChunk]byte)[:0]
+		b.chunks = b.first[:]
+	}
+	last := &b.chunks[len(b.chunks)-1]
+	n := min(len(p), cap(*last)-len(*last))
+	*last = append(*last, p[:n]...)
+	b.size += int64(n)
+	if p = p[n:]; len(p) == 0 {
+		return
+	}
+	// No more than the half of what is kept in the end is left empty.
+	if size := int(min(b.size, largeChunk)); len(p) < size {
+		b.chunks = append(b.chunks, append(make([]byte, 0, size), p...))
+	} else {
+		b.chunks = append(b.chunks, append([]byte(nil), p...))
+	}
 	b.size += int64(len(p))
-	for len(p) > 0 {
-		last := len(b.chunks) - 1
-		if last < 0 || len(b.chunks[last]) == cap(b.chunks[last]) {
-			b.chunks = append(b.chunks, newChunk(last < 0))
-			last++
-		}
-		chunk := b.chunks[last]
-		n := copy(chunk[len(chunk):cap(chunk)], p)
-		b.chunks[last] = chunk[:len(chunk)+n]
-		p = p[n:]
-	}
 }
 
-func newChunk(small bool) []byte {
-	if small {
-		return smallChunks.Get().(*[smallChunk]byte)[:0]
-	}
-	return largeChunks.Get().(*[largeChunk]byte)[:0]
-}
-
-// free gives the chunks back.
+// free gives the small chunk back.
 func (b *recordedBody) free() {
-	for _, chunk := range b.chunks {
-		switch {
-		case b.lent:
-		case cap(chunk) == smallChunk:
-			smallChunks.Put((*[smallChunk]byte)(chunk[:smallChunk]))
-		default:
-			largeChunks.Put((*[largeChunk]byte)(chunk[:largeChunk]))
-		}
+	if b.chunks != nil && !b.lent {
+		smallChunks.Put((*[smallChunk]byte)(b.chunks[0][:smallChunk]))
 	}
 	*b = recordedBody{}
 }

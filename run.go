@@ -15,19 +15,15 @@ import (
 // an answer, so the handler would run, and panic, several times at once.
 func (c *call) run(rec Record) {
 	c.execution = Execution{key: c.key, storeKey: c.storeKey, attempt: rec.Attempt, call: c}
-	ctx, cancel := c.handlerContext()
-	defer cancel(nil)
-	c.lease = lease{
-		call: c, ctx: ctx, cancel: cancel, length: c.opts.Lease,
-		limit: time.Now().Add(c.opts.MaxExecution),
-	}
-	recorder := newRecorder(c.w, c.r.ProtoMajor, c.opts.MaxResponseBytes)
-	c.lease.start(c.claimSent)
-	c.callHandler(recorder, ctx, func() {
+	c.context = handlerContext{request: c.r.Context(), execution: &c.execution, keepCancel: c.opts.CancelOnDisconnect}
+	defer c.context.cancel(nil)
+	c.recorder.init(c.w, c.r.ProtoMajor, c.opts.MaxResponseBytes)
+	c.lease.start(c)
+	c.callHandler(&c.recorder, &c.context, func() {
 		c.lease.stop()
-		recorder.drop()
+		c.recorder.drop()
 	})
-	c.settle(ctx, recorder)
+	c.settle(&c.context)
 }
 
 // runUnprotected is for FailOpen, when the store is down.
@@ -61,54 +57,37 @@ func (c *call) callHandler(w http.ResponseWriter, ctx context.Context, crashed f
 	returned = true
 }
 
-// handlerContext returns a context with the values and the deadline of the
-// request's, and without the client's cancellation: a client that hangs up is
-// the one that will retry, so the work is finished and its answer stored.
-func (c *call) handlerContext() (context.Context, context.CancelCauseFunc) {
-	ctx := c.r.Context()
-	deadline, limited := ctx.Deadline()
-	if !c.opts.CancelOnDisconnect {
-		ctx = context.WithoutCancel(ctx)
-	}
-	ctx, cancel := context.WithCancelCause(context.WithValue(ctx, executionKey{}, &c.execution))
-	if !limited {
-		return ctx, cancel
-	}
-	ctx, stop := context.WithDeadline(ctx, deadline)
-	return ctx, func(cause error) { cancel(cause); stop() }
-}
-
 // settle stores the response, or frees the key, and then lets the client have
 // it: what a client has seen, a retry must be able to see again. The lease is
 // renewed until all is ready for the store.
-func (c *call) settle(ctx context.Context, recorder *recorder) {
+func (c *call) settle(ctx context.Context) {
 	committed, discarded, attached := c.execution.end()
 	digest, broken := c.body.finish()
-	recorder.finish()
-	final := committed || !discarded && !(broken && !c.opts.AtMostOnce) && c.isFinal(recorder)
+	c.recorder.finish()
+	final := committed || !discarded && !(broken && !c.opts.AtMostOnce) && c.isFinal()
 	if final {
-		value, notStored := c.encode(recorder, digest)
-		c.keep(ctx, recorder, value, notStored, committed, attached)
+		notStored := c.encode(digest)
+		c.keep(ctx, notStored, committed, attached)
 		return
 	}
 	end, taken := c.lease.stop()
 	err := c.release(ctx, end)
 	if taken || !time.Now().Before(end) {
-		c.withhold(recorder, OutcomeLeaseLost, c.problem(ErrInProgress, ErrLeaseLost))
+		c.withhold(OutcomeLeaseLost, c.problem(ErrInProgress, ErrLeaseLost))
 		return
 	}
-	c.send(recorder, OutcomeReleased, err)
+	c.send(OutcomeReleased, err)
 }
 
 // isFinal asks ShouldStore. The handler has finished: a panic in it must not
 // make the request run again.
-func (c *call) isFinal(recorder *recorder) (final bool) {
+func (c *call) isFinal() (final bool) {
 	if c.opts.ShouldStore == nil {
-		return isFinalStatus(recorder.status, c.opts.AtMostOnce)
+		return isFinalStatus(c.recorder.status, c.opts.AtMostOnce)
 	}
 	final = true
 	defer c.contain("ShouldStore")
-	return c.opts.ShouldStore(recorder.status, recorder.header)
+	return c.opts.ShouldStore(c.recorder.status, c.recorder.header)
 }
 
 // isFinalStatus is the default of Options.ShouldStore. What is not final says
@@ -125,16 +104,13 @@ func isFinalStatus(status int, atMostOnce bool) bool {
 // keep stores the response. When the store fails, the client gets it all the
 // same: the handler has finished, and the claim stands while storing goes on in
 // the background.
-func (c *call) keep(ctx context.Context, recorder *recorder, value []byte, notStored error, committed, attached bool) {
-	result := Result{Fingerprint: c.fingerprint, Value: value, TTL: c.opts.TTL}
-	complete := func(ctx context.Context) error { return c.store.Complete(ctx, c.storeKey, c.token, result) }
-
+func (c *call) keep(ctx context.Context, notStored error, committed, attached bool) {
 	end, taken := c.lease.stop()
 	var err error
 	if attached { // a transaction ends only once
-		err = storeCall(ctx, c.opts.StoreTimeout, complete)
+		err = c.try(ctx, c.opts.StoreTimeout, (*call).complete)
 	} else {
-		err = c.persist(ctx, complete)
+		err = c.persist(ctx, (*call).complete)
 	}
 	rolledBack := errors.Is(err, ErrRolledBack)
 	if rolledBack && !committed {
@@ -142,47 +118,58 @@ func (c *call) keep(ctx context.Context, recorder *recorder, value []byte, notSt
 	}
 	switch {
 	case err == nil:
-		c.send(recorder, OutcomeExecuted, notStored)
+		c.send(OutcomeExecuted, notStored)
 	case errors.Is(err, ErrLeaseLost) || rolledBack && taken:
-		c.withhold(recorder, OutcomeLeaseLost, c.problem(ErrInProgress, err))
+		c.withhold(OutcomeLeaseLost, c.problem(ErrInProgress, err))
 	case rolledBack || attached:
 		p := c.problem(ErrStoreUnavailable, err)
 		if committed || !rolledBack {
 			p.Detail = "Whether the request was processed is not known. Repeat it later with the same key to find out."
 		}
-		c.withhold(recorder, OutcomeStoreUnavailable, p)
+		c.withhold(OutcomeStoreUnavailable, p)
 	default:
 		end = c.backgroundEnd(end, committed || c.opts.AtMostOnce)
-		c.persistLater(ctx, end, "storing a response failed, its request may run again", complete)
-		c.send(recorder, OutcomeExecuted, err)
+		c.persistLater(ctx, end, "storing a response failed, its request may run again", (*call).complete)
+		c.send(OutcomeExecuted, err)
 	}
 }
 
-// encode returns the stored form of the response, and why that is not the
+// encode makes the result of the response. It returns why that is not the
 // response itself: a callback that panics, say, must not make the handler run
 // again.
-func (c *call) encode(recorder *recorder, digest []byte) (value []byte, notStored error) {
-	value = c.encodeResponse(recorder, digest)
-	if value == nil {
+func (c *call) encode(digest []byte) (notStored error) {
+	c.result = Result{Fingerprint: c.fingerprint, TTL: c.opts.TTL}
+	c.encodeResponse(digest)
+	if c.result.Value == nil {
 		notStored = ErrResponseNotStored
-		value = encodeNotStored(recorder.status, digest)
+		c.result.Value, c.result.parts = encodeNotStored(c.recorder.status, digest), nil
 	}
 	if c.opts.AEAD == nil {
-		return value, notStored
+		return notStored
 	}
-	if sealed := c.seal(value); sealed != nil {
-		return sealed, notStored
+	if c.result.Value = c.seal(c.result.Value); c.result.Value == nil {
+		notStored = ErrResponseNotStored
+		c.result.Value = encodeNotStored(c.recorder.status, digest)
 	}
-	return encodeNotStored(recorder.status, digest), ErrResponseNotStored
+	return notStored
 }
 
-// encodeResponse returns nil if the response cannot be kept.
-func (c *call) encodeResponse(recorder *recorder, digest []byte) (value []byte) {
-	if !recorder.complete() {
-		return nil
+// encodeResponse makes no Value if the response cannot be kept.
+func (c *call) encodeResponse(digest []byte) {
+	if !c.recorder.complete() {
+		return
 	}
 	defer c.contain("ReplayHeader")
-	return recorder.encode(digest, c.opts.ReplayHeader)
+	if c.memory == nil || c.opts.AEAD != nil {
+		c.result.Value, _ = c.recorder.encode(nil, digest, c.opts.ReplayHeader, true)
+		return
+	}
+	// A MemoryStore copies what is small before it returns, and nobody needs
+	// the buffer of the request any more.
+	c.result.Value, c.result.parts = c.recorder.encode((*c.body.buffer)[:0], digest, c.opts.ReplayHeader, false)
+	if c.result.Value != nil {
+		*c.body.buffer = c.result.Value[:0]
+	}
 }
 
 // seal returns nil if the AEAD panics.
@@ -193,29 +180,28 @@ func (c *call) seal(value []byte) (sealed []byte) {
 
 // release frees the key, in the background if the store fails now.
 func (c *call) release(ctx context.Context, end time.Time) error {
-	release := func(ctx context.Context) error { return c.store.Release(ctx, c.storeKey, c.token) }
-	err := c.persist(ctx, release)
+	err := c.persist(ctx, (*call).free)
 	if err != nil {
-		c.persistLater(ctx, end, "freeing a key failed, it stays claimed until its lease ends", release)
+		c.persistLater(ctx, end, "freeing a key failed, it stays claimed until its lease ends", (*call).free)
 	}
 	return err
 }
 
 // send lets the response go out.
-func (c *call) send(recorder *recorder, outcome Outcome, err error) {
-	recorder.send()
-	c.report(outcome, recorder.status, err)
+func (c *call) send(outcome Outcome, err error) {
+	c.recorder.send()
+	c.report(outcome, c.recorder.status, err)
 }
 
 // withhold answers with p instead of the handler's response. What was already
 // streamed cannot be taken back, but the client can be kept from taking it for
 // a whole response.
-func (c *call) withhold(recorder *recorder, outcome Outcome, p *Error) {
-	if streaming := recorder.drop(); !streaming {
+func (c *call) withhold(outcome Outcome, p *Error) {
+	if streaming := c.recorder.drop(); !streaming {
 		c.refuseAs(outcome, p)
 		return
 	}
 	c.warn("a response was withheld that had begun to stream", p)
-	c.report(outcome, recorder.status, p)
+	c.report(outcome, c.recorder.status, p)
 	panic(http.ErrAbortHandler)
 }

@@ -99,6 +99,9 @@ type Result struct {
 
 	// TTL is how long the cell is kept from now.
 	TTL time.Duration
+
+	// parts follow Value, for a MemoryStore, which keeps them as they are.
+	parts [][]byte
 }
 
 // A Record is what [Store.Acquire] found.
@@ -111,6 +114,7 @@ type Record struct {
 
 	// Fingerprint and Value are set when State is Completed.
 	Fingerprint, Value []byte
+	parts              [][]byte // follow Value
 
 	// Remaining is the time until the running lease ends, more than zero. It is
 	// set when State is InProgress.
