@@ -22,6 +22,8 @@ import (
 //	digest: of a request body that was too large for the fingerprint, or empty
 //	head:   number of values in all, fields, trailers
 //	fields, trailers: their number, then for each: op, name, number of values, values
+//	                  or: opCommon and the number of a common header, and its value
+//	                  unless that is common too
 //
 // Records outlive deployments, so a version that was ever released stays
 // readable.
@@ -47,6 +49,8 @@ const (
 	opSet    = 0 // replaces
 	opAdd    = 1 // follows
 	opDelete = 2 // removes
+
+	opCommon = 0x20 // from here on: sets one of the commonHeaders
 )
 
 // headerField is one difference that the handler made to the header.
@@ -139,9 +143,18 @@ func appendHeaderFields(b []byte, fields []headerField) []byte {
 		if f.transient {
 			continue
 		}
-		b = append(b, f.op)
-		b = appendField(b, f.name)
-		b = appendFields(b, f.values)
+		n, common := commonHeader(f)
+		switch {
+		case !common:
+			b = append(b, f.op)
+			b = appendField(b, f.name)
+			b = appendFields(b, f.values)
+		case commonHeaders[n].value == "":
+			b = append(b, opCommon+byte(n))
+			b = appendField(b, f.values[0])
+		default:
+			b = append(b, opCommon+byte(n))
+		}
 	}
 	return b
 }
@@ -301,7 +314,7 @@ func (r *headReader) text(s string) (text, rest string) {
 // fields appends fields to the empty list.
 func (r *headReader) fields(s string, fields []headerField) (_ []headerField, rest string) {
 	n, s := r.number(s)
-	if n > uint64(len(s))/3 { // a field takes three bytes at least
+	if n > uint64(len(s)) { // a field takes one byte at least
 		r.failed = true
 		return nil, ""
 	}
@@ -313,24 +326,46 @@ func (r *headReader) fields(s string, fields []headerField) (_ []headerField, re
 }
 
 func (r *headReader) field(s string, f *headerField) (rest string) {
-	if s == "" || s[0] > opDelete {
+	if s == "" {
 		r.failed = true
 		return ""
 	}
-	f.op = s[0]
-	f.name, s = r.text(s[1:])
+	op, s := s[0], s[1:]
+	if op >= opCommon && int(op-opCommon) < len(commonHeaders) {
+		return r.common(s, int(op-opCommon), f)
+	}
+	r.failed = r.failed || op > opDelete
+	f.op = op
+	f.name, s = r.text(s)
 	n, s := r.number(s)
-	first := len(r.values)
-	if n > uint64(cap(r.values)-first) {
-		r.failed = true
-		return ""
-	}
-	r.values = r.values[:first+int(n)]
-	f.values = r.values[first:len(r.values):len(r.values)]
+	f.values = r.room(n)
 	for i := range f.values {
 		f.values[i], s = r.text(s)
 	}
 	return s
+}
+
+func (r *headReader) common(s string, n int, f *headerField) (rest string) {
+	f.op, f.name, f.values = opSet, commonHeaders[n].name, r.room(1)
+	if r.failed {
+		return ""
+	}
+	f.values[0] = commonHeaders[n].value
+	if f.values[0] == "" {
+		f.values[0], s = r.text(s)
+	}
+	return s
+}
+
+// room returns n of the values.
+func (r *headReader) room(n uint64) []string {
+	first := len(r.values)
+	if n > uint64(cap(r.values)-first) {
+		r.failed = true
+		return nil
+	}
+	r.values = r.values[:first+int(n)]
+	return r.values[first:len(r.values):len(r.values)]
 }
 
 // replay writes the response on top of what outer middleware has set for the

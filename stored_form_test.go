@@ -21,6 +21,10 @@ const goldenResponse = "0101c901002c04" + // version, kind, status 201, no diges
 	"01" + "0003582d5401" + "0474" + "61696c" + // 1 trailer
 	"05" + "68656c6c6f"
 
+// goldenCommon has headers that are stored as numbers: Content-Type and its
+// value, Location and X-Request-Id, the last of the list.
+const goldenCommon = "0101c901000d03" + "03" + "20" + "3c042f632f31" + "4f0137" + "00" + "027b7d"
+
 // stored returns a store in which the cell of request has value.
 func stored(t testing.TB, c *api, value []byte) idempotency.Store {
 	s := &faultyStore{Store: idempotency.NewMemoryStore()}
@@ -52,6 +56,16 @@ func TestRecordsOfReleasesAreReadable(t *testing.T) {
 	require.Equal(t, "true", resp.Header.Get("Idempotent-Replayed"))
 	require.Equal(t, []string{"tail"}, w.Header()["X-T"])
 
+	value, err = hex.DecodeString(goldenCommon)
+	require.NoError(t, err)
+	c = newAPI(stored(t, c, value), &idempotency.Options{}, nil)
+	w = httptest.NewRecorder()
+	c.handler.ServeHTTP(w, c.request(exchange{key: k("a")}))
+	require.Equal(t, "{}", w.Body.String())
+	require.Equal(t, http.Header{
+		"Content-Type": {"application/json"}, "Location": {"/c/1"}, "X-Request-Id": {"7"}, "Idempotent-Replayed": {"true"},
+	}, w.Result().Header)
+
 	value, err = hex.DecodeString("0102c90100")
 	require.NoError(t, err)
 	c = newAPI(stored(t, c, value), &idempotency.Options{}, nil)
@@ -74,6 +88,13 @@ func TestDamagedRecords(t *testing.T) {
 		"a huge count":     {1, 1, 0xc9, 1, 0, 5, 0xff, 0xff, 0xff, 0xff, 0x0f, 0},
 		"a huge digest":    {1, 1, 0xc9, 1, 0xff, 0xff, 0x7f},
 		"a bad op":         {1, 1, 0xc9, 1, 0, 6, 0, 1, 7, 1, 'x', 0, 0, 0},
+		"no such header":   {1, 1, 0xc9, 1, 0, 4, 1, 1, 0x50, 0, 0},
+		"too few values":   {1, 1, 0xc9, 1, 0, 4, 0, 1, 0x20, 0, 0},
+	}
+	common, err := hex.DecodeString(goldenCommon)
+	require.NoError(t, err)
+	for n := range common {
+		damaged["common cut at "+hex.EncodeToString([]byte{byte(n)})] = common[:n]
 	}
 	for n := range golden {
 		damaged["cut at "+hex.EncodeToString([]byte{byte(n)})] = golden[:n]
