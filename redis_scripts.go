@@ -288,7 +288,9 @@ func (s *RedisStore) eval(ctx context.Context, source redisSource, claims bool, 
 	call := append(make([]any, 0, 8), "evalsha", source.sha, 1, name)
 	call = append(call, args...)
 	cmd = redis.NewCmd(ctx, call...)
-	replicated, err = s.send(ctx, name, cmd, claims)
+	if replicated, err = s.send(ctx, name, cmd, claims); err == nil {
+		return cmd, replicated, nil
+	}
 	if redis.HasErrorPrefix(err, "NOSCRIPT") {
 		call[0], call[1] = "eval", source.text
 		cmd = redis.NewCmd(ctx, call...)
@@ -319,4 +321,4 @@ func (s *RedisStore) settle(ctx context.Context, script *redisScript, name strin
 	return n == 1, err
 }
 
-func isRedisFull(err error) bool { return redis.HasErrorPrefix(err, "OOM") }
+func isRedisFull(err error) bool { return err != nil && redis.HasErrorPrefix(err, "OOM") }

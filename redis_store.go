@@ -89,6 +89,7 @@ func (o *RedisOptions) withDefaults() RedisOptions {
 // less than a lease, for a failover changes from one to the other.
 type RedisStore struct {
 	client redis.UniversalClient
+	pipe   *redisPipe // nil unless client is that of one server
 	opts   RedisOptions
 
 	mu       sync.Mutex // guards what follows and what it points to
@@ -110,7 +111,7 @@ var (
 // see [RedisStore.Check].
 func NewRedisStore(client redis.UniversalClient, opts *RedisOptions) *RedisStore {
 	s := &RedisStore{client: client, opts: opts.withDefaults(), flights: make(map[string]*redisFlight)}
-	_, oneServer := client.(*redis.Client)
+	server, oneServer := client.(*redis.Client)
 	_, cluster := client.(masterFinder)
 	_, ring := client.(*redis.Ring)
 	_, pipelined := client.(*redis.AutoPipeliner)
@@ -126,6 +127,10 @@ func NewRedisStore(client redis.UniversalClient, opts *RedisOptions) *RedisStore
 	case s.opts.MinReplicas > 0 && !oneServer && !cluster:
 		panic("idempotency: RedisOptions.MinReplicas needs the connection that a claim went over; " +
 			"use a *redis.Client or a *redis.ClusterClient")
+	case oneServer:
+		// Not for a Cluster, where one node that is down would hold up what
+		// goes to the others.
+		s.pipe = &redisPipe{client: server}
 	}
 	return s
 }
@@ -195,12 +200,13 @@ func (s *RedisStore) claim(ctx context.Context, name string, c Claim, claim []by
 	cmd := redis.NewStringCmd(ctx, "set", name, claim, "nx", "get", "px", ttl)
 	replicated, err := s.send(ctx, name, cmd, true)
 	switch {
+	case err == nil:
 	case errors.Is(err, redis.Nil):
 		answer, err = s.claimed(ctx, name, c, 1, false, replicated)
 		return answer, false, err
 	case isRedisFull(err):
 		return redisAnswer{}, true, nil
-	case err != nil:
+	default:
 		return redisAnswer{}, false, err
 	}
 	stored, err := cmd.Bytes()
@@ -304,12 +310,17 @@ func (s *RedisStore) release(ctx context.Context, name, token string) error {
 // send sends a command. If claims is set it may make a claim, and replicated
 // tells whether enough replicas have what it wrote.
 func (s *RedisStore) send(ctx context.Context, name string, cmd redis.Cmder, claims bool) (replicated bool, err error) {
-	if claims && s.opts.MinReplicas > 0 {
+	switch {
+	case claims && s.opts.MinReplicas > 0:
 		replicated, err = s.sendAndWait(ctx, name, cmd)
-	} else {
+	case s.pipe != nil:
+		replicated, err = true, s.pipe.process(ctx, cmd)
+	default:
 		replicated, err = true, s.client.Process(ctx, cmd)
 	}
-	s.notice(ctx, err)
+	if err != nil && err != redis.Nil {
+		s.notice(ctx, err)
+	}
 	return replicated, err
 }
 
@@ -350,7 +361,7 @@ func (s *RedisStore) sendAndWait(ctx context.Context, name string, cmd redis.Cmd
 // died for up to a minute.
 func (s *RedisStore) notice(ctx context.Context, err error) {
 	var reply redis.Error
-	if err == nil || errors.As(err, &reply) && !redis.HasErrorPrefix(err, "MOVED") && !redis.HasErrorPrefix(err, "CLUSTERDOWN") {
+	if errors.As(err, &reply) && !redis.HasErrorPrefix(err, "MOVED") && !redis.HasErrorPrefix(err, "CLUSTERDOWN") {
 		return
 	}
 	cluster, ok := s.client.(interface{ ReloadState(context.Context) })

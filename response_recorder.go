@@ -29,7 +29,7 @@ type recorder struct {
 	outer  http.Header // what outer middleware had set at the beginning
 	room   headerRoom
 
-	mu          sync.Mutex  // guards what follows, against goroutines the handler leaves behind
+	mu          sync.Mutex // guards what follows, against goroutines the handler leaves behind
 	wroteHeader bool
 	status      int
 	length      int64         // declared by the handler, or -1

@@ -1,0 +1,134 @@
+package idempotency_test
+
+import (
+	"context"
+	"net"
+	"strconv"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-idempotency/idempotency"
+)
+
+// A gate stands in for a Redis in which every key is free. Commands that come
+// one by one wait until it opens.
+type gate struct {
+	open chan struct{}
+
+	mu        sync.Mutex
+	single    int
+	pipelines []int // their lengths
+	broken    bool  // a pipeline panics
+}
+
+func (g *gate) DialHook(redis.DialHook) redis.DialHook {
+	return func(context.Context, string, string) (net.Conn, error) { panic("nobody is there") }
+}
+
+func (g *gate) ProcessHook(redis.ProcessHook) redis.ProcessHook {
+	return func(_ context.Context, cmd redis.Cmder) error {
+		g.mu.Lock()
+		g.single++
+		g.mu.Unlock()
+		<-g.open
+		cmd.SetErr(redis.Nil)
+		return redis.Nil
+	}
+}
+
+func (g *gate) ProcessPipelineHook(redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+	return func(_ context.Context, cmds []redis.Cmder) error {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		if g.pipelines = append(g.pipelines, len(cmds)); g.broken {
+			panic("a hook")
+		}
+		for _, cmd := range cmds {
+			cmd.SetErr(redis.Nil)
+		}
+		return redis.Nil
+	}
+}
+
+// withGate runs a test with a store behind a gate, and a function that claims
+// so many keys at once, each for a second at most. It sends what comes of them.
+func withGate(t *testing.T, test func(t *testing.T, g *gate, claim func(from, to int) <-chan error)) {
+	synctest.Test(t, func(t *testing.T) {
+		g := &gate{open: make(chan struct{})}
+		client := redis.NewClient(&redis.Options{Addr: "127.0.0.1:0"})
+		defer func() { require.NoError(t, client.Close()) }()
+		client.AddHook(g)
+		store := idempotency.NewRedisStore(client, nil)
+		test(t, g, func(from, to int) <-chan error {
+			results := make(chan error, to-from)
+			for i := from; i < to; i++ {
+				go func() {
+					ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+					defer cancel()
+					_, err := store.Acquire(ctx, "key"+strconv.Itoa(i), idempotency.Claim{
+						Token: strconv.Itoa(i), Fingerprint: []byte{1}, Lease: time.Minute, TTL: time.Hour,
+					})
+					results <- err
+				}()
+			}
+			synctest.Wait()
+			return results
+		})
+	})
+}
+
+func requireErrors(t *testing.T, results <-chan error, want error) {
+	t.Helper()
+	for range cap(results) {
+		require.ErrorIs(t, <-results, want)
+	}
+}
+
+// What comes while much is on its way goes together.
+func TestRedisCommandsShareAPipeline(t *testing.T) {
+	withGate(t, func(t *testing.T, g *gate, claim func(from, to int) <-chan error) {
+		results := claim(0, 300)
+		require.Equal(t, 8, g.single)
+		close(g.open)
+		requireErrors(t, results, nil)
+		require.Equal(t, 8, g.single)
+		require.ElementsMatch(t, []int{128, 128, 300 - 8 - 2*128}, g.pipelines)
+
+		requireErrors(t, claim(300, 301), nil)
+		require.Equal(t, 9, g.single, "alone again")
+	})
+}
+
+// Who waits longer than a call may take leaves, and the claim is not made then.
+func TestRedisPipelineLeavesOutWhoHasLeft(t *testing.T) {
+	withGate(t, func(t *testing.T, g *gate, claim func(from, to int) <-chan error) {
+		first := claim(0, 8)
+		requireErrors(t, claim(8, 11), context.DeadlineExceeded)
+		time.Sleep(time.Minute)
+		second := claim(11, 13)
+		close(g.open)
+		requireErrors(t, first, nil)
+		requireErrors(t, second, nil)
+		require.Equal(t, []int{2}, g.pipelines)
+	})
+}
+
+func TestRedisPipelinePanic(t *testing.T) {
+	withGate(t, func(t *testing.T, g *gate, claim func(from, to int) <-chan error) {
+		g.broken = true
+		first := claim(0, 8)
+		second := claim(8, 10)
+		close(g.open)
+		requireErrors(t, first, nil)
+		for range 2 {
+			require.ErrorContains(t, <-second, "panic")
+		}
+		g.broken = false
+		requireErrors(t, claim(10, 30), nil)
+	})
+}
