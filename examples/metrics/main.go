@@ -1,0 +1,92 @@
+// Command metrics counts what becomes of requests with an idempotency key, for
+// Prometheus, and says which of the numbers are worth an alert.
+package main
+
+import (
+	"context"
+	"fmt"
+	"log"
+	"net/http"
+	"time"
+
+	"github.com/go-idempotency/idempotency"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// newMetrics registers the metrics and returns what records an event in them.
+//
+// Labels have few values: an outcome is one of sixteen. A key or a path with an
+// id in it would make a series for each request.
+//
+// Worth an alert:
+//
+//   - store_unavailable: requests are refused because the store is down;
+//   - lease_lost and panicked: a handler may have been run in part, and the key
+//     may run again;
+//   - outcome_unknown: an at-most-once request needs a person to look at it;
+//   - record_unreadable: a deployment cannot read what another one wrote;
+//   - a high share of replayed: clients time out too early, or the API is slow;
+//   - key_reused: a client has a bug, or needs Options.Scope.
+func newMetrics(reg prometheus.Registerer) func(context.Context, idempotency.Event) {
+	requests := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "idempotency_requests_total",
+		Help: "Requests with an idempotency key, by outcome.",
+	}, []string{"outcome"})
+	seconds := prometheus.NewHistogramVec(prometheus.HistogramOpts{
+		Name:    "idempotency_request_duration_seconds",
+		Help:    "Time in the middleware and the handler, by outcome.",
+		Buckets: prometheus.DefBuckets,
+	}, []string{"outcome"})
+	waited := prometheus.NewHistogram(prometheus.HistogramOpts{
+		Name:    "idempotency_wait_seconds",
+		Help:    "Time that duplicates waited for the first request.",
+		Buckets: prometheus.DefBuckets,
+	})
+	again := prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "idempotency_repeated_attempts_total",
+		Help: "Executions under a key that an earlier run died under, or freed.",
+	})
+	reg.MustRegister(requests, seconds, waited, again)
+
+	return func(_ context.Context, e idempotency.Event) {
+		requests.WithLabelValues(string(e.Outcome)).Inc()
+		seconds.WithLabelValues(string(e.Outcome)).Observe(e.Duration.Seconds())
+		if e.Waited > 0 {
+			waited.Observe(e.Waited.Seconds())
+		}
+		if e.Attempt > 1 {
+			again.Inc()
+		}
+	}
+}
+
+func newHandler() http.Handler {
+	reg := prometheus.NewRegistry()
+	idempotent := idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{
+		OnEvent: newMetrics(reg),
+	})
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{}))
+	mux.Handle("POST /charge", idempotent(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.PostFormValue("amount") == "" {
+			// Nothing was done, and the client may send it right next time.
+			if e, ok := idempotency.FromContext(r.Context()); ok {
+				e.Discard()
+			}
+			http.Error(w, "amount is missing", http.StatusBadRequest)
+			return
+		}
+		w.WriteHeader(http.StatusCreated)
+		_, _ = fmt.Fprintln(w, "charged")
+	})))
+	return mux
+}
+
+func main() {
+	fmt.Println(`Charge, retry, and look at the numbers:
+  curl -i http://127.0.0.1:8080/charge -H 'Idempotency-Key: order-17' -d amount=100
+  curl -s http://127.0.0.1:8080/metrics | grep requests_total`)
+	srv := &http.Server{Addr: "127.0.0.1:8080", Handler: newHandler(), ReadHeaderTimeout: 10 * time.Second}
+	log.Fatal(srv.ListenAndServe())
+}
