@@ -1,0 +1,141 @@
+package integration
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-idempotency/idempotency/integration/history"
+)
+
+// A fleet is a service of several processes on one Redis, and its ledger.
+type fleet struct {
+	epoch   time.Time
+	lease   time.Duration
+	ledger  *ledger
+	redis   *redisServer
+	links   []*link
+	servers []*server
+}
+
+// A scenario is what happens in one history. All that is random about it
+// depends on the seed.
+type scenario struct {
+	seed   uint64
+	length time.Duration
+	lease  time.Duration
+	mix    faultMix
+	load   workload
+	bug    string
+}
+
+const replicas = 3
+
+func startFleet(t *testing.T, s scenario) *fleet {
+	plan := seededPlans(s.seed, s.lease)
+	if s.load.plan != nil {
+		plan = s.load.plan(s.lease)
+	}
+	f := &fleet{epoch: time.Now(), lease: s.lease, redis: startRedis(t)}
+	f.ledger = startLedger(t, f.epoch, plan)
+	for n := range replicas {
+		f.links = append(f.links, startLink(t, f.redis.addr))
+		f.servers = append(f.servers, startServer(t, replicaConfig{
+			Name: fmt.Sprintf("replica-%d", n), Redis: f.links[n].addr(), Ledger: f.ledger.url, Epoch: f.epoch,
+			Lease: s.lease, Wait: s.lease, Bug: s.bug,
+		}))
+	}
+	return f
+}
+
+// play returns the history of a scenario.
+func play(t *testing.T, s scenario) (history.History, schedule) {
+	f := startFleet(t, s)
+	c := newCrowd(f, s.seed, s.load)
+	faults := newSchedule(s.seed, replicas, s.length, s.lease, s.mix)
+	ctx, cancel := context.WithTimeout(t.Context(), s.length)
+	defer cancel()
+	ended := make(chan struct{})
+	go func() { defer close(ended); faults.run(ctx, t, f) }()
+	c.run(ctx)
+	<-ended
+	c.sweep()
+	for _, server := range f.servers {
+		server.kill() // no row is written while the history is judged
+	}
+	return history.History{Lease: s.lease, Ops: c.all(), Rows: f.ledger.all()}, faults
+}
+
+// TestHistories plays histories and judges them. A failure prints its seed;
+// HISTORY_SEED is the first seed to play, HISTORY_RUNS how many.
+func TestHistories(t *testing.T) {
+	first, runs := number(t, "HISTORY_SEED", 1), number(t, "HISTORY_RUNS", 3)
+	for seed := first; seed < first+runs; seed++ {
+		t.Run(fmt.Sprintf("seed %d", seed), func(t *testing.T) {
+			leases := []choice[time.Duration]{{1, 300 * time.Millisecond}, {1, 500 * time.Millisecond}, {1, 900 * time.Millisecond}}
+			s := scenario{
+				seed: seed, length: 6 * time.Second, mix: allFaults, load: mixedLoad,
+				lease: choose(newRand(seed, "lease"), leases),
+			}
+			h, faults := play(t, s)
+			report := history.Check(h)
+			t.Logf("seed %d, lease %v: %v", seed, s.lease, describe(h, faults, report))
+			requireClean(t, seed, h, faults, report)
+			require.NotZero(t, report.Replays, "nothing was tested")
+		})
+	}
+}
+
+// number reads a number from the environment.
+func number(t *testing.T, name string, otherwise uint64) uint64 {
+	text := os.Getenv(name)
+	if text == "" {
+		return otherwise
+	}
+	n, err := strconv.ParseUint(text, 10, 64)
+	require.NoError(t, err, name)
+	return n
+}
+
+func describe(h history.History, faults schedule, r *history.Report) string {
+	unknown, codes := 0, make(map[string]int)
+	for _, op := range h.Ops {
+		if op.Err != "" {
+			unknown++
+		} else if op.Code != "" {
+			codes[op.Code]++
+		}
+	}
+	return fmt.Sprintf("%d requests of %d keys (%d answers, %d of them replays; %d without an answer; %v), "+
+		"%d runs, %d effects, %d faults; runs after a release %d, after a lease %d; "+
+		"answers that were not kept %d, and then ran again %d; not judged %d",
+		len(h.Ops), r.Keys, r.Answers, r.Replays, unknown, codes, r.Runs, r.Effects, faults.count(),
+		r.AfterRelease, r.AfterLease, r.Unkept, r.UnkeptRuns, r.Unjudged)
+}
+
+// requireClean prints all that is known about a few keys that are not.
+func requireClean(t *testing.T, seed uint64, h history.History, faults schedule, r *history.Report) {
+	if len(r.Violations) == 0 {
+		return
+	}
+	const few = 3
+	var b strings.Builder
+	shown := make(map[string]bool)
+	for _, v := range r.Violations {
+		fmt.Fprintln(&b, v)
+	}
+	fmt.Fprintf(&b, "\nHISTORY_SEED=%d HISTORY_RUNS=1, schedule:\n%v", seed, faults)
+	for _, v := range r.Violations {
+		if len(shown) < few && !shown[v.Key] {
+			shown[v.Key] = true
+			fmt.Fprintf(&b, "\n%s\n%s", v.Key, h.Lines(v.Key))
+		}
+	}
+	t.Fatalf("the promise was broken\n%s", b.String())
+}

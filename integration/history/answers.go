@@ -1,0 +1,147 @@
+package history
+
+import "time"
+
+// checkAnswers judges what clients saw.
+func (c *checker) checkAnswers() {
+	stored := c.storedRun()
+	for _, r := range c.runs {
+		if r.stored && r != stored {
+			c.violate(Answers, "those of %s and %s are both stored", stored.Run, r.Run)
+		}
+		if r.stored && !r.final() {
+			c.violate(Freed, "the answer of %s, which is not final, was replayed", r.Run)
+		}
+	}
+	for _, op := range c.ops {
+		switch {
+		case op.Err != "":
+		case op.Code != "":
+			c.checkCode(op)
+		default:
+			c.checkAnswer(op)
+		}
+		if stored != nil && op.Err == "" && op.Start >= stored.storedBy {
+			c.checkLater(op, stored)
+		}
+	}
+	c.countUnkept()
+}
+
+// checkAnswer judges an answer of a handler.
+func (c *checker) checkAnswer(op Op) {
+	c.report.Answers++
+	if op.Replayed {
+		c.report.Replays++
+	}
+	r := c.byID[op.Run]
+	switch {
+	case r == nil:
+		c.violate(Phantom, "request %s got an answer of %q, which did not run under this key", op.ID, op.Run)
+	case r.Payload != op.Payload:
+		c.violate(Payload, "request %s with payload %q got the answer of %s, to payload %q", op.ID, op.Payload, r.Run, r.Payload)
+	case r.end == nil || r.end.Panic:
+		c.violate(Phantom, "request %s got an answer of %s, which gave none", op.ID, op.Run)
+	case r.end.Status != op.Status || r.end.Hash != op.Hash:
+		c.violate(Phantom, "request %s got %d %s, and %s had answered %d %s", op.ID, op.Status, op.Hash, r.Run, r.end.Status, r.end.Hash)
+	case op.Replayed:
+	case r.Op != op.ID:
+		c.violate(Phantom, "request %s got the answer of %s, which is not marked as a replay", op.ID, r.Run)
+	case r.final() && !keptOrFailed(r, op.End):
+		c.violate(Unstored, "request %s got the answer of %s, which the store was not given, or has refused", op.ID, r.Run)
+	}
+}
+
+// keptOrFailed reports whether the answer of r was stored before until, or the
+// store failed: then the answer goes out, and may be lost if the store does not
+// take it until the lease ends.
+func keptOrFailed(r *run, until time.Duration) bool {
+	for _, row := range r.completes {
+		if row.Err != ErrLeaseLost && row.Returned <= until {
+			return true
+		}
+	}
+	return false
+}
+
+// countUnkept counts the runs that the promise names: their answers went out
+// and were never stored.
+func (c *checker) countUnkept() {
+	for i, r := range c.runs {
+		if r.stored || !r.final() {
+			continue
+		}
+		for _, op := range c.ops {
+			if op.Run == r.Run && op.Err == "" {
+				c.report.Unkept++
+				if i+1 < len(c.runs) {
+					c.report.UnkeptRuns++
+				}
+				break
+			}
+		}
+	}
+}
+
+// checkCode judges an answer of the middleware's own.
+func (c *checker) checkCode(op Op) {
+	switch op.Code {
+	case "in_progress", "store_unavailable":
+	case "key_reused":
+		for _, other := range c.ops {
+			if other.Payload != op.Payload && other.Start <= op.End {
+				return
+			}
+		}
+		c.violate(Code, "request %s got %s, but there is no other payload", op.ID, op.Code)
+	case "outcome_unknown":
+		if c.kind == Once {
+			return
+		}
+		for _, r := range c.runs {
+			if len(r.commits) > 0 && r.commits[0].At <= op.End {
+				return
+			}
+		}
+		c.violate(Code, "request %s got %s, but nobody called Commit", op.ID, op.Code)
+	default:
+		c.violate(Code, "request %s got %d %s", op.ID, op.Status, op.Code)
+	}
+}
+
+// checkLater judges a request that was sent after an answer was stored.
+func (c *checker) checkLater(op Op, stored *run) {
+	switch {
+	case op.Code == "store_unavailable":
+	case op.Payload != stored.Payload:
+		if op.Code != "key_reused" {
+			c.violate(Payload, "request %s with payload %q got %d %s, and %q is stored", op.ID, op.Payload, op.Status, op.Code, stored.Payload)
+		}
+	case op.Run != stored.Run || !op.Replayed:
+		c.violate(Forgotten, "request %s got %d %s%s, and the answer of %s was stored", op.ID, op.Status, op.Code, op.Run, stored.Run)
+	}
+}
+
+// checkSweep wants a lasting answer from every process when all is over.
+func (c *checker) checkSweep() {
+	settled, asked := make(map[string]bool), make(map[string]bool)
+	for _, op := range c.ops {
+		if !op.Sweep {
+			continue
+		}
+		asked[op.Replica] = true
+		if op.Lasting() {
+			settled[op.Replica] = true
+		}
+	}
+	for replica := range asked {
+		if !settled[replica] {
+			c.violate(Stuck, "%s has no lasting answer", replica)
+		}
+	}
+}
+
+// Lasting reports whether asking again is pointless.
+func (o Op) Lasting() bool {
+	return o.Err == "" && (o.Replayed || o.Code == "key_reused" || o.Code == "outcome_unknown")
+}

@@ -1,0 +1,255 @@
+package history
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Kinds of violations.
+const (
+	Overlap   = "overlap"         // a run was let in while another held the lease
+	RanAgain  = "ran again"       // a run was let in although an answer was stored, or after Commit
+	Twice     = "twice"           // an at-most-once key was let in again, or has two effects
+	Stale     = "stale owner"     // one that had lost the key stored its answer
+	Freed     = "freed"           // a key was freed though its run was final, or kept though it was not
+	Unstored  = "unstored"        // an answer went out that a retry cannot get
+	Answers   = "two answers"     // clients got answers of different runs
+	Phantom   = "phantom"         // an answer is not that of a run under this key
+	Payload   = "payload"         // a different payload ran, or got the answer
+	Attempt   = "attempt"         // attempts do not count upwards
+	Forgotten = "forgotten"       // a stored answer was known, and later not
+	Code      = "unexpected code" // an error that nothing explains
+	Stuck     = "stuck"           // no answer, though all faults are over
+	Register  = "not linearizable"
+)
+
+// A Violation is what must not be.
+type Violation struct{ Kind, Key, Detail string }
+
+func (v Violation) String() string { return v.Key + ": " + v.Kind + ": " + v.Detail }
+
+// A Report is what Check found.
+type Report struct {
+	Violations []Violation
+	Keys, Runs int
+	Effects    int
+	Answers    int // of handlers, to clients
+	Replays    int
+
+	// Why runs of plain keys were followed by others. All of them are legal.
+	AfterRelease, AfterLease int
+	// Unkept counts answers that went out though the store had failed, as the
+	// promise allows, and UnkeptRuns those after which another run came.
+	Unkept, UnkeptRuns int
+	// Unjudged counts keys for which the search for a linearization was given
+	// up.
+	Unjudged int
+}
+
+// Kinds returns the kinds of violations found, each once.
+func (r *Report) Kinds() []string {
+	var kinds []string
+	for _, v := range r.Violations {
+		kinds = append(kinds, v.Kind)
+	}
+	slices.Sort(kinds)
+	return slices.Compact(kinds)
+}
+
+// tolerance is for the milliseconds that Redis counts in.
+const tolerance = 5 * time.Millisecond
+
+// Check judges a history. It takes nothing on trust that it can see for
+// itself: a run that follows another needs evidence, in the ledger, of what
+// allows it.
+func Check(h History) *Report {
+	report := &Report{}
+	for _, c := range split(h) {
+		c.report = report
+		c.countKey()
+		c.checkRuns()
+		c.checkPairs()
+		c.checkAnswers()
+		c.checkSweep()
+		c.checkRegister()
+	}
+	return report
+}
+
+// A run is one call of a handler, as the ledger tells it.
+type run struct {
+	Row       // RowBegin
+	effects   int
+	commits   []Row // tries
+	end       *Row
+	renewals  []Row // that succeeded
+	completes []Row
+
+	stored   bool
+	storedBy time.Duration // it was stored at this time at the latest
+}
+
+// final reports whether the run's answer says that the key is not to run again.
+// It is Options.ShouldStore's default, and what Commit and Discard do to it.
+func (r *run) final() bool {
+	if r.end == nil || r.end.Panic {
+		return false
+	}
+	if r.end.Committed {
+		return true
+	}
+	if r.end.Discard {
+		return false
+	}
+	switch r.end.Status {
+	case 401, 403, 407, 408, 425, 429:
+		return false
+	}
+	return r.end.Status < 500 || r.Kind == Once
+}
+
+// committed returns when Commit had succeeded. The store has marked the claim
+// by then. With AtMostOnce every claim is marked, which says nothing.
+func (r *run) committed() (at time.Duration, ok bool) {
+	for _, row := range r.renewals {
+		if r.Kind != Once && row.Once && (!ok || row.Returned < at) {
+			at, ok = row.Returned, true
+		}
+	}
+	return at, ok
+}
+
+// A checker judges one key.
+type checker struct {
+	key      string
+	kind     string
+	lease    time.Duration
+	ops      []Op
+	rows     []Row
+	runs     []*run
+	byID     map[string]*run
+	releases []Row
+	report   *Report
+}
+
+// split makes a checker for each key, in order of their names.
+func split(h History) []*checker {
+	keys := make(map[string]*checker)
+	of := func(key, kind string) *checker {
+		c := keys[key]
+		if c == nil {
+			c = &checker{key: key, kind: kind, lease: h.Lease, byID: make(map[string]*run)}
+			keys[key] = c
+		}
+		return c
+	}
+	for _, op := range h.Ops {
+		c := of(op.Key, op.Kind)
+		c.ops = append(c.ops, op)
+	}
+	for _, row := range h.Rows {
+		c := of(row.Key, row.Kind)
+		c.rows = append(c.rows, row)
+	}
+	var list []*checker
+	for _, c := range keys {
+		c.index()
+		list = append(list, c)
+	}
+	slices.SortFunc(list, func(a, b *checker) int { return strings.Compare(a.key, b.key) })
+	return list
+}
+
+// index makes runs of rows.
+func (c *checker) index() {
+	visits := make(map[string]*run)
+	slices.SortStableFunc(c.rows, func(a, b Row) int { return a.Seq - b.Seq })
+	for _, row := range c.rows {
+		r := visits[row.Visit]
+		switch {
+		case row.Type == RowBegin:
+			r = &run{Row: row}
+			c.runs = append(c.runs, r)
+			visits[row.Visit], c.byID[row.Run] = r, r
+		case row.Type == RowRelease:
+			c.releases = append(c.releases, row)
+		case r == nil: // a claim that did not come to a run
+		case row.Type == RowEffect:
+			r.effects++
+		case row.Type == RowCommit:
+			r.commits = append(r.commits, row)
+		case row.Type == RowEnd:
+			r.end = &row
+		case row.Type == RowRenew && row.Err == "":
+			r.renewals = append(r.renewals, row)
+		case row.Type == RowComplete:
+			r.completes = append(r.completes, row)
+			if row.Err == "" {
+				r.storedUntil(row.Returned)
+			}
+		}
+	}
+	for _, op := range c.ops {
+		// A process may die before it can say that it has stored something.
+		if r := c.byID[op.Run]; r != nil && op.Replayed {
+			r.storedUntil(op.End)
+		}
+	}
+}
+
+func (r *run) storedUntil(t time.Duration) {
+	if !r.stored || t < r.storedBy {
+		r.stored, r.storedBy = true, t
+	}
+}
+
+func (c *checker) countKey() {
+	c.report.Keys++
+	c.report.Runs += len(c.runs)
+	for _, r := range c.runs {
+		c.report.Effects += r.effects
+	}
+}
+
+func (c *checker) violate(kind, format string, args ...any) {
+	c.report.Violations = append(c.report.Violations, Violation{kind, c.key, fmt.Sprintf(format, args...)})
+}
+
+// storedRun returns the run whose answer is stored, or nil. checkAnswers finds
+// it when there are several.
+func (c *checker) storedRun() *run {
+	var first *run
+	for _, r := range c.runs {
+		if r.stored && (first == nil || r.storedBy < first.storedBy) {
+			first = r
+		}
+	}
+	return first
+}
+
+// Lines is the history of one key, for a person to read.
+func (h History) Lines(key string) string {
+	type line struct {
+		at   time.Duration
+		text string
+	}
+	var lines []line
+	for _, op := range h.Ops {
+		if op.Key == key {
+			lines = append(lines, line{op.Start, op.String()})
+		}
+	}
+	for _, row := range h.Rows {
+		if row.Key == key {
+			lines = append(lines, line{row.At, row.String()})
+		}
+	}
+	slices.SortStableFunc(lines, func(a, b line) int { return int(a.at - b.at) })
+	var b strings.Builder
+	for _, l := range lines {
+		b.WriteString(l.text + "\n")
+	}
+	return b.String()
+}

@@ -1,0 +1,123 @@
+// Package history says what clients and an effect ledger may see of a service
+// behind the idempotency middleware, and finds what they may not see.
+//
+// A history is what happened in one run of the tests of the parent module: the
+// requests that clients sent, as they saw them, and the rows that server
+// processes wrote into a ledger outside of them. Check is a pure function of
+// it, so a history that was found once can be judged again.
+package history
+
+import (
+	"fmt"
+	"time"
+)
+
+// Kinds of keys. Each has its own path.
+const (
+	Plain  = "plain"  // runs again when its process dies
+	Once   = "once"   // Options.AtMostOnce
+	Commit = "commit" // every handler calls Commit before its effect
+)
+
+// An Op is one request of a client. Times are since the history began.
+type Op struct {
+	ID, Key, Kind, Payload, Replica string
+
+	Start, End time.Duration
+
+	// Err is why there is no whole answer. The client then knows nothing.
+	Err string
+
+	Status   int
+	Code     string // of the middleware's own answers
+	Run      string // of the handler's: which run made it
+	Hash     string // of the body
+	Replayed bool
+
+	// Sweep marks the requests at the end, when all faults are over.
+	Sweep bool
+}
+
+// Types of rows.
+const (
+	RowBegin    = "begin"    // a handler has been called
+	RowEffect   = "effect"   // it has done what must not be done twice
+	RowCommit   = "commit"   // it is about to call Commit
+	RowEnd      = "end"      // it is about to return, or to panic
+	RowRenew    = "renew"    // the store has renewed its claim
+	RowComplete = "complete" // the store was told to keep its answer
+	RowRelease  = "release"  // the store is about to be told to free the key
+)
+
+// A Row is a line of the ledger. Sent and Returned enclose the call of the
+// store that the row is about; for RowBegin, all calls that may have made the
+// claim. Processes share the clock of the machine.
+type Row struct {
+	Seq  int
+	At   time.Duration // when the ledger had it
+	Type string
+
+	Key, Kind, Payload string
+
+	Op      string // the request of the client
+	Visit   string // its arrival at a process: Go's Transport may send it twice
+	Process string
+	Run     string // names one run of a handler; the ledger makes it
+	Attempt int
+
+	Sent, Returned time.Duration
+
+	Err       string // of RowComplete; ErrLeaseLost, or anything else
+	Once      bool   // of RowRenew
+	Panic     bool   // of RowEnd, like what follows
+	Discard   bool
+	Committed bool // Commit returned nil
+	Status    int
+	Hash      string
+}
+
+// ErrLeaseLost is the Err of a row for idempotency.ErrLeaseLost. All others
+// leave open what became of the call.
+const ErrLeaseLost = "lease lost"
+
+// A History is what Check judges. Records must have outlived it (TTL), and the
+// store must not have lost any.
+type History struct {
+	Lease time.Duration
+	Ops   []Op
+	Rows  []Row
+}
+
+// String is a line of a key's history.
+func (o Op) String() string {
+	answer := fmt.Sprintf("%d %s%s body %s", o.Status, o.Code, o.Run, o.Hash)
+	if o.Err != "" {
+		answer = "no answer: " + o.Err
+	}
+	if o.Replayed {
+		answer += " (replayed)"
+	}
+	return fmt.Sprintf("%9.3f-%9.3f  op %s payload %s to %s: %s",
+		o.Start.Seconds(), o.End.Seconds(), o.ID, o.Payload, o.Replica, answer)
+}
+
+// String is a line of a key's history.
+func (r Row) String() string {
+	s := fmt.Sprintf("%9.3f            %s %s visit %s of op %s attempt %d", r.At.Seconds(), r.Type, r.Run, r.Visit, r.Op, r.Attempt)
+	if r.Returned > 0 {
+		s += fmt.Sprintf(", store call %.3f-%.3f", r.Sent.Seconds(), r.Returned.Seconds())
+	}
+	switch {
+	case r.Type == RowBegin:
+		s += ", payload " + r.Payload
+	case r.Type == RowEnd && r.Panic:
+		s += ", panic"
+	case r.Type == RowEnd:
+		s += fmt.Sprintf(", status %d body %s discard %t committed %t", r.Status, r.Hash, r.Discard, r.Committed)
+	case r.Err != "":
+		s += ", error: " + r.Err
+	case r.Once:
+		s += ", once"
+	}
+	return s
+}

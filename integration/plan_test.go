@@ -1,0 +1,148 @@
+package integration
+
+import (
+	"hash/fnv"
+	"math/rand/v2"
+	"strconv"
+	"time"
+
+	"github.com/go-idempotency/idempotency/integration/history"
+)
+
+// A step is something that a handler does.
+type step struct {
+	Do     action
+	For    time.Duration `json:",omitempty"`
+	Status int           `json:",omitempty"`
+}
+
+type action string
+
+const (
+	doEffect  action = "effect"  // what must not happen twice
+	doCommit  action = "commit"  // Commit; if it fails, the handler answers 500 and has done nothing
+	doWork    action = "work"    // takes time
+	doYield   action = "yield"   // from here on, work ends with the handler's context, and the handler answers 503
+	doCrash   action = "panic"   //
+	doFlush   action = "flush"   // streams the first half of the answer
+	doLarge   action = "large"   // the answer has 64 KiB
+	doDiscard action = "discard" // Discard
+	doAnswer  action = "answer"  //
+)
+
+// A planner says what the nth run under a key does.
+type planner func(key, kind string, nth int) []step
+
+// newRand returns numbers that depend on the seed and on names only, whatever
+// happens when.
+func newRand(seed uint64, names ...string) *rand.Rand {
+	h := fnv.New64a()
+	for _, name := range names {
+		_, _ = h.Write([]byte(name + "\x00"))
+	}
+	return rand.New(rand.NewPCG(seed, h.Sum64()))
+}
+
+// A choice is one of several, with its weight.
+type choice[T any] struct {
+	weight int
+	of     T
+}
+
+func choose[T any](r *rand.Rand, choices []choice[T]) T {
+	sum := 0
+	for _, c := range choices {
+		sum += c.weight
+	}
+	n := r.IntN(sum)
+	for _, c := range choices {
+		if n -= c.weight; n < 0 {
+			return c.of
+		}
+	}
+	panic("unreachable")
+}
+
+// seededPlans returns the plans of a seed. From the fifth run on a handler is
+// well-behaved, so that every key comes to an end.
+func seededPlans(seed uint64, lease time.Duration) planner {
+	return func(key, kind string, nth int) []step {
+		r := newRand(seed, "plan", key, strconv.Itoa(nth))
+		return makePlan(r, kind, nth >= 5, lease)
+	}
+}
+
+// makePlan never tells an at-most-once key that nothing was done after it was
+// done, which nobody could make safe.
+func makePlan(r *rand.Rand, kind string, tame bool, lease time.Duration) (plan []step) {
+	do := func(a action) { plan = append(plan, step{Do: a}) }
+	status := func(code int) { plan = append(plan, step{Do: doAnswer, Status: code}) }
+	pause := func() {
+		if r.IntN(3) > 0 {
+			plan = append(plan, step{Do: doWork, For: rand20(r)})
+		}
+	}
+	ends := []choice[string]{
+		{52, "answer"}, {6, "long"}, {7, "panic before"}, {7, "panic after"}, {5, "500 before"}, {5, "500 after"},
+		{4, "401"}, {5, "discard"}, {3, "404"}, {4, "stream"}, {2, "stream and panic"},
+	}
+	end := "answer"
+	if !tame {
+		end = choose(r, ends)
+	}
+	if r.IntN(2) == 0 {
+		do(doYield)
+	}
+	if r.IntN(12) == 0 {
+		do(doLarge)
+	}
+	pause()
+	if end == "long" {
+		plan = append(plan, step{Do: doWork, For: lease/2 + time.Duration(r.Int64N(int64(2*lease)))})
+	}
+	switch end {
+	case "panic before":
+		do(doCrash)
+	case "500 before":
+		status(500)
+	case "401":
+		status(401)
+	case "404":
+		status(404)
+	case "discard":
+		do(doDiscard)
+		status(202)
+	}
+	if kind == history.Commit {
+		do(doCommit)
+	}
+	pause()
+	do(doEffect)
+	if kind == history.Plain && r.IntN(8) == 0 {
+		do(doCommit)
+	}
+	pause()
+	switch end {
+	case "panic after":
+		do(doCrash)
+	case "500 after":
+		status(500)
+	case "stream", "stream and panic":
+		do(doFlush)
+		pause()
+		if end != "stream" {
+			do(doCrash)
+		}
+	}
+	status(201)
+	return plan
+}
+
+// rand20 is a short time, seldom a longer one.
+func rand20(r *rand.Rand) time.Duration {
+	limit := 20 * time.Millisecond
+	if r.IntN(5) == 0 {
+		limit *= 8
+	}
+	return time.Duration(r.Int64N(int64(limit)))
+}

@@ -1,0 +1,122 @@
+package integration
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+// A server is one replica of a service, in one process after the other.
+type server struct {
+	config replicaConfig
+	name   string
+
+	mu     sync.Mutex // guards what follows
+	cmd    *exec.Cmd
+	url    string // "" while there is no process
+	starts int
+	stderr tail
+}
+
+// startServer starts a server process that ends with the test.
+func startServer(t *testing.T, config replicaConfig) *server {
+	s := &server{config: config, name: config.Name}
+	t.Cleanup(func() {
+		s.kill()
+		if t.Failed() && testing.Verbose() {
+			t.Logf("%s wrote\n%s", s.name, s.stderr.String())
+		}
+	})
+	require.NoError(t, s.start())
+	return s
+}
+
+// start starts a process.
+func (s *server) start() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.starts++
+	s.config.Name = fmt.Sprintf("%s.%d", s.name, s.starts)
+	config, err := json.Marshal(s.config)
+	must(err)
+	binary, err := os.Executable()
+	must(err)
+	cmd := exec.Command(binary)
+	cmd.Env = append(os.Environ(), replicaVariable+"="+string(config))
+	cmd.Stderr = &s.stderr
+	if _, err = cmd.StdinPipe(); err != nil { // ends with us
+		return err
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	s.cmd = cmd
+	line, err := bufio.NewReader(stdout).ReadString('\n')
+	if err != nil {
+		return fmt.Errorf("%s does not serve: %w\n%s", s.config.Name, err, s.stderr.String())
+	}
+	s.url = "http://" + strings.TrimPrefix(strings.TrimSpace(line), "serving on ")
+	return nil
+}
+
+// address returns "" while there is no process.
+func (s *server) address() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.url
+}
+
+// kill ends the process, even one that is stopped, without a chance to finish
+// anything.
+func (s *server) kill() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.url = ""
+	if s.cmd != nil && s.cmd.Process != nil {
+		_ = s.cmd.Process.Kill()
+		_ = s.cmd.Wait()
+	}
+}
+
+func (s *server) signal(sig syscall.Signal) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_ = s.cmd.Process.Signal(sig)
+}
+
+// A tail keeps the end of what is written to it.
+type tail struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+const tailLength = 16 << 10
+
+func (t *tail) Write(p []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.b.Write(p)
+	if t.b.Len() > 2*tailLength {
+		t.b.Next(t.b.Len() - tailLength)
+	}
+	return len(p), nil
+}
+
+func (t *tail) String() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.b.String()
+}

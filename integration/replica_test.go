@@ -1,0 +1,248 @@
+package integration
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"log"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+
+	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/integration/history"
+)
+
+// A replicaConfig says what a server process is like.
+type replicaConfig struct {
+	Name   string
+	Redis  string
+	Ledger string
+	Epoch  time.Time
+	Lease  time.Duration
+	Wait   time.Duration
+	Bug    string // what to break on purpose
+	Soak   string // the kind of store, in a soak
+	TTL    time.Duration
+}
+
+// Headers of requests and answers.
+const (
+	opHeader  = "Op"  // names the request
+	runHeader = "Run" // names the run that made the answer
+)
+
+// runReplica is the program of a server process. It serves until its standard
+// input ends, which it does when the test is gone.
+func runReplica(config replicaConfig) {
+	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, nil)))
+	var handler http.Handler
+	if config.Soak != "" {
+		handler = newSoakService(config)
+	} else {
+		handler = newReplica(config)
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	must(err)
+	fmt.Printf("serving on %s\n", listener.Addr())
+	server := &http.Server{Handler: handler, ErrorLog: log.New(io.Discard, "", 0)} // handlers panic on purpose
+	go func() { must(server.Serve(listener)) }()
+	_, _ = io.Copy(io.Discard, os.Stdin)
+	os.Exit(0)
+}
+
+// A replica is the service of the histories.
+type replica struct {
+	config replicaConfig
+	ledger *ledgerClient
+	store  idempotency.Store
+	visits atomic.Int64
+}
+
+func newReplica(config replicaConfig) http.Handler {
+	p := &replica{config: config, ledger: newLedgerClient(config.Ledger)}
+	client := redis.NewClient(&redis.Options{Addr: config.Redis, ContextTimeoutEnabled: true, PoolSize: 64})
+	p.store = plant(config.Bug, client, idempotency.NewRedisStore(client, nil))
+	journal := &journal{store: p.store, replica: p}
+	mux := http.NewServeMux()
+	for _, kind := range []string{history.Plain, history.Once, history.Commit} {
+		protect := idempotency.Middleware(journal, &idempotency.Options{
+			Lease: config.Lease, Wait: config.Wait, AtMostOnce: kind == history.Once,
+			TTL: time.Hour, MaxExecution: 5 * time.Second,
+		})
+		mux.Handle("/"+kind, p.enter(kind, protect(http.HandlerFunc(p.handle))))
+	}
+	return mux
+}
+
+// A visit is one request that has arrived at this process.
+type visit struct {
+	about history.Row // what every row of it says
+	token string
+
+	mu       sync.Mutex // guards what follows
+	running  bool
+	sent     time.Duration // since then the claim may have been made
+	unclear  bool          // a claim was sent, and its answer is not known
+	returned time.Duration
+}
+
+type visitKey struct{}
+
+func visitOf(ctx context.Context) *visit { return ctx.Value(visitKey{}).(*visit) }
+
+// enter is outside of the middleware.
+func (p *replica) enter(kind string, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		v := &visit{about: history.Row{
+			Key: r.Header.Get("Idempotency-Key"), Kind: kind, Op: r.Header.Get(opHeader), Process: p.config.Name,
+			Visit: fmt.Sprintf("%s-%d", p.config.Name, p.visits.Add(1)),
+		}}
+		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), visitKey{}, v)))
+	})
+}
+
+func (p *replica) now() time.Duration {
+	return time.Duration(time.Now().UnixNano() - p.config.Epoch.UnixNano())
+}
+
+// note writes a row about v.
+func (p *replica) note(v *visit, kind string, change func(*history.Row)) begun {
+	row := v.about
+	row.Type = kind
+	if change != nil {
+		change(&row)
+	}
+	return p.ledger.add(row)
+}
+
+// handle does what the plan of this run says.
+func (p *replica) handle(w http.ResponseWriter, r *http.Request) {
+	e, _ := idempotency.FromContext(r.Context())
+	v := visitOf(r.Context())
+	payload, err := io.ReadAll(r.Body)
+	must(err)
+	v.mu.Lock()
+	v.running = true
+	v.mu.Unlock()
+	begun := p.note(v, history.RowBegin, func(row *history.Row) {
+		row.Payload, row.Attempt, row.Sent, row.Returned = string(payload), e.Attempt(), v.sent, v.returned
+	})
+	v.about.Run, v.about.Attempt = begun.Run, e.Attempt()
+	defer releaseAfterPanic(p, v)
+	h := &handling{replica: p, visit: v, execution: e, ctx: r.Context(), w: w}
+	for _, s := range begun.Plan {
+		if done := h.do(s); done {
+			return
+		}
+	}
+}
+
+// A handling is a run of the handler.
+type handling struct {
+	*replica
+	visit     *visit
+	execution *idempotency.Execution
+	ctx       context.Context
+	w         http.ResponseWriter
+
+	yields, large, discarded, committed bool
+	streamed                            string // what has gone out
+}
+
+// do is true when the handler is to return.
+func (h *handling) do(s step) (done bool) {
+	switch s.Do {
+	case doYield:
+		h.yields = true
+	case doLarge:
+		h.large = true
+	case doWork:
+		return h.work(s.For)
+	case doEffect:
+		h.note(h.visit, history.RowEffect, nil)
+	case doCommit:
+		return h.commit()
+	case doDiscard:
+		h.discarded = true
+		h.execution.Discard()
+	case doFlush:
+		body := h.body()
+		h.streamed = body[:len(body)/2]
+		h.head(http.StatusCreated)
+		_, _ = io.WriteString(h.w, h.streamed)
+		_ = http.NewResponseController(h.w).Flush()
+	case doCrash:
+		h.note(h.visit, history.RowEnd, func(row *history.Row) { row.Panic = true })
+		panic("as planned")
+	case doAnswer:
+		h.answer(s.Status)
+		return true
+	}
+	return false
+}
+
+func (h *handling) work(d time.Duration) (done bool) {
+	var ended <-chan struct{}
+	if h.yields {
+		ended = h.ctx.Done()
+	}
+	select {
+	case <-time.After(d):
+		return false
+	case <-ended:
+	}
+	h.answer(http.StatusServiceUnavailable)
+	return true
+}
+
+func (h *handling) commit() (done bool) {
+	h.note(h.visit, history.RowCommit, nil)
+	if err := h.execution.Commit(h.ctx); err != nil {
+		h.answer(http.StatusInternalServerError)
+		return true
+	}
+	h.committed = true
+	return false
+}
+
+func (h *handling) head(status int) {
+	h.w.Header().Set(runHeader, h.visit.about.Run)
+	h.w.WriteHeader(status)
+}
+
+// answer writes the row before the answer.
+func (h *handling) answer(status int) {
+	if h.streamed != "" {
+		status = http.StatusCreated
+	}
+	body := h.body()
+	h.note(h.visit, history.RowEnd, func(row *history.Row) {
+		row.Status, row.Hash, row.Discard, row.Committed = status, hashOf(body), h.discarded, h.committed
+	})
+	h.head(status)
+	_, _ = io.WriteString(h.w, body[len(h.streamed):])
+}
+
+// body is different in every run.
+func (h *handling) body() string {
+	line := "run " + h.visit.about.Run + " in process " + h.config.Name + "\n"
+	if !h.large {
+		return line
+	}
+	return strings.Repeat(line, (64<<10)/len(line)+1)
+}
+
+func hashOf(body string) string {
+	sum := sha256.Sum256([]byte(body))
+	return hex.EncodeToString(sum[:6])
+}

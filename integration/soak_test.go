@@ -1,0 +1,5 @@
+package integration
+
+import "net/http"
+
+func newSoakService(config replicaConfig) http.Handler { return nil }
