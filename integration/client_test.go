@@ -150,15 +150,15 @@ func (c *crowd) receive(req *http.Request, op *history.Op) {
 }
 
 // sweep asks every process for every key, when all faults are over, until it
-// gives an answer that lasts.
-func (c *crowd) sweep() {
+// gives an answer that lasts, or the time is over.
+func (c *crowd) sweep(limit time.Duration) {
 	keys := make(chan history.Op)
 	var sweepers sync.WaitGroup
 	for range c.load.clients {
 		sweepers.Go(func() {
 			for op := range keys {
 				for _, s := range c.fleet.servers {
-					c.settle(op, s)
+					c.settle(op, s, limit)
 				}
 			}
 		})
@@ -174,10 +174,9 @@ func (c *crowd) sweep() {
 	sweepers.Wait()
 }
 
-// settle gives up after a time in which every lease has ended many times.
-func (c *crowd) settle(op history.Op, s *server) {
+func (c *crowd) settle(op history.Op, s *server, limit time.Duration) {
 	id := op.ID
-	for try, began := 0, time.Now(); time.Since(began) < patience/2; try++ {
+	for try, began := 0, time.Now(); time.Since(began) < limit; try++ {
 		op.ID = fmt.Sprintf("%s/%s/%d", id, s.name, try)
 		if got, _ := c.ask(op, s, patienceOfClient); got.Lasting() {
 			return

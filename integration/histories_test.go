@@ -32,17 +32,27 @@ type scenario struct {
 	lease  time.Duration
 	mix    faultMix
 	load   workload
-	bug    string
+	settle time.Duration // how long at most a process is asked for a key in the end
+
+	bug      string // in the server processes
+	volatile bool   // Redis forgets all when it is killed
 }
 
 const replicas = 3
+
+func (s scenario) redisArgs() []string {
+	if s.volatile {
+		return []string{"--appendonly", "no"}
+	}
+	return nil
+}
 
 func startFleet(t *testing.T, s scenario) *fleet {
 	plan := seededPlans(s.seed, s.lease)
 	if s.load.plan != nil {
 		plan = s.load.plan(s.lease)
 	}
-	f := &fleet{epoch: time.Now(), lease: s.lease, redis: startRedis(t)}
+	f := &fleet{epoch: time.Now(), lease: s.lease, redis: startRedis(t, s.redisArgs()...)}
 	f.ledger = startLedger(t, f.epoch, plan)
 	for n := range replicas {
 		f.links = append(f.links, startLink(t, f.redis.addr))
@@ -65,7 +75,7 @@ func play(t *testing.T, s scenario) (history.History, schedule) {
 	go func() { defer close(ended); faults.run(ctx, t, f) }()
 	c.run(ctx)
 	<-ended
-	c.sweep()
+	c.sweep(s.settle)
 	for _, server := range f.servers {
 		server.kill() // no row is written while the history is judged
 	}
@@ -80,7 +90,7 @@ func TestHistories(t *testing.T) {
 		t.Run(fmt.Sprintf("seed %d", seed), func(t *testing.T) {
 			leases := []choice[time.Duration]{{1, 300 * time.Millisecond}, {1, 500 * time.Millisecond}, {1, 900 * time.Millisecond}}
 			s := scenario{
-				seed: seed, length: 6 * time.Second, mix: allFaults, load: mixedLoad,
+				seed: seed, length: 6 * time.Second, settle: patience, mix: allFaults, load: mixedLoad,
 				lease: choose(newRand(seed, "lease"), leases),
 			}
 			h, faults := play(t, s)

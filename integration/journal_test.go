@@ -43,7 +43,7 @@ func (j *journal) Acquire(ctx context.Context, key string, c idempotency.Claim) 
 		v.sent = sent
 	}
 	v.unclear = v.unclear || err != nil
-	v.token, v.returned = c.Token, returned
+	v.storeKey, v.token, v.returned = key, c.Token, returned
 	return rec, err
 }
 

@@ -72,10 +72,10 @@ func newReplica(config replicaConfig) http.Handler {
 	p := &replica{config: config, ledger: newLedgerClient(config.Ledger)}
 	client := redis.NewClient(&redis.Options{Addr: config.Redis, ContextTimeoutEnabled: true, PoolSize: 64})
 	p.store = plant(config.Bug, client, idempotency.NewRedisStore(client, nil))
-	journal := &journal{store: p.store, replica: p}
+	store := plantAbove(config.Bug, &journal{store: p.store, replica: p})
 	mux := http.NewServeMux()
 	for _, kind := range []string{history.Plain, history.Once, history.Commit} {
-		protect := idempotency.Middleware(journal, &idempotency.Options{
+		protect := idempotency.Middleware(store, &idempotency.Options{
 			Lease: config.Lease, Wait: config.Wait, AtMostOnce: kind == history.Once,
 			TTL: time.Hour, MaxExecution: 5 * time.Second,
 		})
@@ -87,10 +87,11 @@ func newReplica(config replicaConfig) http.Handler {
 // A visit is one request that has arrived at this process.
 type visit struct {
 	about history.Row // what every row of it says
-	token string
 
 	mu       sync.Mutex // guards what follows
 	running  bool
+	storeKey string
+	token    string
 	sent     time.Duration // since then the claim may have been made
 	unclear  bool          // a claim was sent, and its answer is not known
 	returned time.Duration
@@ -107,7 +108,7 @@ func (p *replica) enter(kind string, next http.Handler) http.Handler {
 			Key: r.Header.Get("Idempotency-Key"), Kind: kind, Op: r.Header.Get(opHeader), Process: p.config.Name,
 			Visit: fmt.Sprintf("%s-%d", p.config.Name, p.visits.Add(1)),
 		}}
-		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), visitKey{}, v)))
+		next.ServeHTTP(withoutMarks(p.config.Bug, w), r.WithContext(context.WithValue(r.Context(), visitKey{}, v)))
 	})
 }
 

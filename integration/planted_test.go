@@ -1,0 +1,151 @@
+package integration
+
+import (
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-idempotency/idempotency/integration/history"
+)
+
+// Small scenarios, each of which brings about one kind of trouble.
+var (
+	plainKeys  = []string{history.Plain}
+	onceKeys   = []string{history.Once}
+	commitKeys = []string{history.Commit}
+
+	quiet  = faultMix{}
+	stops  = faultMix{process: []choice[faultKind]{{1, stopProcess}}, pause: 400 * time.Millisecond}
+	kills  = faultMix{process: []choice[faultKind]{{1, killProcess}}, pause: 400 * time.Millisecond}
+	cuts   = faultMix{link: []choice[faultKind]{{1, breakLink}, {1, muteLink}}, pause: 300 * time.Millisecond}
+	outage = faultMix{redis: []choice[faultKind]{{1, killProcess}}, pause: 200 * time.Millisecond}
+)
+
+// script is the plan of every run, and the first one that of the first run of
+// a key, if it is another.
+func script(first []step, then ...step) func(time.Duration) planner {
+	return func(lease time.Duration) planner {
+		return func(_, _ string, nth int) []step {
+			if nth == 1 && first != nil {
+				return first
+			}
+			return then
+		}
+	}
+}
+
+func created() step { return step{Do: doAnswer, Status: 201} }
+
+// targeted returns a scenario of one and a half seconds in which the runs do
+// what plan says.
+func targeted(mix faultMix, kinds []string, plan func(time.Duration) planner) scenario {
+	return scenario{
+		length: 1500 * time.Millisecond, lease: 200 * time.Millisecond, settle: patience, mix: mix,
+		load: workload{clients: 12, groups: 3, ahead: 3, kinds: kinds, pause: 20 * time.Millisecond, plan: plan},
+	}
+}
+
+var (
+	short  = step{Do: doWork, For: 20 * time.Millisecond}
+	longer = step{Do: doWork, For: 120 * time.Millisecond}
+
+	simple   = script(nil, short, step{Do: doEffect}, created())
+	slowly   = script(nil, step{Do: doEffect}, longer, created())
+	crashing = script([]step{{Do: doEffect}, {Do: doCrash}}, short, step{Do: doEffect}, created())
+	failing  = script([]step{{Do: doAnswer, Status: 500}}, short, step{Do: doEffect}, created())
+	commits  = script([]step{{Do: doCommit}, {Do: doEffect}, {Do: doCrash}}, step{Do: doCommit}, step{Do: doEffect}, created())
+)
+
+// troubles are the scenarios. Without a bug each of them is clean.
+var troubles = map[string]func() scenario{
+	"quiet":    func() scenario { return targeted(quiet, plainKeys, simple) },
+	"payloads": func() scenario { return withVariants(targeted(quiet, plainKeys, simple)) },
+	"stops":    func() scenario { return targeted(stops, plainKeys, slowly) },
+	"kills":    func() scenario { return targeted(kills, onceKeys, slowly) },
+	"cuts":     func() scenario { return targeted(cuts, plainKeys, slowly) },
+	"outages":  func() scenario { return targeted(outage, plainKeys, slowly) },
+	"panics":   func() scenario { return targeted(quiet, plainKeys, crashing) },
+	"failures": func() scenario { return targeted(quiet, plainKeys, failing) },
+	"commits":  func() scenario { return targeted(quiet, commitKeys, commits) },
+}
+
+func withVariants(s scenario) scenario {
+	s.load.variant = 3
+	return s
+}
+
+// plantedBugs says in which trouble a bug shows, and as what.
+var plantedBugs = []struct {
+	bug, trouble, want string
+}{
+	{completesAnything, "stops", history.Stale},
+	{takesOnceOver, "kills", history.Twice},
+	{ignoresInProgress, "quiet", history.Overlap},
+	{forgetsClaims, "quiet", history.Overlap},
+	{forgetsRecords, "quiet", history.RanAgain},
+	{forgetsAtTimes, "quiet", history.Forgotten},
+	{answersForOthers, "quiet", history.Phantom},
+	{spoilsValues, "quiet", history.Phantom},
+	{truncatesValues, "quiet", history.Code},
+	{ignoresFingerprints, "payloads", history.Payload},
+	{acquiresWhenDown, "cuts", history.Overlap},
+	{hidesFailures, "outages", history.RanAgain},
+	{dropsCommits, "commits", history.RanAgain},
+	{endsLeasesEarly, "stops", history.Overlap},
+	{neverEndsLeases, "panics", history.Stuck},
+	{restartsAttempts, "panics", history.Attempt},
+	{releasesAfterPanic, "panics", history.Overlap},
+	{releasesAnswers, "quiet", history.Freed},
+	{sendsUnstored, "quiet", history.Unstored},
+	{keepsFailures, "failures", history.Freed},
+	{marksNoReplays, "quiet", history.Phantom},
+	{"Redis keeps nothing", "outages", history.RanAgain},
+}
+
+// TestPlantedBugs shows that the checker finds what it is there to find. What
+// happens does not depend on the seed alone, so a bug that needs an unlucky
+// moment gets a few.
+func TestPlantedBugs(t *testing.T) {
+	const seeds = 5
+	for _, row := range plantedBugs {
+		t.Run(row.bug, func(t *testing.T) {
+			t.Parallel()
+			for seed := uint64(1); ; seed++ {
+				s := troubles[row.trouble]()
+				s.seed, s.bug, s.volatile = seed, row.bug, row.bug == "Redis keeps nothing"
+				s.settle = 20 * time.Millisecond // per key, and some bugs let none of them settle
+				if row.want == history.Stuck {
+					s.settle = 3 * s.lease
+				}
+				h, _ := play(t, s)
+				report := history.Check(h)
+				kinds := report.Kinds()
+				t.Logf("seed %d: %d violations, %q", seed, len(report.Violations), kinds)
+				if seed == seeds {
+					require.Contains(t, kinds, row.want)
+				}
+				if slices.Contains(kinds, row.want) {
+					return
+				}
+			}
+		})
+	}
+}
+
+// The scenarios of the planted bugs are clean without them, so it is the bugs
+// that were found.
+func TestNothingPlanted(t *testing.T) {
+	for name, trouble := range troubles {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := trouble()
+			s.seed = 1
+			h, faults := play(t, s)
+			report := history.Check(h)
+			t.Log(describe(h, faults, report))
+			requireClean(t, s.seed, h, faults, report)
+		})
+	}
+}
