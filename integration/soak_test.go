@@ -54,7 +54,9 @@ func startSoak(t *testing.T, length time.Duration, rate float64) *soak {
 	s := &soak{t: t, began: time.Now(), length: length, ledger: startSoakLedger(t), redis: startRedis(t),
 		samples: make(map[string][]sample)}
 	ttl := min(30*time.Second, max(4*time.Second, length/10))
-	config := replicaConfig{Ledger: s.ledger.addr, TTL: ttl, Lease: min(ttl, 5*time.Second), Wait: 3 * time.Second}
+	// A claim outlives its process for a TTL. After that even an at-most-once
+	// key is free, so clients must have been told by then.
+	config := replicaConfig{Ledger: s.ledger.addr, TTL: ttl, Lease: ttl / 4, Wait: 3 * time.Second}
 	for n := range 2 {
 		s.links = append(s.links, startLink(t, s.redis.addr))
 		config.Name, config.Redis, config.Soak = fmt.Sprintf("redis-%d", n), s.links[n].addr(), soakRedis
