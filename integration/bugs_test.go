@@ -33,6 +33,7 @@ const (
 	dropsCommits        = "Commit does not mark the claim"
 	endsLeasesEarly     = "leases are a quarter as long"
 	neverEndsLeases     = "leases do not end"
+	losesReleases       = "keys are not freed"
 	restartsAttempts    = "every attempt is the first"
 
 	// In the middleware.
@@ -137,6 +138,13 @@ func (s *brokenStore) Complete(ctx context.Context, key, token string, r idempot
 		return nil
 	}
 	return err
+}
+
+func (s *brokenStore) Release(ctx context.Context, key, token string) error {
+	if s.bug == losesReleases {
+		return nil
+	}
+	return s.RedisStore.Release(ctx, key, token)
 }
 
 // plantAbove returns what the middleware asks, broken as bug says: a bug in the

@@ -117,9 +117,9 @@ func (c *crowd) ask(op history.Op, s *server, timeout time.Duration) (_ history.
 	must(err)
 	req.Header.Set("Idempotency-Key", op.Key)
 	req.Header.Set(opHeader, op.ID)
-	op.Replica, op.Start = s.name, time.Since(c.fleet.epoch)
+	op.Replica, op.Start = s.name, since(c.fleet.epoch)
 	c.receive(req, &op)
-	op.End = time.Since(c.fleet.epoch)
+	op.End = since(c.fleet.epoch)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.ops = append(c.ops, op)
@@ -151,14 +151,14 @@ func (c *crowd) receive(req *http.Request, op *history.Op) {
 
 // sweep asks every process for every key, when all faults are over, until it
 // gives an answer that lasts, or the time is over.
-func (c *crowd) sweep(limit time.Duration) {
+func (c *crowd) sweep(limit time.Duration, noneDied bool) {
 	keys := make(chan history.Op)
 	var sweepers sync.WaitGroup
 	for range c.load.clients {
 		sweepers.Go(func() {
 			for op := range keys {
 				for _, s := range c.fleet.servers {
-					c.settle(op, s, limit)
+					c.settle(op, s, limit, noneDied)
 				}
 			}
 		})
@@ -174,11 +174,11 @@ func (c *crowd) sweep(limit time.Duration) {
 	sweepers.Wait()
 }
 
-func (c *crowd) settle(op history.Op, s *server, limit time.Duration) {
+func (c *crowd) settle(op history.Op, s *server, limit time.Duration, noneDied bool) {
 	id := op.ID
 	for try, began := 0, time.Now(); time.Since(began) < limit; try++ {
 		op.ID = fmt.Sprintf("%s/%s/%d", id, s.name, try)
-		if got, _ := c.ask(op, s, patienceOfClient); got.Lasting() {
+		if got, _ := c.ask(op, s, patienceOfClient); got.Lasting(noneDied) {
 			return
 		}
 		pauseFor(context.Background(), c.fleet.lease/10)

@@ -34,6 +34,7 @@ type scenario struct {
 	load   workload
 	settle time.Duration // how long at most a process is asked for a key in the end
 
+	noneDied bool   // neither the schedule nor a plan ends a run
 	bug      string // in the server processes
 	volatile bool   // Redis forgets all when it is killed
 }
@@ -75,11 +76,11 @@ func play(t *testing.T, s scenario) (history.History, schedule) {
 	go func() { defer close(ended); faults.run(ctx, t, f) }()
 	c.run(ctx)
 	<-ended
-	c.sweep(s.settle)
+	c.sweep(s.settle, s.noneDied)
 	for _, server := range f.servers {
 		server.kill() // no row is written while the history is judged
 	}
-	return history.History{Lease: s.lease, Ops: c.all(), Rows: f.ledger.all()}, faults
+	return history.History{Lease: s.lease, NoneDied: s.noneDied, Ops: c.all(), Rows: f.ledger.all()}, faults
 }
 
 // TestHistories plays histories and judges them. A failure prints its seed;

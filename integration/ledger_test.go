@@ -59,7 +59,7 @@ func (l *ledger) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func (l *ledger) add(row history.Row) (answer begun) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	row.Seq, row.At = len(l.rows)+1, time.Since(l.epoch)
+	row.Seq, row.At = len(l.rows)+1, since(l.epoch)
 	if row.Type == history.RowBegin {
 		l.runs[row.Key]++
 		row.Run = fmt.Sprintf("%s-run-%d-%d", row.Key, l.runs[row.Key], row.Seq)
@@ -73,6 +73,12 @@ func (l *ledger) all() []history.Row {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return slices.Clone(l.rows)
+}
+
+// since is the time of a history. It is that of the wall clock, which all
+// processes share, and not of a monotonic one.
+func since(epoch time.Time) time.Duration {
+	return time.Duration(time.Now().UnixNano() - epoch.UnixNano())
 }
 
 // A ledgerClient is a server process's way to the ledger.

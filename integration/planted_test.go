@@ -68,11 +68,19 @@ var troubles = map[string]func() scenario{
 	"outages":  func() scenario { return targeted(outage, plainKeys, slowly) },
 	"panics":   func() scenario { return targeted(quiet, plainKeys, crashing) },
 	"failures": func() scenario { return targeted(quiet, plainKeys, failing) },
+	"claims":   func() scenario { return allAlive(targeted(cuts, onceKeys, slowly)) },
 	"commits":  func() scenario { return targeted(quiet, commitKeys, commits) },
 }
 
 func withVariants(s scenario) scenario {
 	s.load.variant = 3
+	return s
+}
+
+// allAlive wants every outcome to become known: a claim that nobody knows of is
+// given back.
+func allAlive(s scenario) scenario {
+	s.noneDied = true
 	return s
 }
 
@@ -100,6 +108,7 @@ var plantedBugs = []struct {
 	{releasesAnswers, "quiet", history.Freed},
 	{sendsUnstored, "quiet", history.Unstored},
 	{keepsFailures, "failures", history.Freed},
+	{losesReleases, "claims", history.Stuck},
 	{marksNoReplays, "quiet", history.Phantom},
 	{"Redis keeps nothing", "outages", history.RanAgain},
 }
@@ -148,4 +157,17 @@ func TestNothingPlanted(t *testing.T) {
 			requireClean(t, s.seed, h, faults, report)
 		})
 	}
+}
+
+// A handler that takes longer than its lease runs once all the same, as long as
+// nothing befalls its process: the lease is renewed.
+func TestLeasesAreRenewed(t *testing.T) {
+	s := targeted(quiet, []string{history.Plain, history.Commit, history.Once}, func(lease time.Duration) planner {
+		return script(nil, step{Do: doEffect}, step{Do: doWork, For: 2 * lease}, created())(lease)
+	})
+	s.lease, s.load.limit = 1500*time.Millisecond, 6
+	h, faults := play(t, s)
+	report := history.Check(h)
+	requireClean(t, s.seed, h, faults, report)
+	require.Equal(t, report.Keys, report.Runs, "a run lost its lease\n%s", describe(h, faults, report))
 }

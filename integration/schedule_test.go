@@ -106,6 +106,9 @@ func newFault(r *rand.Rand, what faultKind, lease time.Duration) fault {
 		f.For = between(r, lease/3, lease*5/2)
 	case slowLink:
 		f.For, f.Delay = between(r, lease/4, 2*lease), between(r, time.Millisecond, lease/3)
+		if r.IntN(3) == 0 { // commands arrive when whoever sent them has lost its lease
+			f.Delay = between(r, lease/2, lease*3/2)
+		}
 	case cutLink:
 	default:
 		f.For = between(r, 10*time.Millisecond, lease*3/2)

@@ -130,7 +130,7 @@ func (c *checker) checkSweep() {
 			continue
 		}
 		asked[op.Replica] = true
-		if op.Lasting() {
+		if op.Lasting(c.noneDied) {
 			settled[op.Replica] = true
 		}
 	}
@@ -142,6 +142,6 @@ func (c *checker) checkSweep() {
 }
 
 // Lasting reports whether asking again is pointless.
-func (o Op) Lasting() bool {
-	return o.Err == "" && (o.Replayed || o.Code == "key_reused" || o.Code == "outcome_unknown")
+func (o Op) Lasting(noneDied bool) bool {
+	return o.Err == "" && (o.Replayed || o.Code == "key_reused" || o.Code == "outcome_unknown" && !noneDied)
 }

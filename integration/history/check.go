@@ -126,6 +126,7 @@ type checker struct {
 	key      string
 	kind     string
 	lease    time.Duration
+	noneDied bool
 	ops      []Op
 	rows     []Row
 	runs     []*run
@@ -140,7 +141,7 @@ func split(h History) []*checker {
 	of := func(key, kind string) *checker {
 		c := keys[key]
 		if c == nil {
-			c = &checker{key: key, kind: kind, lease: h.Lease, byID: make(map[string]*run)}
+			c = &checker{key: key, kind: kind, lease: h.Lease, noneDied: h.NoneDied, byID: make(map[string]*run)}
 			keys[key] = c
 		}
 		return c

@@ -90,6 +90,11 @@ func completes(run string, at time.Duration, err string) func(*tale) {
 	}
 }
 
+func noneDied(h History) History {
+	h.NoneDied = true
+	return h
+}
+
 // first is the answer to the request of the run.
 func first(run string, at time.Duration, status int) func(*tale) {
 	return func(t *tale) {
@@ -194,6 +199,7 @@ func TestBrokenHistories(t *testing.T) {
 		"unknown for no reason":          {told(Plain, runs("a", 1, 10), asks("b", 200, refuses("outcome_unknown"))), []string{Code}},
 		"an unreadable record":           {told(Plain, runs("a", 1, 10), asks("b", 12, refuses("record_unreadable"))), []string{Code}},
 		"never an answer":                {told(Plain, runs("a", 1, 10), asks("b", 200, func(op *Op) { refuses("in_progress")(op); op.Sweep = true })), []string{Stuck}},
+		"unknown, though none died":      {noneDied(told(Once, runs("a", 1, 10), asks("b", 200, func(op *Op) { refuses("outcome_unknown")(op); op.Sweep = true }))), []string{Stuck}},
 		"answers of two runs": {told(Plain, runs("a", 1, 10), ends("a", 20, 201), runs("b", 2, 115), ends("b", 120, 201),
 			asks("c", 130, replay("b", 201)), asks("d", 130, replay("a", 201))), []string{Register, Stale, Answers}},
 	}

@@ -84,8 +84,13 @@ const ErrLeaseLost = "lease lost"
 // store must not have lost any.
 type History struct {
 	Lease time.Duration
-	Ops   []Op
-	Rows  []Row
+
+	// NoneDied says that no process was killed and no handler panicked. Then
+	// no outcome stays unknown.
+	NoneDied bool
+
+	Ops  []Op
+	Rows []Row
 }
 
 // String is a line of a key's history.
