@@ -40,6 +40,7 @@ const (
 	releasesAfterPanic = "a panic frees the key"
 	releasesAnswers    = "final answers free the key"
 	sendsUnstored      = "answers are sent, and not stored"
+	givesUp            = "a failed Complete is not tried again"
 	keepsFailures      = "what is not final is stored"
 	marksNoReplays     = "replays are not marked"
 )
@@ -155,7 +156,8 @@ func plantAbove(bug string, j *journal) idempotency.Store {
 
 type brokenCaller struct {
 	*journal
-	bug string
+	bug   string
+	fails sync.Map // tokens
 }
 
 func (s *brokenCaller) Complete(ctx context.Context, key, token string, r idempotency.Result) error {
@@ -165,7 +167,19 @@ func (s *brokenCaller) Complete(ctx context.Context, key, token string, r idempo
 	case releasesAnswers:
 		return s.journal.Release(ctx, key, token)
 	}
-	return s.journal.Complete(ctx, key, token, r)
+	if s.bug == givesUp && s.failed(token) {
+		return errors.New("as before")
+	}
+	err := s.journal.Complete(ctx, key, token, r)
+	if err != nil {
+		s.fails.Store(token, true)
+	}
+	return err
+}
+
+func (s *brokenCaller) failed(token string) bool {
+	_, failed := s.fails.Load(token)
+	return failed
 }
 
 func (s *brokenCaller) Release(ctx context.Context, key, token string) error {

@@ -6,6 +6,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -22,6 +23,9 @@ type fleet struct {
 	redis   *redisServer
 	links   []*link
 	servers []*server
+
+	mu   sync.Mutex // guards what follows
+	dead []string   // processes that were killed
 }
 
 // A scenario is what happens in one history. All that is random about it
@@ -80,7 +84,9 @@ func play(t *testing.T, s scenario) (history.History, schedule) {
 	for _, server := range f.servers {
 		server.kill() // no row is written while the history is judged
 	}
-	return history.History{Lease: s.lease, NoneDied: s.noneDied, Ops: c.all(), Rows: f.ledger.all()}, faults
+	return history.History{
+		Lease: s.lease, NoneDied: s.noneDied, Dead: f.dead, Ops: c.all(), Rows: f.ledger.all(),
+	}, faults
 }
 
 // TestHistories plays histories and judges them. A failure prints its seed;

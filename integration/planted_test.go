@@ -108,6 +108,7 @@ var plantedBugs = []struct {
 	{releasesAnswers, "quiet", history.Freed},
 	{sendsUnstored, "quiet", history.Unstored},
 	{keepsFailures, "failures", history.Freed},
+	{givesUp, "cuts", history.GaveUp},
 	{losesReleases, "claims", history.Stuck},
 	{marksNoReplays, "quiet", history.Phantom},
 	{"Redis keeps nothing", "outages", history.RanAgain},

@@ -80,8 +80,8 @@ func (s *server) address() string {
 }
 
 // kill ends the process, even one that is stopped, without a chance to finish
-// anything.
-func (s *server) kill() {
+// anything. It returns the name of the process.
+func (s *server) kill() string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.url = ""
@@ -89,6 +89,7 @@ func (s *server) kill() {
 		_ = s.cmd.Process.Kill()
 		_ = s.cmd.Wait()
 	}
+	return s.config.Name
 }
 
 func (s *server) signal(sig syscall.Signal) {

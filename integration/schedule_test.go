@@ -165,7 +165,10 @@ func (f *fleet) strike(ctx context.Context, t *testing.T, lane string, fault fau
 		pauseFor(ctx, fault.For)
 		f.redis.signal(syscall.SIGCONT)
 	case fault.What == killProcess:
-		f.servers[n].kill()
+		name := f.servers[n].kill()
+		f.mu.Lock()
+		f.dead = append(f.dead, name)
+		f.mu.Unlock()
 		pauseFor(ctx, fault.For)
 		if err := f.servers[n].start(); err != nil {
 			t.Error(err)

@@ -19,6 +19,7 @@ const (
 	Phantom   = "phantom"         // an answer is not that of a run under this key
 	Payload   = "payload"         // a different payload ran, or got the answer
 	Attempt   = "attempt"         // attempts do not count upwards
+	GaveUp    = "gave up"         // a run was let in because its predecessor stopped storing its answer early
 	Forgotten = "forgotten"       // a stored answer was known, and later not
 	Code      = "unexpected code" // an error that nothing explains
 	Stuck     = "stuck"           // no answer, though all faults are over
@@ -127,6 +128,7 @@ type checker struct {
 	kind     string
 	lease    time.Duration
 	noneDied bool
+	dead     []string
 	ops      []Op
 	rows     []Row
 	runs     []*run
@@ -141,7 +143,7 @@ func split(h History) []*checker {
 	of := func(key, kind string) *checker {
 		c := keys[key]
 		if c == nil {
-			c = &checker{key: key, kind: kind, lease: h.Lease, noneDied: h.NoneDied, byID: make(map[string]*run)}
+			c = &checker{key: key, kind: kind, lease: h.Lease, noneDied: h.NoneDied, dead: h.Dead, byID: make(map[string]*run)}
 			keys[key] = c
 		}
 		return c

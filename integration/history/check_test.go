@@ -90,6 +90,11 @@ func completes(run string, at time.Duration, err string) func(*tale) {
 	}
 }
 
+func dead(h History) History {
+	h.Dead = []string{""}
+	return h
+}
+
 func noneDied(h History) History {
 	h.NoneDied = true
 	return h
@@ -148,6 +153,8 @@ func TestLegalHistories(t *testing.T) {
 		"the store could not take an answer until the lease ended": told(Plain, runs("a", 1, 10), ends("a", 20, 201),
 			completes("a", 25, "down"), first("a", 30, 201), completes("a", 100, "down"), runs("b", 2, 115),
 			ends("b", 120, 201), completes("b", 121, ""), first("b", 122, 201), asks("c", 130, replay("b", 201))),
+		"or died before the lease ended": dead(told(Plain, runs("a", 1, 10), ends("a", 20, 201), completes("a", 25, "down"),
+			first("a", 30, 201), runs("b", 2, 115))),
 		"a stale owner is refused": told(Plain, runs("a", 1, 10), runs("b", 2, 110), ends("b", 120, 201), completes("b", 121, ""),
 			first("b", 122, 201), ends("a", 130, 201), completes("a", 131, ErrLeaseLost), asks("c", 140, replay("b", 201))),
 		"the key came back to its first owner": told(Plain, runs("a", 1, 10), runs("b", 2, 110), ends("b", 120, 500),

@@ -89,6 +89,9 @@ type History struct {
 	// no outcome stays unknown.
 	NoneDied bool
 
+	// Dead are the processes that were killed.
+	Dead []string
+
 	Ops  []Op
 	Rows []Row
 }

@@ -2,6 +2,7 @@ package history
 
 import (
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -99,6 +100,7 @@ func (c *checker) freed(a *run, until time.Duration) (own, any bool) {
 //   - a has not stored its answer. It may do so later only if the key has come
 //     back to it: b has freed it, and a renewed its claim then, or the marker
 //     that b left had expired;
+//   - if a had an answer, it has tried to store it until then;
 //   - the payload is the same, unless the key was freed.
 func (c *checker) judgePair(a, b *run) *Violation {
 	violate := func(kind, format string, args ...any) *Violation {
@@ -114,12 +116,7 @@ func (c *checker) judgePair(a, b *run) *Violation {
 	if !own && c.kind == Once {
 		return violate(Twice, "an at-most-once key was let in again")
 	}
-	held := a.Sent
-	for _, row := range a.renewals {
-		if row.Returned <= b.Sent {
-			held = max(held, row.Sent)
-		}
-	}
+	held := a.held(b.Sent)
 	if !own && b.Returned < held+c.lease-tolerance {
 		return violate(Overlap, "%v after the claim or its renewal, of a lease of %v", b.Returned-held, c.lease)
 	}
@@ -129,10 +126,40 @@ func (c *checker) judgePair(a, b *run) *Violation {
 	if b.Attempt <= a.Attempt && !anybody {
 		return violate(Attempt, "attempt %d, then %d", a.Attempt, b.Attempt)
 	}
+	if c.gaveUp(a, held+c.lease) {
+		return violate(GaveUp, "the first had until %v to store its answer", held+c.lease)
+	}
 	if a.stored && !c.returned(a, b) {
 		return violate(Stale, "the first stored its answer after the second was let in")
 	}
 	return nil
+}
+
+// held returns when the last claim or renewal was asked for that was made
+// before another claim, asked for at until, for certain.
+func (r *run) held(until time.Duration) time.Duration {
+	held := r.Sent
+	for _, row := range r.renewals {
+		if row.Returned <= until {
+			held = max(held, row.Sent)
+		}
+	}
+	return held
+}
+
+// gaveUp reports whether a run that could not store its answer stopped trying
+// long before its lease ended, though its process lived. It tries for the last
+// time when the lease ends.
+func (c *checker) gaveUp(r *run, end time.Duration) bool {
+	if r.stored || len(r.completes) == 0 || slices.Contains(c.dead, r.Process) {
+		return false
+	}
+	for _, row := range r.completes {
+		if row.Err == ErrLeaseLost || row.Returned >= end-c.lease/4 {
+			return false
+		}
+	}
+	return true
 }
 
 // returned reports whether the key may have come back to a, after b claimed it.
