@@ -70,7 +70,7 @@ func (s *brokenStore) forget(ctx context.Context, key string) { s.client.Del(ctx
 func (s *brokenStore) every(n int64) bool { return s.calls.Add(1)%n == 0 }
 
 func (s *brokenStore) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
-	print := c.Fingerprint
+	fingerprint := c.Fingerprint
 	switch s.bug {
 	case dropsCommits:
 		c.Once = false
@@ -98,7 +98,7 @@ func (s *brokenStore) Acquire(ctx context.Context, key string, c idempotency.Cla
 	case rec.State == idempotency.Completed && s.bug == forgetsAtTimes && s.every(4):
 		return idempotency.Record{State: idempotency.InProgress, Remaining: time.Minute}, nil
 	case rec.State == idempotency.Completed && s.bug == ignoresFingerprints:
-		rec.Fingerprint = print
+		rec.Fingerprint = fingerprint
 	case rec.State == idempotency.Completed:
 		rec.Value = s.spoil(key, rec.Value)
 	}

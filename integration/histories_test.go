@@ -80,9 +80,11 @@ func play(t *testing.T, s scenario) (history.History, schedule) {
 	go func() { defer close(ended); faults.run(ctx, t, f) }()
 	c.run(ctx)
 	<-ended
+	// What goes on in the background has until the end of a lease.
+	pauseFor(t.Context(), s.lease)
 	c.sweep(s.settle, s.noneDied)
 	for _, server := range f.servers {
-		server.kill() // no row is written while the history is judged
+		server.kill() // or rows would come while the history is judged
 	}
 	return history.History{
 		Lease: s.lease, NoneDied: s.noneDied, Dead: f.dead, Ops: c.all(), Rows: f.ledger.all(),

@@ -79,7 +79,7 @@ func makePlan(r *rand.Rand, kind string, tame bool, lease time.Duration) (plan [
 	status := func(code int) { plan = append(plan, step{Do: doAnswer, Status: code}) }
 	pause := func() {
 		if r.IntN(3) > 0 {
-			plan = append(plan, step{Do: doWork, For: rand20(r)})
+			plan = append(plan, step{Do: doWork, For: briefly(r)})
 		}
 	}
 	ends := []choice[string]{
@@ -138,8 +138,8 @@ func makePlan(r *rand.Rand, kind string, tame bool, lease time.Duration) (plan [
 	return plan
 }
 
-// rand20 is a short time, seldom a longer one.
-func rand20(r *rand.Rand) time.Duration {
+// briefly is a short time, seldom a longer one.
+func briefly(r *rand.Rand) time.Duration {
 	limit := 20 * time.Millisecond
 	if r.IntN(5) == 0 {
 		limit *= 8

@@ -80,16 +80,16 @@ func (c *checker) add(v *Violation) {
 // freed returns a call that may have freed the key between the claim of a and
 // until, and whether it was a's own. A claim that did not come to a run is
 // given back too, and may have taken the key over before.
-func (c *checker) freed(a *run, until time.Duration) (own, any bool) {
+func (c *checker) freed(a *run, until time.Duration) (own, anybodys bool) {
 	for _, row := range c.releases {
 		if row.Visit == a.Visit && row.At <= until {
 			own = true
 		}
 		if row.At >= a.Sent && row.At <= until {
-			any = true
+			anybodys = true
 		}
 	}
-	return own, any
+	return own, anybodys
 }
 
 // judgePair judges b, whose claim came after that of a. Between both:
