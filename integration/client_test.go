@@ -150,15 +150,16 @@ func (c *crowd) receive(req *http.Request, op *history.Op) {
 }
 
 // sweep asks every process for every key, when all faults are over, until it
-// gives an answer that lasts, or the time is over.
+// gives an answer that lasts, or the limit for a key is over. When it has taken
+// long, the other keys are asked for once.
 func (c *crowd) sweep(limit time.Duration, noneDied bool) {
-	keys := make(chan history.Op)
+	keys, began := make(chan history.Op), time.Now()
 	var sweepers sync.WaitGroup
 	for range c.load.clients {
 		sweepers.Go(func() {
 			for op := range keys {
 				for _, s := range c.fleet.servers {
-					c.settle(op, s, limit, noneDied)
+					c.settle(op, s, min(limit, patience-time.Since(began)), noneDied)
 				}
 			}
 		})
@@ -176,7 +177,7 @@ func (c *crowd) sweep(limit time.Duration, noneDied bool) {
 
 func (c *crowd) settle(op history.Op, s *server, limit time.Duration, noneDied bool) {
 	id := op.ID
-	for try, began := 0, time.Now(); time.Since(began) < limit; try++ {
+	for try, began := 0, time.Now(); try == 0 || time.Since(began) < limit; try++ {
 		op.ID = fmt.Sprintf("%s/%s/%d", id, s.name, try)
 		if got, _ := c.ask(op, s, patienceOfClient); got.Lasting(noneDied) {
 			return

@@ -20,6 +20,7 @@ var (
 	stops  = faultMix{process: []choice[faultKind]{{1, stopProcess}}, pause: 400 * time.Millisecond}
 	kills  = faultMix{process: []choice[faultKind]{{1, killProcess}}, pause: 400 * time.Millisecond}
 	cuts   = faultMix{link: []choice[faultKind]{{1, breakLink}, {1, muteLink}}, pause: 300 * time.Millisecond}
+	lags   = faultMix{link: []choice[faultKind]{{1, slowLink}}, pause: 150 * time.Millisecond}
 	outage = faultMix{redis: []choice[faultKind]{{1, killProcess}}, pause: 200 * time.Millisecond}
 )
 
@@ -69,6 +70,7 @@ var troubles = map[string]func() scenario{
 	"panics":   func() scenario { return targeted(quiet, plainKeys, crashing) },
 	"failures": func() scenario { return targeted(quiet, plainKeys, failing) },
 	"claims":   func() scenario { return allAlive(targeted(cuts, onceKeys, slowly)) },
+	"lags":     func() scenario { return allAlive(targeted(lags, onceKeys, simple)) },
 	"commits":  func() scenario { return targeted(quiet, commitKeys, commits) },
 }
 
