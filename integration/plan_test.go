@@ -72,6 +72,16 @@ func seededPlans(seed uint64, lease time.Duration) planner {
 	}
 }
 
+// planEnds are the ways in which a run comes to its end, and earlyAnswers those
+// that answer before anything was done.
+var (
+	planEnds = []choice[string]{
+		{52, "answer"}, {6, "long"}, {7, "panic before"}, {7, "panic after"}, {5, "500 before"}, {5, "500 after"},
+		{4, "401"}, {5, "discard"}, {3, "404"}, {4, "stream"}, {2, "stream and panic"},
+	}
+	earlyAnswers = map[string]int{"500 before": 500, "401": 401, "404": 404}
+)
+
 // makePlan never tells an at-most-once key that nothing was done after it was
 // done, which nobody could make safe.
 func makePlan(r *rand.Rand, kind string, tame bool, lease time.Duration) (plan []step) {
@@ -82,13 +92,9 @@ func makePlan(r *rand.Rand, kind string, tame bool, lease time.Duration) (plan [
 			plan = append(plan, step{Do: doWork, For: briefly(r)})
 		}
 	}
-	ends := []choice[string]{
-		{52, "answer"}, {6, "long"}, {7, "panic before"}, {7, "panic after"}, {5, "500 before"}, {5, "500 after"},
-		{4, "401"}, {5, "discard"}, {3, "404"}, {4, "stream"}, {2, "stream and panic"},
-	}
 	end := "answer"
 	if !tame {
-		end = choose(r, ends)
+		end = choose(r, planEnds)
 	}
 	if r.IntN(2) == 0 {
 		do(doYield)
@@ -103,15 +109,12 @@ func makePlan(r *rand.Rand, kind string, tame bool, lease time.Duration) (plan [
 	switch end {
 	case "panic before":
 		do(doCrash)
-	case "500 before":
-		status(500)
-	case "401":
-		status(401)
-	case "404":
-		status(404)
 	case "discard":
 		do(doDiscard)
 		status(202)
+	}
+	if code := earlyAnswers[end]; code > 0 {
+		status(code)
 	}
 	if kind == history.Commit {
 		do(doCommit)
