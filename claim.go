@@ -72,14 +72,29 @@ func (c *call) tryAcquire(ctx context.Context, timeout time.Duration, claim Clai
 	return rec, nil
 }
 
-// tryClaim asks for the key in the name of the request.
+var errLateClaim = errors.New("idempotency: the lease was over before the handler could start")
+
+// tryClaim asks for the key in the name of the request. A process that was
+// stopped meanwhile asks once more: its lease is over, and someone else may
+// have run by now.
 func (c *call) tryClaim() (Record, error) {
-	c.claimSent = memoryEpoch.Add(time.Duration(memoryNow())) // half of what time.Now costs
-	return c.acquire(c.r.Context(), c.claimSent, Claim{
-		Token: c.token, Fingerprint: c.fingerprint,
-		Lease: c.opts.Lease, TTL: c.opts.TTL, Once: c.opts.AtMostOnce,
-	})
+	for range 2 {
+		c.claimSent = monotonicNow()
+		rec, err := c.acquire(c.r.Context(), c.claimSent, Claim{
+			Token: c.token, Fingerprint: c.fingerprint,
+			Lease: c.opts.Lease, TTL: c.opts.TTL, Once: c.opts.AtMostOnce,
+		})
+		c.claimed = monotonicNow()
+		if err != nil || rec.State != Acquired || c.claimed.Sub(c.claimSent) < c.opts.Lease {
+			return rec, err
+		}
+	}
+	c.uncertain.Store(true)
+	return Record{}, errLateClaim
 }
+
+// monotonicNow is half of what time.Now costs, and only for comparison.
+func monotonicNow() time.Time { return memoryEpoch.Add(time.Duration(memoryNow())) }
 
 // renew extends the claim; once marks it as never to be taken over. A renewal
 // says again what it knows, in case that the store has lost the record.

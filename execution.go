@@ -161,13 +161,9 @@ type lease struct {
 func (l *lease) start(c *call) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	now := c.claimSent
-	if c.memory == nil { // which may have taken its time
-		now = time.Now()
-	}
 	l.call, l.length = c, c.opts.Lease
-	l.limit, l.end = now.Add(c.opts.MaxExecution), c.claimSent.Add(l.length)
-	l.timer = time.AfterFunc(l.untilLocked(now, l.length/3), l.tick)
+	l.limit, l.end = c.claimed.Add(c.opts.MaxExecution), c.claimSent.Add(l.length)
+	l.timer = time.AfterFunc(l.untilLocked(c.claimed, l.length/3), l.tick)
 }
 
 // untilLocked returns the time to the next tick: next, or the end of the

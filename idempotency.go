@@ -154,6 +154,7 @@ type arrival struct {
 	sum         [sha256.Size]byte // backing of fingerprint
 
 	claimSent time.Time   // when the last claim was asked for
+	claimed   time.Time   // when it was answered
 	uncertain atomic.Bool // a claim may have been made that nobody knows of
 	waited    time.Duration
 }

@@ -111,7 +111,8 @@ type Options struct {
 	// AtMostOnce never runs a key again unless the handler's own answer said
 	// that nothing was done: one of the 4xx that ShouldStore names, or
 	// Discard. If a run dies or panics, retries are answered 409
-	// outcome_unknown until TTL. Default false: they run again after Lease.
+	// outcome_unknown until TTL, which should be much longer than Lease.
+	// Default false: they run again after Lease.
 	AtMostOnce bool
 
 	// FailOpen runs the handler unprotected when the store is down. Commit
