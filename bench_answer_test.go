@@ -26,13 +26,13 @@ func TestFloorsAnswer(t *testing.T) {
 		{contender{"idempotency, 1 MiB", inMemory}, 1 << 20, 10},
 	}
 	for _, row := range rows {
-		t.Run(row.name, func(t *testing.T) { answers(t, row.wrap, row.size, row.keys) })
+		t.Run(row.name, func(t *testing.T) { requireAnswers(t, row.wrap, row.size, row.keys) })
 	}
 	t.Run("Redis", func(t *testing.T) {
 		list, _ := redisContenders(t, "floor-raw", "floor-pipelined", "floor-goredis", "idempotency")
 		for _, c := range list {
-			t.Run(c.name, func(t *testing.T) { answers(t, c.wrap, smallBody, 500) })
-			t.Run(c.name+", 64 KiB", func(t *testing.T) { answers(t, c.wrap, 64<<10, 20) })
+			t.Run(c.name, func(t *testing.T) { requireAnswers(t, c.wrap, smallBody, 500) })
+			t.Run(c.name+", 64 KiB", func(t *testing.T) { requireAnswers(t, c.wrap, 64<<10, 20) })
 		}
 	})
 	t.Run("pass-through", func(t *testing.T) {
@@ -43,9 +43,9 @@ func TestFloorsAnswer(t *testing.T) {
 	})
 }
 
-// answers checks that the handler runs once for each key, that a repetition has
+// requireAnswers checks that the handler runs once for each key, that a repetition has
 // the same answer, and that another request under the key has not.
-func answers(t *testing.T, wrap func(http.Handler) http.Handler, size, keys int) {
+func requireAnswers(t *testing.T, wrap func(http.Handler) http.Handler, size, keys int) {
 	var mu sync.Mutex
 	var bodies []string
 	charge := newCharge(size)
