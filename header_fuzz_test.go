@@ -60,9 +60,6 @@ func decodeHeaderOps(data []byte) (parts [3][]headerOp) {
 			kind: a & 7, name: headerNames[int(b)%len(headerNames)],
 			value: headerValues[int(a>>3)%len(headerValues)], extra: headerValues[int(b>>4)%len(headerValues)],
 		}
-		if part == 2 && op.kind == 3 && strings.HasPrefix(op.name, http.TrailerPrefix) {
-			op.kind = 0 // one that outer middleware has set is not taken back
-		}
 		parts[part] = append(parts[part], op)
 	}
 	return parts

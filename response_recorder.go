@@ -265,14 +265,18 @@ func (r *recorder) fixContentTypeLocked() {
 	r.fields = append(r.fields, f)
 }
 
-// streamLocked sends what was held back.
+// streamLocked sends what was held back. The handler, which is running, then
+// finds the header as it left it: it may have set trailers already.
 func (r *recorder) streamLocked() {
 	if r.streaming {
 		return
 	}
 	r.streaming = true
+	left := maps.Clone(r.header)
 	r.resetHeaderLocked(r.fields)
 	r.sendLocked()
+	clear(r.header)
+	maps.Copy(r.header, left)
 }
 
 func (r *recorder) sendLocked() {
@@ -302,6 +306,9 @@ func (r *recorder) finish() {
 func (r *recorder) findTrailersLocked() {
 	found := len(r.declared) > 0
 	for name := range r.header {
+		found = found || r.isTrailer(name)
+	}
+	for name := range r.outer { // which the handler may have deleted
 		found = found || r.isTrailer(name)
 	}
 	for i := range r.fields {

@@ -552,6 +552,21 @@ func TestRecorderTrailers(t *testing.T) {
 			w.Header().Del("X-Declared")
 			delete(w.Header(), prefix+"X-Prefixed")
 		}, replay: []edit{on(2, length)}},
+		{name: "set between WriteHeader and a flush", handler: func(w *probe) {
+			w.Header().Set("Trailer", "X-Sum")
+			w.write("hello")
+			w.set("X-Sum", "1", prefix+"X-Prefixed", "1", "X-Late", "1")
+			w.flush()
+			w.write(" world")
+		}, replay: []edit{on(2, length)}},
+		{name: "and headers changed in place after a flush", handler: func(w *probe) {
+			w.set("Trailer", "X-Sum", "X-Sum", "1", "X-Kept", "1", "Content-Type", "text/x-mine")
+			w.write("hello")
+			w.flush()
+			for _, values := range w.Header() {
+				values[0] = "2"
+			}
+		}, replay: []edit{on(2, length)}},
 		{name: "not kept by option",
 			opts: idempotency.Options{ReplayHeader: func(name string) bool { return name != "X-Secret" }},
 			handler: func(w *probe) {
