@@ -246,9 +246,14 @@ func (c *call) backgroundEnd(end time.Time, once bool) time.Time {
 }
 
 // giveBack releases in the background a claim that may or may not have been
-// made, so that the key is free when the store is back.
+// made, so that the key is free when the store is back. It does so once more at
+// the end of the lease: a claim that arrives in between finds no marker if
+// someone else has come and gone, and an at-most-once claim that nobody knows of
+// would never end.
 func (c *call) giveBack() {
 	ctx := context.WithoutCancel(c.r.Context())
 	end := c.backgroundEnd(time.Now().Add(c.opts.Lease), c.opts.AtMostOnce)
-	c.persistLater(ctx, end, "releasing an uncertain claim failed", (*call).free)
+	again := func() { c.persistLater(ctx, end, "releasing an uncertain claim failed", (*call).free) }
+	again()
+	time.AfterFunc(c.opts.Lease, again)
 }

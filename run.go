@@ -182,6 +182,7 @@ func (c *call) seal(value []byte) (sealed []byte) {
 func (c *call) release(ctx context.Context, end time.Time) error {
 	err := c.persist(ctx, (*call).free)
 	if err != nil {
+		end = c.backgroundEnd(end, c.opts.AtMostOnce || c.uncertain.Load())
 		c.persistLater(ctx, end, "freeing a key failed, it stays claimed until its lease ends", (*call).free)
 	}
 	return err
