@@ -156,6 +156,17 @@ func newError(sentinel, cause error, docsURL string) *Error {
 	panic("idempotency: no problem for " + sentinel.Error())
 }
 
+// isLinkTarget reports whether s can stand in the angle brackets of a Link header
+// (RFC 8288).
+func isLinkTarget(s string) bool {
+	for i := range len(s) {
+		if c := s[i]; c <= ' ' || c > '~' || c == '<' || c == '>' || c == '"' {
+			return false
+		}
+	}
+	return true
+}
+
 // WriteError writes err as an RFC 9457 problem with the members code,
 // retryable and, where there is one, original_status. It is the default
 // [Options.ErrorHandler], and what a custom one falls back to.
@@ -187,10 +198,10 @@ func WriteError(w http.ResponseWriter, _ *http.Request, err *Error) {
 	h.Set("Cache-Control", "no-store")
 	h.Set("X-Content-Type-Options", "nosniff")
 	if err.RetryAfter > 0 {
-		seconds := (err.RetryAfter + time.Second - 1) / time.Second
+		seconds := (err.RetryAfter-1)/time.Second + 1
 		h.Set("Retry-After", strconv.FormatInt(int64(seconds), 10))
 	}
-	if err.Type != "" && err.Type != "about:blank" {
+	if err.Type != "" && err.Type != "about:blank" && isLinkTarget(err.Type) {
 		h.Add("Link", "<"+err.Type+`>; rel="describedby"`)
 	}
 	w.WriteHeader(err.Status)

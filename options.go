@@ -227,7 +227,7 @@ func (o *Options) check() error {
 			return fmt.Errorf("Options.Methods has %q; methods are upper-case tokens", method)
 		}
 	}
-	if _, err := url.Parse(o.DocsURL); err != nil || strings.ContainsAny(o.DocsURL, "<>\" \r\n") {
+	if _, err := url.Parse(o.DocsURL); err != nil || !isLinkTarget(o.DocsURL) {
 		return fmt.Errorf("Options.DocsURL %q is not a URL", o.DocsURL)
 	}
 	return nil

@@ -8,7 +8,6 @@ import (
 	"hash"
 	"io"
 	"net/http"
-	"net/textproto"
 	"slices"
 	"strings"
 	"sync"
@@ -25,7 +24,7 @@ func parseKey(lines []string) (key, detail string) {
 	if len(lines) > 1 {
 		return "", "The idempotency key header appears more than once."
 	}
-	key = textproto.TrimString(strings.Join(lines, ""))
+	key = strings.Trim(strings.Join(lines, ""), " \t")
 	if strings.HasPrefix(key, `"`) {
 		var rest string
 		var ok bool
@@ -93,6 +92,14 @@ func isParameters(s string) bool {
 			if _, s, ok = cutString(value); !ok {
 				return false
 			}
+			continue
+		}
+		if display, ok := strings.CutPrefix(value, `%"`); ok {
+			text, rest, ok := strings.Cut(display, `"`)
+			if !ok || !isBare(strings.NewReplacer(" ", "", ",", "").Replace(text)) {
+				return false
+			}
+			s = rest
 			continue
 		}
 		end = strings.IndexByte(value+";", ';')
