@@ -90,7 +90,8 @@ func (c *call) tryClaim() (Record, error) {
 		}
 	}
 	c.uncertain.Store(true)
-	return Record{}, errLateClaim
+	// Whoever has the key now may be running, so FailOpen must not.
+	return Record{State: InProgress}, errLateClaim
 }
 
 // monotonicNow is half of what time.Now costs, and only for comparison.

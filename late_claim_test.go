@@ -35,11 +35,12 @@ func (s *pausedStore) Acquire(ctx context.Context, key string, c idempotency.Cla
 
 // withPausedStore runs a test with a function that asks and returns the status,
 // "replayed" after it where it is one. The first to ask is stopped.
-func withPausedStore(t *testing.T, times int, test func(t *testing.T, ask func() string, runs *int)) {
+func withPausedStore(t *testing.T, times int, opts idempotency.Options, test func(t *testing.T, ask func() string, runs *int)) {
 	synctest.Test(t, func(t *testing.T) {
 		store := &pausedStore{MemoryStore: idempotency.NewMemoryStore(), times: times}
+		opts.Lease = time.Second
 		runs := 0
-		h := idempotency.Middleware(store, &idempotency.Options{Lease: time.Second})(http.HandlerFunc(
+		h := idempotency.Middleware(store, &opts)(http.HandlerFunc(
 			func(w http.ResponseWriter, _ *http.Request) { runs++; w.WriteHeader(http.StatusCreated) }))
 		test(t, func() string {
 			r := httptest.NewRequest(http.MethodPost, "/charge", nil)
@@ -57,7 +58,7 @@ func withPausedStore(t *testing.T, times int, test func(t *testing.T, ask func()
 // A claim whose lease is over before the handler starts may belong to someone
 // else by then: the handler does not start, and the answer is that of who ran.
 func TestLateClaimDoesNotRun(t *testing.T) {
-	withPausedStore(t, 1, func(t *testing.T, ask func() string, runs *int) {
+	withPausedStore(t, 1, idempotency.Options{}, func(t *testing.T, ask func() string, runs *int) {
 		late := make(chan string)
 		go func() { late <- ask() }()
 		synctest.Wait()
@@ -68,7 +69,7 @@ func TestLateClaimDoesNotRun(t *testing.T) {
 }
 
 func TestLateClaimThatNobodyTookRuns(t *testing.T) {
-	withPausedStore(t, 1, func(t *testing.T, ask func() string, runs *int) {
+	withPausedStore(t, 1, idempotency.Options{}, func(t *testing.T, ask func() string, runs *int) {
 		require.Equal(t, "201 Created", ask())
 		require.Equal(t, 1, *runs)
 	})
@@ -76,11 +77,24 @@ func TestLateClaimThatNobodyTookRuns(t *testing.T) {
 
 // A process that is late again and again has no business with the key.
 func TestLateClaimIsGivenBack(t *testing.T) {
-	withPausedStore(t, 2, func(t *testing.T, ask func() string, runs *int) {
+	withPausedStore(t, 2, idempotency.Options{}, func(t *testing.T, ask func() string, runs *int) {
 		require.Equal(t, "503 Service Unavailable", ask())
 		require.Zero(t, *runs)
 		time.Sleep(500 * time.Millisecond) // less than the lease
 		require.Equal(t, "201 Created", ask())
 		require.Equal(t, 1, *runs)
+	})
+}
+
+// FailOpen is for a store that is down. This one is up, and knows who runs.
+func TestLateClaimDoesNotFailOpen(t *testing.T) {
+	withPausedStore(t, 2, idempotency.Options{FailOpen: true}, func(t *testing.T, ask func() string, runs *int) {
+		late := make(chan string)
+		go func() { late <- ask() }()
+		time.Sleep(5 * time.Second) // it has renewed its claim, which is over again
+		require.Equal(t, "201 Created", ask(), "takes over after the lease")
+		require.Equal(t, "503 Service Unavailable", <-late)
+		require.Equal(t, 1, *runs)
+		time.Sleep(100 * time.Millisecond) // for the claim that it gives back
 	})
 }
