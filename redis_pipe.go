@@ -105,9 +105,11 @@ func (p *redisPipe) exec(ctx context.Context, batch []*queuedCommand) (err error
 	}()
 	pipe := p.client.Pipeline()
 	for _, q := range batch {
-		if q.ctx.Err() == nil { // else a claim would be made that nobody knows of
-			_ = pipe.Process(ctx, q.cmd)
+		if err := q.ctx.Err(); err != nil { // else a claim would be made that nobody knows of
+			q.cmd.SetErr(err) // its caller may be about to look
+			continue
 		}
+		_ = pipe.Process(ctx, q.cmd)
 	}
 	_, _ = pipe.Exec(ctx) // each command has its own error
 	return nil

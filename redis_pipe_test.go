@@ -18,12 +18,14 @@ import (
 // A gate stands in for a Redis in which every key is free. Commands that come
 // one by one wait until it opens.
 type gate struct {
-	open chan struct{}
+	open  chan struct{}
+	store *idempotency.RedisStore // on it
 
 	mu        sync.Mutex
 	single    int
-	pipelines []int // their lengths
-	broken    bool  // a pipeline panics
+	pipelines []int     // their lengths
+	deadline  time.Time // of the last pipeline
+	broken    bool      // a pipeline panics
 }
 
 func (g *gate) DialHook(redis.DialHook) redis.DialHook {
@@ -42,9 +44,10 @@ func (g *gate) ProcessHook(redis.ProcessHook) redis.ProcessHook {
 }
 
 func (g *gate) ProcessPipelineHook(redis.ProcessPipelineHook) redis.ProcessPipelineHook {
-	return func(_ context.Context, cmds []redis.Cmder) error {
+	return func(ctx context.Context, cmds []redis.Cmder) error {
 		g.mu.Lock()
 		defer g.mu.Unlock()
+		g.deadline, _ = ctx.Deadline()
 		if g.pipelines = append(g.pipelines, len(cmds)); g.broken {
 			panic("a hook")
 		}
@@ -63,14 +66,14 @@ func withGate(t *testing.T, test func(t *testing.T, g *gate, claim func(from, to
 		client := redis.NewClient(&redis.Options{Addr: "127.0.0.1:0"})
 		defer func() { require.NoError(t, client.Close()) }()
 		client.AddHook(g)
-		store := idempotency.NewRedisStore(client, nil)
+		g.store = idempotency.NewRedisStore(client, nil)
 		test(t, g, func(from, to int) <-chan error {
 			results := make(chan error, to-from)
 			for i := from; i < to; i++ {
 				go func() {
 					ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 					defer cancel()
-					_, err := store.Acquire(ctx, "key"+strconv.Itoa(i), idempotency.Claim{
+					_, err := g.store.Acquire(ctx, "key"+strconv.Itoa(i), idempotency.Claim{
 						Token: strconv.Itoa(i), Fingerprint: []byte{1}, Lease: time.Minute, TTL: time.Hour,
 					})
 					results <- err
@@ -115,6 +118,48 @@ func TestRedisPipelineLeavesOutWhoHasLeft(t *testing.T) {
 		requireErrors(t, first, nil)
 		requireErrors(t, second, nil)
 		require.Equal(t, []int{2}, g.pipelines)
+	})
+}
+
+// Neither the first nor the least patient caller ends a pipeline for the others.
+func TestRedisPipelineIsAsPatientAsItsCallers(t *testing.T) {
+	withGate(t, func(t *testing.T, g *gate, claim func(from, to int) <-chan error) {
+		first := claim(0, 8)
+		second := claim(8, 9)
+		time.Sleep(time.Second / 2)
+		third := claim(9, 10)
+		last := time.Now().Add(time.Second)
+		fourth := claim(10, 11)
+		close(g.open)
+		for _, results := range []<-chan error{first, second, third, fourth} {
+			requireErrors(t, results, nil)
+		}
+		require.Equal(t, []int{3}, g.pipelines)
+		require.Equal(t, last, g.deadline)
+	})
+}
+
+// overdue is a context at the moment when Err tells its end and Done not yet.
+type overdue struct{ context.Context }
+
+func (overdue) Err() error { return context.DeadlineExceeded }
+
+// A command that is left out has not been answered by Redis.
+func TestRedisPipelineTellsWhoIsLeftOut(t *testing.T) {
+	withGate(t, func(t *testing.T, g *gate, claim func(from, to int) <-chan error) {
+		first := claim(0, 8)
+		result := make(chan error, 1)
+		go func() {
+			claim := idempotency.Claim{Token: "1", Fingerprint: []byte{1}, Lease: time.Minute, TTL: time.Hour}
+			_, err := g.store.Acquire(overdue{t.Context()}, "key", claim)
+			result <- err
+		}()
+		synctest.Wait()
+		close(g.open)
+		requireErrors(t, first, nil)
+		require.ErrorIs(t, <-result, context.DeadlineExceeded)
+		require.Equal(t, 8, g.single)
+		require.Equal(t, []int(nil), g.pipelines)
 	})
 }
 
