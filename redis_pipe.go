@@ -75,13 +75,15 @@ func (p *redisPipe) free() {
 func (p *redisPipe) send(batch []*queuedCommand) {
 	defer p.free()
 	var deadline time.Time
+	limited := true
 	for _, q := range batch {
-		if d, ok := q.ctx.Deadline(); ok && d.After(deadline) {
+		d, ok := q.ctx.Deadline()
+		if limited = limited && ok; d.After(deadline) {
 			deadline = d
 		}
 	}
 	ctx := context.WithoutCancel(batch[0].ctx)
-	if !deadline.IsZero() {
+	if limited {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithDeadline(ctx, deadline)
 		defer cancel()

@@ -139,6 +139,27 @@ func TestRedisPipelineIsAsPatientAsItsCallers(t *testing.T) {
 	})
 }
 
+// A caller without a deadline is the most patient of all.
+func TestRedisPipelineWithoutADeadline(t *testing.T) {
+	withGate(t, func(t *testing.T, g *gate, claim func(from, to int) <-chan error) {
+		first := claim(0, 8)
+		second := claim(8, 10)
+		result := make(chan error, 1)
+		go func() {
+			claim := idempotency.Claim{Token: "1", Fingerprint: []byte{1}, Lease: time.Minute, TTL: time.Hour}
+			_, err := g.store.Acquire(t.Context(), "key", claim)
+			result <- err
+		}()
+		synctest.Wait()
+		close(g.open)
+		requireErrors(t, first, nil)
+		requireErrors(t, second, nil)
+		require.NoError(t, <-result)
+		require.Equal(t, []int{3}, g.pipelines)
+		require.Zero(t, g.deadline)
+	})
+}
+
 // overdue is a context at the moment when Err tells its end and Done not yet.
 type overdue struct{ context.Context }
 
