@@ -37,7 +37,7 @@ func (c *call) free(ctx context.Context) error {
 
 // try calls op with a context that carries the values of ctx.
 func (c *call) try(ctx context.Context, timeout time.Duration, op storeOp) error {
-	sc := &storeContext{Context: ctx, deadline: time.Now().Add(timeout)}
+	sc := newStoreContext(ctx, timeout)
 	defer sc.end(context.Canceled)
 	return op(c, sc)
 }
@@ -60,7 +60,7 @@ func (c *call) acquire(ctx context.Context, start time.Time, claim Claim) (Recor
 }
 
 func (c *call) tryAcquire(ctx context.Context, timeout time.Duration, claim Claim) (Record, error) {
-	sc := &storeContext{Context: ctx, deadline: time.Now().Add(timeout)}
+	sc := newStoreContext(ctx, timeout)
 	defer sc.end(context.Canceled)
 	rec, err := c.store.Acquire(sc, c.storeKey, claim)
 	if err == nil && (rec.State < Acquired || rec.State > Lost) {

@@ -97,6 +97,12 @@ type storeContext struct {
 	err   error
 }
 
+// newStoreContext returns a context with the values of ctx. Even the cause of the
+// end of ctx, which package context finds among them, is kept off.
+func newStoreContext(ctx context.Context, timeout time.Duration) *storeContext {
+	return &storeContext{Context: context.WithoutCancel(ctx), deadline: time.Now().Add(timeout)}
+}
+
 func (c *storeContext) Deadline() (time.Time, bool) { return c.deadline, true }
 
 func (c *storeContext) Done() <-chan struct{} {

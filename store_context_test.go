@@ -1,0 +1,94 @@
+package idempotency_test
+
+import (
+	"context"
+	"net/http"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/go-idempotency/idempotency"
+	"github.com/stretchr/testify/require"
+)
+
+// observedStore calls look with the context of every call.
+type observedStore struct {
+	idempotency.Store
+	look func(ctx context.Context, method string)
+}
+
+func (s *observedStore) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+	s.look(ctx, "Acquire")
+	return s.Store.Acquire(ctx, key, c)
+}
+
+func (s *observedStore) Complete(ctx context.Context, key, token string, r idempotency.Result) error {
+	s.look(ctx, "Complete")
+	return s.Store.Complete(ctx, key, token, r)
+}
+
+func (s *observedStore) Release(ctx context.Context, key, token string) error {
+	s.look(ctx, "Release")
+	return s.Store.Release(ctx, key, token)
+}
+
+// The client's end is not that of a store call, in whichever way a store, or
+// what it is built on, looks at its context.
+func TestStoreCallsOutliveTheClient(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var mu sync.Mutex
+		var kept []context.Context
+		seen := map[string]int{}
+		store := &observedStore{idempotency.NewMemoryStore(), func(ctx context.Context, method string) {
+			require.NoError(t, ctx.Err())
+			require.NoError(t, context.Cause(ctx))
+			require.Equal(t, "acme", ctx.Value(tenantKey{}))
+			deadline, ok := ctx.Deadline()
+			require.True(t, ok)
+			require.LessOrEqual(t, time.Until(deadline), time.Second, "StoreTimeout")
+			mu.Lock()
+			defer mu.Unlock()
+			seen[method]++
+			kept = append(kept, ctx)
+		}}
+		c := newAPI(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+			must(execution(r).Commit(r.Context()))
+			time.Sleep(time.Minute) // renewals
+			w.WriteHeader(http.StatusCreated)
+		})
+		ctx, hangUp := context.WithCancel(context.WithValue(t.Context(), tenantKey{}, "acme"))
+		hangUp()
+		c.do(c.request(exchange{key: k("a")}).WithContext(ctx))
+		freeing := newAPI(store, &idempotency.Options{}, answering(503))
+		freeing.do(freeing.request(exchange{key: k("b")}).WithContext(ctx))
+		require.Greater(t, seen["Acquire"], 4)
+		require.Equal(t, 1, seen["Complete"])
+		require.Equal(t, 1, seen["Release"])
+		for _, ctx := range kept {
+			require.ErrorIs(t, ctx.Err(), context.Canceled, "the call is over")
+			<-ctx.Done()
+		}
+	})
+}
+
+// A store that waits for Done is let go in time, though it looked at its context
+// before that.
+func TestStoreCallsEndInTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var took []time.Duration
+		store := &observedStore{idempotency.NewMemoryStore(), func(ctx context.Context, _ string) {
+			require.NoError(t, ctx.Err())
+			start := time.Now()
+			<-ctx.Done()
+			require.ErrorIs(t, ctx.Err(), context.DeadlineExceeded)
+			require.ErrorIs(t, context.Cause(ctx), context.DeadlineExceeded)
+			took = append(took, time.Since(start))
+		}}
+		c := newAPI(store, &idempotency.Options{}, nil)
+		ctx, hangUp := context.WithCancel(t.Context())
+		hangUp()
+		c.do(c.request(exchange{key: k("a")}).WithContext(ctx))
+		require.Equal(t, []time.Duration{time.Second / 2, time.Second / 2}, took)
+	})
+}
