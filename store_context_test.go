@@ -92,3 +92,45 @@ func TestStoreCallsEndInTime(t *testing.T) {
 		require.Equal(t, []time.Duration{time.Second / 2, time.Second / 2}, took)
 	})
 }
+
+// A goroutine that the handler leaves behind reads nothing of the body from the
+// moment on at which the response is put together: it may take the place of the
+// body.
+func TestBodyIsClosedBeforeTheResponseIsStored(t *testing.T) {
+	for name, body := range map[string]string{"small": "small", "large": upload(500, 'x')} {
+		t.Run(name, func(t *testing.T) {
+			var left *http.Request
+			looked := false
+			store := &observedStore{idempotency.NewMemoryStore(), func(_ context.Context, method string) {
+				if method == "Complete" {
+					looked = true
+					n, err := left.Body.Read(make([]byte, 10))
+					require.Zero(t, n)
+					require.ErrorIs(t, err, http.ErrBodyReadAfterClose)
+				}
+			}}
+			c := newAPI(store, &idempotency.Options{MaxBufferedBody: 64}, func(_ http.ResponseWriter, r *http.Request) { left = r })
+			c.check(t, 0, exchange{key: k("a"), body: body, get: "200 "})
+			require.True(t, looked)
+		})
+	}
+}
+
+// What is refused for certain has made no claim, and none is given back.
+func TestRefusalsCostNoRelease(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := &faultyStore{Store: idempotency.NewMemoryStore()}
+		c := newAPI(store, &idempotency.Options{Wait: idempotency.NoWait}, lasting(time.Second))
+		var first sync.WaitGroup
+		first.Go(func() { c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"}) })
+		synctest.Wait()
+		c.check(t, 1, exchange{key: k("a"), get: "409 in_progress"})
+		c.check(t, 2, exchange{key: k("a"), body: "other", get: "422 key_reused"})
+		first.Wait()
+		store.fail("Acquire", idempotency.ErrStoreFull)
+		c.check(t, 3, exchange{key: k("b"), get: "503 store_unavailable"})
+		time.Sleep(time.Hour)
+		require.Zero(t, store.count("Release"))
+		require.Equal(t, 4, store.count("Acquire"), "a full store is not asked twice")
+	})
+}
