@@ -1,0 +1,373 @@
+/*
+ * What requests with one key do to each other: a model of the contract of Store
+ * and of the middleware's flow, for the model checker spin. README.md says what
+ * is modelled and which function each part of it stands for; check runs it.
+ */
+
+#ifndef OWNERS
+#define OWNERS 2 /* clients, or a client that does not wait for its own answer */
+#endif
+#ifndef TRIES
+#define TRIES 2 /* how often each of them sends its request */
+#endif
+#ifndef FAULTS
+#define FAULTS 2 /* a command or a reply that is lost or late, a command that comes twice */
+#endif
+#ifndef CRASHES
+#define CRASHES 1 /* panics as well */
+#endif
+#ifdef AT_MOST_ONCE /* Options.AtMostOnce */
+#define ONCE 1
+#else
+#define ONCE 0
+#endif
+#ifdef COMMIT /* handlers call Execution.Commit: before they charge, */
+#define COMMITS 1
+#else
+#define COMMITS 0
+#endif
+#ifdef COMMIT_AFTER /* or afterwards */
+#define COMMITS_LATE 1
+#else
+#define COMMITS_LATE 0
+#endif
+
+#define TOKENS (OWNERS * TRIES)
+#define PROBE (TOKENS + 1) /* the token of one more request, when all is over */
+
+byte faults = FAULTS;
+byte crashes = CRASHES;
+bit body[OWNERS + 1]; /* what a request is for */
+#define BODY(t_) body[(t_ - 1) / TRIES]
+
+#include "store.pml"
+
+/* Commands that nobody waits for any more. */
+bit late_claim[TOKENS + 1];
+bit late_commit[TOKENS + 1];
+bit late_complete[TOKENS + 1];
+bit late_release[TOKENS + 1];
+
+/* What goes on in the background. */
+bit completing[TOKENS + 1];
+bit releasing[TOKENS + 1];
+
+#ifdef BUG_RENEWAL_OF_A_STALE_OWNER
+#define RENEWS true
+#else
+#define RENEWS holder == t
+#endif
+
+#define OR_CRASH :: d_step { crashes > 0; crashes-- }; goto crashed
+
+/* One store call: it is answered; or it takes effect, and the reply is lost; or
+ * the command comes when nobody waits for it any more, or never. */
+inline acquire(o_) {
+	if
+	:: d_step { true; store_acquire(t, BODY(t), o_) }
+	:: d_step { faults > 0; faults--; store_acquire(t, BODY(t), o_); res = unknown }
+	:: d_step {
+		faults > 0; faults--;
+		if
+		:: (o_) > ONCE -> late_commit[t] = 1
+		:: else -> late_claim[t] = 1
+		fi;
+		res = unknown
+	}
+	OR_CRASH
+	fi
+}
+
+inline complete() {
+	if
+	:: d_step { true; store_complete(t, BODY(t)) }
+	:: d_step { faults > 0; faults--; store_complete(t, BODY(t)); res = unknown }
+	:: d_step { faults > 0; faults--; late_complete[t] = 1; res = unknown }
+	OR_CRASH
+	fi
+}
+
+inline release() {
+	if
+	:: d_step { true; store_release(t) }
+	:: d_step { faults > 0; faults--; store_release(t); res = unknown }
+	:: d_step { faults > 0; faults--; late_release[t] = 1; res = unknown }
+	OR_CRASH
+	fi
+}
+
+/* The owner has the reply to a claim. It counts the lease from before it sent
+ * the command, so it does not count on one that the store has ended. */
+inline hold() {
+	if
+#ifndef BUG_LEASE_FROM_THE_REPLY
+	:: state != claimed || tok != t || !running
+#endif
+	:: else -> assert(ALONE(t)); holder = t
+	fi
+}
+
+inline drop() {
+	if
+	:: holder == t -> holder = 0
+	:: else
+	fi
+}
+
+/* The tries of one client, and the middleware that serves them. A try begins
+ * when the one before has an answer or has failed; a client that does not wait
+ * so long is two owners. */
+proctype Owner(byte i) {
+	byte t = i * TRIES; /* this try, and its token */
+	mtype:answer res;
+	bit uncertain, committed, ran, taken;
+
+again:
+	atomic {
+		res = 0; uncertain = 0; committed = 0; ran = 0; taken = 0;
+		if
+		:: t == (i + 1) * TRIES -> goto finished
+		:: else -> t++
+		fi
+	}
+
+claiming: /* and claiming again, for as long as it waits */
+	acquire(ONCE);
+	if
+	:: res == unknown -> uncertain = 1; acquire(ONCE)
+	:: else
+	fi;
+	if
+	:: atomic { res == acquired -> hold(); goto executing }
+	:: atomic { res == replay -> goto again } /* answered with what store_acquire found */
+	:: atomic { res == in_progress -> res = 0; goto claiming }
+#ifdef BUG_RUNS_WITHOUT_A_CLAIM
+	:: res == unknown -> goto executing
+#endif
+#ifdef BUG_KEEPS_AN_UNCERTAIN_CLAIM
+	:: atomic { res != acquired && res != replay -> goto again }
+#else
+	:: atomic { res != acquired && res != replay -> releasing[t] = uncertain; goto again } /* refused */
+#endif
+	OR_CRASH
+	fi;
+
+executing:
+	atomic {
+		NOTE_START(t)
+		served = served || tok == t;
+#ifdef BUG_GIVES_A_RUNNING_CLAIM_BACK
+		releasing[t] = uncertain;
+#endif
+		res = 0; uncertain = 0
+	}
+handler:
+	do
+	:: RENEWS -> /* while it has the lease; the command comes later */
+		atomic {
+			acquire(ONCE || committed);
+			if
+			:: res == acquired -> hold()
+			:: res == unknown
+			:: else -> drop(); taken = 1
+			fi;
+			served = served || state == claimed && tok == t;
+			res = 0
+		}
+	:: atomic { COMMITS && !committed && ran == COMMITS_LATE -> acquire(1) };
+		if
+		:: res == unknown -> acquire(1)
+		:: else
+		fi;
+		atomic {
+			if
+			:: res == acquired -> hold(); committed = 1; pledge = pledge || !OLD(t)
+			:: res == unknown
+#ifdef BUG_COMMITS_REGARDLESS
+			:: else -> committed = 1
+#else
+			:: else -> drop(); taken = 1
+#endif
+			fi;
+			served = served || state == claimed && tok == t;
+			res = 0
+		}
+	:: d_step {
+		!ran && (committed || !COMMITS || COMMITS_LATE) -> ran = 1; /* it charges */
+		assert(!charged || !(ONCE || COMMITS && !COMMITS_LATE) || OLD(t)); /* at most once */
+		charged = charged || !OLD(t)
+	}
+	:: ran -> goto keeping /* a final answer; */
+	:: !ran && !committed -> goto freeing /* one that says that nothing was done, */
+#ifdef BUG_RELEASES_AFTER_COMMIT
+	:: committed -> goto freeing
+#else
+	:: !ran && committed -> goto keeping /* which makes no difference after Commit; */
+#endif
+	:: atomic { crashes > 0; crashes--; drop(); goto again } /* or a panic */
+	OR_CRASH
+	od;
+
+freeing:
+	atomic { drop(); release() };
+	if
+	:: res == unknown -> release()
+	:: else
+	fi;
+	atomic { releasing[t] = (res == unknown); goto again }
+
+keeping:
+	complete();
+	if
+	:: res == unknown -> complete()
+	:: else
+	fi;
+	atomic {
+		if
+#ifdef BUG_ANSWERS_AFTER_A_LOST_LEASE
+		:: res == lost || res == done -> assert(record == t || OLD(t)); drop()
+#else
+		:: res == done -> assert(record == t || OLD(t)); drop() /* stored before sent */
+		:: res == lost -> drop() /* the client is told to ask again */
+#endif
+		:: res == unknown -> /* the client has its answer all the same */
+			completing[t] = 1;
+#ifdef SHOW_ANSWER_OF_A_STALE_OWNER
+			assert(!taken)
+#endif
+		fi;
+		goto again
+	}
+
+crashed:
+	atomic {
+		drop(); completing[t] = 0; releasing[t] = 0;
+		orphaned = orphaned || ONCE && !served;
+		goto again
+	}
+
+finished:
+	skip
+}
+
+/* A late command comes; or a copy of it does; or it never comes. */
+#define LATE(flag, op) \
+	:: d_step { flag[t] -> flag[t] = 0; op; res = 0 } \
+	:: d_step { flag[t] && faults > 0 -> faults--; op; res = 0 } \
+	:: flag[t] -> flag[t] = 0
+
+/* A repetition in the background is answered; or its reply is lost; or it comes
+ * late. */
+#define REPEAT(flag, op, late) \
+	:: d_step { flag[t] -> flag[t] = 0; op; res = 0 } \
+	:: d_step { flag[t] && faults > 0 -> faults--; op; res = 0 } \
+	:: d_step { flag[t] && faults > 0 -> faults--; late[t] = 1 }
+
+inline late_acquire(o_) {
+	store_acquire(t, BODY(t), o_);
+	if
+	:: res == acquired && !served -> orphaned = orphaned || ONCE
+	:: else
+	fi
+}
+
+/* What goes on under a token beside its request and after it. */
+proctype Wire(byte t) {
+	mtype:answer res;
+
+end:	do
+	LATE(late_claim, late_acquire(ONCE))
+	LATE(late_commit, late_acquire(1))
+	LATE(late_complete, store_complete(t, BODY(t)))
+	LATE(late_release, store_release(t))
+	REPEAT(completing, store_complete(t, BODY(t)); drop(), late_complete)
+	REPEAT(releasing, store_release(t), late_release)
+	/* Both end when the time is over for which the store was down, or when the
+	 * process dies. */
+	:: d_step { completing[t] && holder != t -> completing[t] = 0 }
+	:: d_step { completing[t] && crashes > 0 -> crashes--; completing[t] = 0; drop() }
+	:: d_step { releasing[t] -> releasing[t] = 0; orphaned = orphaned || ONCE }
+	od
+}
+
+/* Time passes. */
+proctype Clock() {
+	byte n;
+
+end:	do
+	/* A lease is over: by its owner's own clock and then by the store's, which
+	 * began to count later, when the command came. */
+	:: d_step {
+		state == claimed && running -> running = 0;
+		may_take = may_take || !(ONCE || pledge);
+		if
+		:: holder == tok -> holder = 0
+		:: else
+		fi
+	}
+	/* One lease has passed since the key was freed. */
+	:: d_step {
+		marker != 0 -> marker = 0;
+		if
+		:: state == released -> state = absent; tok = 0
+		:: else
+		fi
+	}
+#ifdef TTL
+	/* The cell expires, and what was promised with it. */
+	:: d_step {
+#ifdef BUG_EXPIRES_BEFORE_ITS_LEASE
+		ttls > 0 && (state == completed || state == claimed) -> ttls--;
+#else
+		ttls > 0 && (state == completed && holder != tok || state == claimed && !running) -> ttls--;
+#endif
+		state = absent; tok = 0; fingerprint = 0; once = 0; running = 0;
+		record = 0; claimer = 0; may_take = 0; pledge = 0; bound = 0; request = 0; charged = 0; served = 0;
+		n = 1;
+		do
+		:: n > TOKENS -> break
+		:: n <= TOKENS && since[n] == 0 -> n++
+		:: else -> since[n] = 2; n++
+		od;
+		n = 0
+	}
+#endif
+#ifdef LOSES_RECORDS
+	/* The store forgets, and nobody else does. */
+	:: d_step { state != absent -> state = absent; tok = 0; fingerprint = 0; once = 0; running = 0 }
+#endif
+	od
+}
+
+/* When all is over, the key is not stuck: one lease after the last command, a
+ * request gets it or an answer. */
+proctype Probe() {
+	mtype:answer res;
+
+	timeout;
+	d_step {
+		store_acquire(PROBE, fingerprint, ONCE);
+		assert(res == acquired || res == replay ||
+#ifdef SHOW_UNKNOWN_WITHOUT_A_RUN
+			res == abandoned && (COMMITS || ONCE && (served || OLD(tok))))
+#else
+			res == abandoned && (COMMITS || ONCE && (served || orphaned || OLD(tok))))
+#endif
+	}
+}
+
+init {
+	byte n;
+
+	atomic {
+		if
+		:: true
+		:: body[OWNERS - 1] = 1
+		fi;
+		for (n : 0 .. OWNERS - 1) { run Owner(n) }
+		for (n : 1 .. TOKENS) { run Wire(n) }
+		n = 0;
+		run Clock();
+		run Probe()
+	}
+}
