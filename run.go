@@ -118,6 +118,7 @@ func (c *call) keep(ctx context.Context, notStored error, committed, attached bo
 	}
 	switch {
 	case err == nil:
+		c.result = Result{} // a context that outlives the request would keep it
 		c.send(OutcomeExecuted, notStored)
 	case errors.Is(err, ErrLeaseLost) || rolledBack && taken:
 		c.withhold(OutcomeLeaseLost, c.problem(ErrInProgress, err))

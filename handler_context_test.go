@@ -1,0 +1,46 @@
+package idempotency_test
+
+import (
+	"context"
+	"net/http"
+	"runtime"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-idempotency/idempotency"
+)
+
+// forgetfulStore lets everything run and keeps nothing.
+type forgetfulStore struct{}
+
+func (forgetfulStore) Acquire(context.Context, string, idempotency.Claim) (idempotency.Record, error) {
+	return idempotency.Record{State: idempotency.Acquired, Attempt: 1}, nil
+}
+
+func (forgetfulStore) Complete(context.Context, string, string, idempotency.Result) error { return nil }
+
+func (forgetfulStore) Release(context.Context, string, string) error { return nil }
+
+// What works on in the background with the values of its request must not keep
+// the response in memory.
+func TestKeptContextKeepsNoResponse(t *testing.T) {
+	const requests, size = 20, 1 << 20
+	body := []byte(strings.Repeat("x", size))
+	var kept []context.Context
+	h := idempotency.Middleware(forgetfulStore{}, nil)(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		kept = append(kept, context.WithoutCancel(r.Context()))
+		w.WriteHeader(http.StatusCreated)
+		_, err := w.Write(body)
+		require.NoError(t, err)
+	}))
+	client := newBenchClient(true)
+	before := heap()
+	for i := range requests {
+		client.do(h, keyAt(i))
+		require.Equal(t, size, client.w.written)
+	}
+	require.Less(t, heap()-before, int64(requests*size/10))
+	runtime.KeepAlive(kept)
+}
