@@ -66,6 +66,10 @@ func (c *handlerContext) cancel(cause error) {
 	}
 }
 
+// String implements fmt.Stringer, for tests and logs that print a context. Its
+// fields are not theirs to read.
+func (c *handlerContext) String() string { return "idempotency.handlerContext" }
+
 // Deadline implements context.Context.
 func (c *handlerContext) Deadline() (time.Time, bool) { return c.request.Deadline() }
 
@@ -102,6 +106,8 @@ type storeContext struct {
 func newStoreContext(ctx context.Context, timeout time.Duration) *storeContext {
 	return &storeContext{Context: context.WithoutCancel(ctx), deadline: time.Now().Add(timeout)}
 }
+
+func (c *storeContext) String() string { return "idempotency.storeContext" }
 
 func (c *storeContext) Deadline() (time.Time, bool) { return c.deadline, true }
 

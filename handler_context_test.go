@@ -2,6 +2,7 @@ package idempotency_test
 
 import (
 	"context"
+	"fmt"
 	"net/http"
 	"runtime"
 	"strings"
@@ -43,4 +44,36 @@ func TestKeptContextKeepsNoResponse(t *testing.T) {
 	}
 	require.Less(t, heap()-before, int64(requests*size/10))
 	runtime.KeepAlive(kept)
+}
+
+// printingStore prints its contexts, as mocks do.
+type printingStore struct {
+	forgetfulStore
+	printed *[]string
+}
+
+func (s printingStore) Complete(ctx context.Context, _, _ string, _ idempotency.Result) error {
+	*s.printed = append(*s.printed, printed(ctx))
+	return nil
+}
+
+// printed prints ctx while someone else uses it.
+func printed(ctx context.Context) string {
+	used := make(chan struct{})
+	go func() {
+		defer close(used)
+		_, _ = ctx.Done(), ctx.Err()
+	}()
+	defer func() { <-used }()
+	return fmt.Sprint(ctx)
+}
+
+// To print a context is no data race, and does not tell what is in it.
+func TestContextsPrint(t *testing.T) {
+	var all []string
+	h := idempotency.Middleware(printingStore{printed: &all}, nil)(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		all = append(all, printed(r.Context()))
+	}))
+	newBenchClient(true).do(h, keyAt(0))
+	require.Equal(t, []string{"idempotency.handlerContext", "idempotency.storeContext"}, all)
 }
