@@ -82,10 +82,21 @@ func (r *recorder) WriteHeader(status int) {
 		panic("invalid WriteHeader code " + strconv.Itoa(status)) // as net/http does
 	}
 	if status < 200 && (status != http.StatusSwitchingProtocols || r.proto >= 2) {
-		r.w.WriteHeader(status) // with the header as it is now
+		r.informLocked(status)
 		return
 	}
 	r.writeHeaderLocked(status)
+}
+
+// informLocked sends a 1xx response with the header as it is now. What outer
+// middleware changes of the header on the way is not the handler's doing.
+func (r *recorder) informLocked(status int) {
+	before := r.header.Clone()
+	r.w.WriteHeader(status)
+	if r.outer == nil {
+		r.outer = make(http.Header)
+	}
+	applyFields(r.outer, new(headerRoom).difference(before, r.header))
 }
 
 // writeHeaderLocked fixes the status and the header, as net/http does.
