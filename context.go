@@ -21,7 +21,6 @@ type handlerContext struct {
 	inner context.Context
 	stop  context.CancelCauseFunc
 	ended bool
-	cause error // of the end
 }
 
 // within returns the context that does the work. All values go through it, that
@@ -48,7 +47,7 @@ func (c *handlerContext) makeLocked() {
 		c.stop = func(cause error) { cancel(cause); stop() }
 	}
 	if c.ended {
-		c.stop(c.cause)
+		c.stop(nil)
 	}
 }
 
@@ -60,7 +59,10 @@ func (c *handlerContext) cancel(cause error) {
 	if c.ended {
 		return
 	}
-	c.ended, c.cause = true, cause
+	if c.inner == nil && cause != nil {
+		c.makeLocked() // now: later its deadline may seem to have come first
+	}
+	c.ended = true
 	if c.inner != nil {
 		c.stop(cause)
 	}

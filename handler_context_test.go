@@ -7,6 +7,8 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -76,4 +78,30 @@ func TestContextsPrint(t *testing.T) {
 	}))
 	newBenchClient(true).do(h, keyAt(0))
 	require.Equal(t, []string{"idempotency.handlerContext", "idempotency.storeContext"}, all)
+}
+
+// A handler that asks late is told what came first.
+func TestHandlerContextTellsTheFirstCause(t *testing.T) {
+	for name, row := range map[string]struct {
+		deadline time.Duration // of the request; the lease ends after 30s
+		cause    error
+	}{
+		"the end of the lease": {deadline: 40 * time.Second, cause: idempotency.ErrLeaseLost},
+		"the deadline":         {deadline: 20 * time.Second, cause: context.DeadlineExceeded},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ctx, cancel := context.WithTimeout(t.Context(), row.deadline)
+				defer cancel()
+				store := &faultyStore{Store: idempotency.NewMemoryStore()}
+				c := newAPI(store, &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
+					store.fail("Acquire", errDown)
+					time.Sleep(50 * time.Second)
+					require.Equal(t, row.cause, context.Cause(r.Context()))
+				})
+				c.do(c.request(exchange{key: k("a")}).WithContext(ctx))
+				require.Equal(t, 1, c.runs())
+			})
+		})
+	}
 }
