@@ -93,6 +93,22 @@ func TestStoreCallsEndInTime(t *testing.T) {
 	})
 }
 
+// So is one that only asks now and then whether it may go on.
+func TestStoreCallsKnowTheirEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := &observedStore{idempotency.NewMemoryStore(), func(ctx context.Context, _ string) {
+			deadline, _ := ctx.Deadline()
+			time.Sleep(time.Until(deadline) - 1)
+			require.NoError(t, ctx.Err())
+			time.Sleep(1)
+			require.ErrorIs(t, ctx.Err(), context.DeadlineExceeded)
+			<-ctx.Done()
+		}}
+		c := newAPI(store, &idempotency.Options{}, nil)
+		c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
+	})
+}
+
 // A goroutine that the handler leaves behind reads nothing of the body from the
 // moment on at which the response is put together: it may take the place of the
 // body.

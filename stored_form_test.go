@@ -1,6 +1,7 @@
 package idempotency_test
 
 import (
+	"context"
 	"encoding/hex"
 	"net/http"
 	"net/http/httptest"
@@ -27,6 +28,11 @@ const goldenCommon = "0101c901000d03" + "03" + "20" + "3c042f632f31" + "4f0137" 
 
 // stored returns a store in which the cell of request has value.
 func stored(t testing.TB, c *api, value []byte) idempotency.Store {
+	return storedUnder(t, c, value, nil)
+}
+
+// storedUnder is stored with another fingerprint than that of the request.
+func storedUnder(t testing.TB, c *api, value, fingerprint []byte) idempotency.Store {
 	s := &faultyStore{Store: idempotency.NewMemoryStore()}
 	opts := idempotency.Options{}
 	probe := newAPI(s, &opts, nil)
@@ -34,6 +40,9 @@ func stored(t testing.TB, c *api, value []byte) idempotency.Store {
 	golden := idempotency.NewMemoryStore()
 	result := s.lastResult()
 	result.Value, result.TTL = value, time.Hour
+	if fingerprint != nil {
+		result.Fingerprint = fingerprint
+	}
 	require.NoError(t, golden.Complete(t.Context(), s.lastKey(), "1", result))
 	return golden
 }
@@ -70,6 +79,28 @@ func TestRecordsOfReleasesAreReadable(t *testing.T) {
 	require.NoError(t, err)
 	c = newAPI(stored(t, c, value), &idempotency.Options{}, nil)
 	c.check(t, 0, exchange{key: k("a"), get: "409 response_not_stored", original: 201})
+}
+
+// trustingStore answers with what it has, whoever asks.
+type trustingStore struct{ idempotency.Store }
+
+func (s trustingStore) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+	c.Fingerprint = nil
+	return s.Store.Acquire(ctx, key, c)
+}
+
+// A response is that of the request which it was stored for, even if the store
+// does not look.
+func TestRecordOfAnotherRequest(t *testing.T) {
+	value, err := hex.DecodeString(goldenResponse)
+	require.NoError(t, err)
+	for name, fingerprint := range map[string][]byte{"another's": make([]byte, 32), "none": {}} {
+		t.Run(name, func(t *testing.T) {
+			c := new(api)
+			c = newAPI(trustingStore{storedUnder(t, c, value, fingerprint)}, &idempotency.Options{}, nil)
+			c.check(t, 0, exchange{key: k("a"), get: "422 key_reused"})
+		})
+	}
 }
 
 // What a client must never see: a panic, a second run, or half a response.

@@ -1,0 +1,78 @@
+package idempotency_test
+
+import (
+	"net/http"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/go-idempotency/idempotency"
+	"github.com/stretchr/testify/require"
+)
+
+// The renewals of an at-most-once key say so again without a Commit, in case
+// that the store has lost the record.
+func TestRenewalRepeatsAtMostOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := &faultyStore{Store: idempotency.NewMemoryStore()}
+		c := newAPI(store, &idempotency.Options{AtMostOnce: true}, func(http.ResponseWriter, *http.Request) {
+			store.replace(idempotency.NewMemoryStore())
+			time.Sleep(15 * time.Second)
+			panic("boom")
+		})
+		c.check(t, 0, exchange{key: k("a"), get: "panic"})
+		time.Sleep(time.Minute)
+		c.check(t, 1, exchange{key: k("a"), get: "409 outcome_unknown"})
+	})
+}
+
+// Who polls for long still learns within a second that the key has changed, and
+// does not ask much more often than that.
+func TestPollingStaysPatient(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const lasts, duplicates = 5 * time.Minute, 10
+		store := &faultyStore{Store: idempotency.NewMemoryStore()} // cannot watch
+		c := newAPI(store, &idempotency.Options{Wait: time.Hour}, lasting(lasts))
+		start := time.Now()
+		var all sync.WaitGroup
+		all.Go(func() { c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"}) })
+		synctest.Wait()
+		for i := range duplicates {
+			all.Go(func() {
+				c.check(t, i, exchange{key: k("a"), get: "replay 201 charge 1"})
+				if late := time.Since(start) - lasts; late > time.Second {
+					t.Errorf("duplicate %d was answered %v late", i, late)
+				}
+			})
+		}
+		all.Wait()
+		// Half a second apart at least, but for the first few and the renewals.
+		require.Less(t, store.count("Acquire"), duplicates*(10+2*int(lasts/time.Second)))
+	})
+}
+
+// What the store has rolled back is not tried again: there is nothing left to
+// be committed, and the client is waiting.
+func TestRolledBackIsFinal(t *testing.T) {
+	for name, handler := range map[string]struct {
+		status int
+		method string
+		get    string
+	}{
+		"Complete": {201, "Complete", "503 store_unavailable"},
+		"Release":  {503, "Release", "503 "},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				store := &faultyStore{Store: idempotency.NewMemoryStore()}
+				c := newAPI(store, &idempotency.Options{}, answering(handler.status))
+				store.fail(handler.method, idempotency.ErrRolledBack)
+				start := time.Now()
+				c.check(t, 0, exchange{key: k("a"), get: handler.get})
+				require.Zero(t, time.Since(start))
+				time.Sleep(time.Minute) // what goes on in the background ends
+			})
+		})
+	}
+}
