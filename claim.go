@@ -246,6 +246,10 @@ func (c *call) backgroundEnd(end time.Time, once bool) time.Time {
 	return end
 }
 
+// isOnce reports whether the claim may be marked as at-most-once, even if no
+// Commit succeeded: the reply to one may have been lost.
+func (c *call) isOnce() bool { return c.opts.AtMostOnce || c.uncertain.Load() }
+
 // giveBack releases in the background a claim that may or may not have been
 // made, so that the key is free when the store is back. It does so once more at
 // the end of the lease: a claim that arrives in between finds no marker if

@@ -120,7 +120,7 @@ func (c *call) keep(ctx context.Context, notStored error, committed, attached bo
 	case err == nil:
 		c.result = Result{} // a context that outlives the request would keep it
 		c.send(OutcomeExecuted, notStored)
-	case errors.Is(err, ErrLeaseLost) || rolledBack && taken:
+	case errors.Is(err, ErrLeaseLost) || taken && (rolledBack || !committed):
 		c.withhold(OutcomeLeaseLost, c.problem(ErrInProgress, err))
 	case rolledBack || attached:
 		p := c.problem(ErrStoreUnavailable, err)
@@ -129,7 +129,7 @@ func (c *call) keep(ctx context.Context, notStored error, committed, attached bo
 		}
 		c.withhold(OutcomeStoreUnavailable, p)
 	default:
-		end = c.backgroundEnd(end, committed || c.opts.AtMostOnce)
+		end = c.backgroundEnd(end, committed || c.isOnce())
 		c.persistLater(ctx, end, "storing a response failed, its request may run again", (*call).complete)
 		c.send(OutcomeExecuted, err)
 	}
@@ -183,7 +183,7 @@ func (c *call) seal(value []byte) (sealed []byte) {
 func (c *call) release(ctx context.Context, end time.Time) error {
 	err := c.persist(ctx, (*call).free)
 	if err != nil {
-		end = c.backgroundEnd(end, c.opts.AtMostOnce || c.uncertain.Load())
+		end = c.backgroundEnd(end, c.isOnce())
 		c.persistLater(ctx, end, "freeing a key failed, it stays claimed until its lease ends", (*call).free)
 	}
 	return err

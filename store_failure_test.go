@@ -335,6 +335,76 @@ func TestReleaseFailsForAWhile(t *testing.T) {
 	})
 }
 
+// Nobody takes an at-most-once claim over, so that one whose handler said that
+// nothing was done is freed whenever the store is back, and not only within the
+// lease: else it would be said to be unknown for all of the TTL.
+func TestReleaseFailsForLongerThanTheLease(t *testing.T) {
+	commits := func(w http.ResponseWriter, r *http.Request) {
+		if run(r) == 1 && execution(r).Commit(r.Context()) != nil { // the claim may be marked all the same
+			w.WriteHeader(429)
+		}
+	}
+	for name, row := range map[string]struct {
+		once    bool
+		handler http.HandlerFunc
+		then    string
+	}{
+		"at most once":                        {true, answering(429, 201), "201 "},
+		"after a Commit whose reply was lost": {false, commits, "200 "},
+	} {
+		t.Run(name, func(t *testing.T) {
+			withFaults(t, idempotency.Options{AtMostOnce: row.once, Wait: idempotency.NoWait}, row.handler, func(t *testing.T, s *faultyStore, c *api, _ *eventLog) {
+				s.fail("Release", errDown)
+				if !row.once {
+					s.replace(&lostCommits{Store: s.inner()})
+				}
+				c.check(t, 0, exchange{key: k("a"), get: "429 "})
+				time.Sleep(time.Minute)
+				s.fail("Release", nil)
+				time.Sleep(10 * time.Second)
+				c.check(t, 1, exchange{key: k("a"), get: row.then})
+			})
+		})
+	}
+}
+
+// lostCommits loses the replies to claims that are marked as at-most-once.
+type lostCommits struct{ idempotency.Store }
+
+func (s *lostCommits) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+	rec, err := s.Store.Acquire(ctx, key, c)
+	if c.Once {
+		return idempotency.Record{}, errDown
+	}
+	return rec, err
+}
+
+// An owner that was told by Commit that another has the key does not answer
+// beside that one, whatever becomes of its own Complete.
+func TestStaleOwnerDoesNotAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		memory, events := idempotency.NewMemoryStore(), &eventLog{}
+		store := &faultyStore{Store: memory}
+		stale := newAPI(store, &idempotency.Options{OnEvent: events.add}, func(w http.ResponseWriter, r *http.Request) {
+			store.fail("Acquire", errDown)
+			time.Sleep(time.Minute) // it charges, and does not look at its context
+			store.fail("Acquire", nil)
+			require.ErrorIs(t, execution(r).Commit(r.Context()), idempotency.ErrLeaseLost)
+			store.fail("Complete", errDown)
+			lasting(0)(w, r)
+		})
+		other := newAPI(memory, &idempotency.Options{}, lasting(0))
+		go func() {
+			time.Sleep(45 * time.Second)
+			other.check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
+		}()
+		stale.check(t, 0, exchange{key: k("a"), get: "409 in_progress"})
+		require.Equal(t, []string{"lease_lost 409"}, events.all())
+		store.fail("Complete", nil)
+		stale.check(t, 1, exchange{key: k("a"), get: "replay 201 charge 1"})
+	})
+}
+
 func TestStoreFull(t *testing.T) {
 	withFaults(t, idempotency.Options{}, nil, func(t *testing.T, s *faultyStore, c *api, events *eventLog) {
 		s.Store = &idempotency.MemoryStore{MaxBytes: 1}
