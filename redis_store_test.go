@@ -623,10 +623,7 @@ func TestRedisMinReplicas(t *testing.T) {
 	host, port, err := net.SplitHostPort(master.addr)
 	require.NoError(t, err)
 	replica := startRedis(t, "--replicaof", host+" "+port)
-	await(t, "the replica", func() bool {
-		return strings.Contains(newClient(t, replica.addr).Info(ctx, "replication").Val(), "master_link_status:up") &&
-			strings.Contains(admin.Info(ctx, "replication").Val(), "state=online")
-	})
+	awaitReplica(t, admin)
 	require.Equal(t, "201 charge 1", shop.post("post"))
 	proxy.forget()
 	require.Equal(t, "201 charge 2", shop.post("another"))
@@ -662,19 +659,15 @@ func TestRedisMinReplicasOfARunningHandler(t *testing.T) {
 	host, port, err := net.SplitHostPort(master.addr)
 	require.NoError(t, err)
 	replica := startRedis(t, "--replicaof", host+" "+port)
-	replicas := func(n int) func() bool {
-		return func() bool {
-			info := admin.Info(t.Context(), "replication").Val()
-			return strings.Contains(info, fmt.Sprintf("connected_slaves:%d", n)) && (n == 0 || strings.Contains(info, "state=online"))
-		}
-	}
-	await(t, "the replica", replicas(1))
+	awaitReplica(t, admin)
 	store := idempotency.NewRedisStore(newClient(t, master.addr),
 		&idempotency.RedisOptions{MinReplicas: 1, ReplicaTimeout: 50 * time.Millisecond})
 	commit := make(chan error, 1)
 	shop := openShop(t, store, nil, func(w http.ResponseWriter, r *http.Request) {
 		replica.kill()
-		await(t, "no replica", replicas(0))
+		await(t, "no replica", func() bool {
+			return strings.Contains(admin.Info(r.Context(), "replication").Val(), "connected_slaves:0")
+		})
 		_ = admin.FlushAll(r.Context())
 		e, _ := idempotency.FromContext(r.Context())
 		commit <- e.Commit(r.Context())
