@@ -230,10 +230,11 @@ keeping:
 		:: res == done -> assert(record == t || OLD(t)); drop() /* stored before sent */
 		:: res == lost -> drop() /* the client is told to ask again */
 #endif
-		:: res == unknown -> /* the client has its answer all the same */
-			completing[t] = 1;
-#ifdef SHOW_ANSWER_OF_A_STALE_OWNER
-			assert(!taken)
+#ifdef BUG_A_STALE_OWNER_ANSWERS
+		:: res == unknown -> assert(!taken || committed); completing[t] = 1
+#else
+		:: res == unknown && (!taken || committed) -> completing[t] = 1 /* the client has its answer all the same */
+		:: res == unknown && taken && !committed -> drop() /* or is told to ask again, when another owner was seen */
 #endif
 		fi;
 		goto again
