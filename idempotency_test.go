@@ -228,8 +228,8 @@ func TestBehaviour(t *testing.T) {
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				c := newAPI(idempotency.NewMemoryStore(), &row.opts, row.handler)
+			eachWay(t, func(t *testing.T, store idempotency.Store) {
+				c := newAPI(store, &row.opts, row.handler)
 				var background sync.WaitGroup
 				for i, x := range row.send {
 					time.Sleep(x.after)
@@ -246,6 +246,15 @@ func TestBehaviour(t *testing.T) {
 		})
 	}
 }
+
+// eachWay runs test with a MemoryStore, which the middleware takes short cuts
+// to, and with the same as if it were anyone's store.
+func eachWay(t *testing.T, test func(t *testing.T, store idempotency.Store)) {
+	synctest.Test(t, func(t *testing.T) { test(t, idempotency.NewMemoryStore()) })
+	synctest.Test(t, func(t *testing.T) { test(t, anyStore{idempotency.NewMemoryStore()}) })
+}
+
+type anyStore struct{ *idempotency.MemoryStore }
 
 // exchange is one request and the answer it should get.
 type exchange struct {

@@ -229,23 +229,25 @@ func TestLargeBodies(t *testing.T) {
 	}
 	for name, row := range rows {
 		t.Run(name, func(t *testing.T) {
-			c := newAPI(idempotency.NewMemoryStore(), &small, row.handler)
-			request := func(body string) *http.Request {
-				r := c.request(exchange{key: k("a"), body: body})
-				if row.unsized {
-					r.ContentLength = -1
+			eachWay(t, func(t *testing.T, store idempotency.Store) {
+				c := newAPI(store, &small, row.handler)
+				request := func(body string) *http.Request {
+					r := c.request(exchange{key: k("a"), body: body})
+					if row.unsized {
+						r.ContentLength = -1
+					}
+					return r
 				}
-				return r
-			}
-			got, _ := describe(t, c.do(request(row.first)))
-			require.Equal(t, "201 ", got)
-			retry := request(row.retry)
-			got, _ = describe(t, c.do(retry))
-			require.Equal(t, row.retryGet, got)
-			require.Equal(t, 1, c.runs())
-			rest, err := io.ReadAll(retry.Body)
-			require.NoError(t, err)
-			require.Empty(t, rest, "the rest was drained")
+				got, _ := describe(t, c.do(request(row.first)))
+				require.Equal(t, "201 ", got)
+				retry := request(row.retry)
+				got, _ = describe(t, c.do(retry))
+				require.Equal(t, row.retryGet, got)
+				require.Equal(t, 1, c.runs())
+				rest, err := io.ReadAll(retry.Body)
+				require.NoError(t, err)
+				require.Empty(t, rest, "the rest was drained")
+			})
 		})
 	}
 }

@@ -2,7 +2,13 @@ package idempotency_test
 
 import (
 	"context"
+	"crypto/aes"
+	"crypto/cipher"
+	"fmt"
+	"io"
 	"net/http"
+	"net/http/httptest"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -128,6 +134,57 @@ func TestBodyIsClosedBeforeTheResponseIsStored(t *testing.T) {
 			c := newAPI(store, &idempotency.Options{MaxBufferedBody: 64}, func(_ http.ResponseWriter, r *http.Request) { left = r })
 			c.check(t, 0, exchange{key: k("a"), body: body, get: "200 "})
 			require.True(t, looked)
+		})
+	}
+}
+
+// What a client has seen a retry must be able to see again.
+func TestStoredBeforeSent(t *testing.T) {
+	for _, status := range []int{201, 503} {
+		t.Run(http.StatusText(status), func(t *testing.T) {
+			w := httptest.NewRecorder()
+			settled := 0
+			store := &observedStore{idempotency.NewMemoryStore(), func(_ context.Context, method string) {
+				if method != "Acquire" {
+					settled++
+					require.Zero(t, w.Body.Len())
+				}
+			}}
+			c := newAPI(store, &idempotency.Options{}, func(w http.ResponseWriter, _ *http.Request) {
+				w.WriteHeader(status)
+				_, err := io.WriteString(w, "the answer")
+				must(err)
+			})
+			c.handler.ServeHTTP(w, c.request(exchange{key: k("a")}))
+			require.Equal(t, 1, settled)
+			require.Equal(t, status, w.Code)
+			require.Equal(t, "the answer", w.Body.String())
+		})
+	}
+}
+
+// All of a response is sealed, as long as it may be.
+func TestSealedBodies(t *testing.T) {
+	block, err := aes.NewCipher(make([]byte, 16))
+	require.NoError(t, err)
+	aead, err := cipher.NewGCM(block)
+	require.NoError(t, err)
+	for _, size := range []int{10, 1000, 10_000, 100_000} {
+		t.Run(fmt.Sprint(size), func(t *testing.T) {
+			eachWay(t, func(t *testing.T, store idempotency.Store) {
+				events := &eventLog{}
+				body := strings.Repeat("x", size)
+				c := newAPI(store, &idempotency.Options{AEAD: aead, OnEvent: events.add}, func(w http.ResponseWriter, _ *http.Request) {
+					_, err := io.WriteString(w, body)
+					must(err)
+				})
+				c.check(t, 0, exchange{key: k("a"), get: "200 " + body})
+				c.check(t, 1, exchange{key: k("a"), get: "replay 200 " + body})
+				rec, err := store.Acquire(t.Context(), events.last().StoreKey, idempotency.Claim{Token: "1", Lease: time.Second, TTL: time.Second})
+				require.NoError(t, err)
+				require.Greater(t, len(rec.Value), size)
+				require.NotContains(t, string(rec.Value), "xxxxxxxxxx")
+			})
 		})
 	}
 }
