@@ -1,6 +1,7 @@
 package idempotency_test
 
 import (
+	"context"
 	"net/http"
 	"sync"
 	"testing"
@@ -75,4 +76,41 @@ func TestRolledBackIsFinal(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A heldReply keeps the answers to claims back while hold is not nil.
+type heldReply struct {
+	idempotency.Store
+	hold chan struct{}
+}
+
+func (s *heldReply) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+	rec, err := s.Store.Acquire(ctx, key, c)
+	if s.hold != nil {
+		<-s.hold
+	}
+	return rec, err
+}
+
+// The store has marked the claim, but by the time that Commit knows it the
+// handler has ended and freed the key: nothing must be promised any more.
+func TestCommitWhoseReplyComesTooLate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := &heldReply{Store: idempotency.NewMemoryStore()}
+		result := make(chan error, 1)
+		c := newAPI(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+			if e := execution(r); e.Attempt() == 1 {
+				store.hold = make(chan struct{})
+				go func() { result <- e.Commit(context.WithoutCancel(r.Context())) }()
+				synctest.Wait()
+			}
+			w.WriteHeader(http.StatusInternalServerError)
+		})
+		c.check(t, 0, exchange{key: k("a"), get: "500 "})
+		close(store.hold)
+		require.Error(t, <-result)
+		store.hold = nil
+		c.check(t, 1, exchange{key: k("a"), get: "500 "})
+		require.Equal(t, 2, c.runs())
+	})
 }

@@ -1,0 +1,53 @@
+package idempotency_test
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/go-idempotency/idempotency"
+	"github.com/stretchr/testify/require"
+)
+
+// A lease is renewed every third of it, again and again.
+func TestLeaseIsRenewedEveryThirdOfIt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		start := time.Now()
+		var asked []time.Duration
+		store := &observedStore{idempotency.NewMemoryStore(), func(_ context.Context, method string) {
+			if method == "Acquire" {
+				asked = append(asked, time.Since(start))
+			}
+		}}
+		c := newAPI(store, &idempotency.Options{Lease: 3 * time.Minute}, lasting(4*time.Minute+time.Second))
+		c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
+		const m = time.Minute
+		require.Equal(t, []time.Duration{0, m, 2 * m, 3 * m, 4 * m}, asked)
+	})
+}
+
+// A renewal counts from the moment on at which it was sent, however long the
+// store takes to answer: it may have come to the store at once.
+func TestLeaseEndsWithTheLastRenewal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var sent time.Time
+		slow := &observedStore{idempotency.NewMemoryStore(), func(_ context.Context, method string) {
+			if method == "Acquire" {
+				sent = time.Now()
+				time.Sleep(300 * time.Millisecond)
+			}
+		}}
+		store := &faultyStore{Store: slow}
+		c := newAPI(store, &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
+			time.Sleep(25 * time.Second) // two renewals
+			store.fail("Acquire", errors.New("down"))
+			<-r.Context().Done()
+			require.ErrorIs(t, context.Cause(r.Context()), idempotency.ErrLeaseLost)
+			require.Equal(t, 30*time.Second, time.Since(sent))
+		})
+		c.check(t, 0, exchange{key: k("a"), get: "200 "})
+	})
+}
