@@ -51,3 +51,22 @@ func TestLeaseEndsWithTheLastRenewal(t *testing.T) {
 		c.check(t, 0, exchange{key: k("a"), get: "200 "})
 	})
 }
+
+// A Commit is a renewal too.
+func TestLeaseEndsWithTheLastCommit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := &faultyStore{Store: idempotency.NewMemoryStore()}
+		c := newAPI(store, &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
+			store.fail("Acquire", errors.New("down"))
+			time.Sleep(24 * time.Second)
+			store.fail("Acquire", nil)
+			committed := time.Now()
+			require.NoError(t, execution(r).Commit(r.Context()))
+			store.fail("Acquire", errors.New("down"))
+			<-r.Context().Done()
+			require.ErrorIs(t, context.Cause(r.Context()), idempotency.ErrLeaseLost)
+			require.Equal(t, 30*time.Second, time.Since(committed))
+		})
+		c.check(t, 0, exchange{key: k("a"), get: "200 "})
+	})
+}

@@ -1,7 +1,9 @@
 package idempotency_test
 
 import (
+	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"testing"
@@ -57,4 +59,37 @@ func TestOuterHeadersOfAnInformationalResponse(t *testing.T) {
 			require.Equal(t, 1, c.runs())
 		})
 	}
+}
+
+// goneWriter is that of a client who has hung up.
+type goneWriter struct {
+	*httptest.ResponseRecorder
+	gone bool
+}
+
+func (w *goneWriter) Write(p []byte) (int, error) {
+	if w.gone {
+		return 0, errors.New("broken pipe")
+	}
+	return w.ResponseRecorder.Write(p)
+}
+
+// As long as the response is kept a client who leaves does not stop the
+// handler, which streams to him.
+func TestStreamGoesOnWithoutItsClient(t *testing.T) {
+	writer := &goneWriter{ResponseRecorder: httptest.NewRecorder()}
+	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{MaxResponseBytes: 20}, func(w http.ResponseWriter, _ *http.Request) {
+		_, err := io.WriteString(w, "one ")
+		require.NoError(t, err)
+		require.NoError(t, http.NewResponseController(w).Flush())
+		writer.gone = true
+		for _, part := range []string{"two ", "three "} {
+			n, err := io.WriteString(w, part)
+			require.NoError(t, err)
+			require.Equal(t, len(part), n)
+		}
+	})
+	c.handler.ServeHTTP(writer, c.request(exchange{key: k("a")}))
+	c.check(t, 1, exchange{key: k("a"), get: "replay 200 one two three "})
+	require.Equal(t, 1, c.runs())
 }
