@@ -485,7 +485,10 @@ func TestRecorderStandardHandlers(t *testing.T) {
 		return func(r *http.Request) { r.Header.Set("Range", spec) }
 	}
 	serveFile := func(w *probe) { http.ServeFile(w.ResponseWriter, w.request, file) }
-	slow := http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
+	over := make(chan struct{})
+	t.Cleanup(func() { close(over) })
+	// Had it returned when its time is over, it could still be in time.
+	slow := http.HandlerFunc(func(http.ResponseWriter, *http.Request) { <-over })
 
 	checkShapes(t, []shape{
 		{name: "Error", outer: around("X-Outer", "1"), handler: func(w *probe) {
