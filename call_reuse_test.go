@@ -164,3 +164,30 @@ func TestLargeResponsesDoNotShareBuffers(t *testing.T) {
 	}
 	require.Equal(t, 20, c.runs())
 }
+
+// What is kept of a large response is neither the buffer that the next one is
+// captured in nor what the handler wrote from and goes on using.
+func TestLargeAnswersStayAsTheyWere(t *testing.T) {
+	for _, writes := range []int{1, 20} {
+		t.Run(fmt.Sprint(writes, " writes"), func(t *testing.T) {
+			eachWay(t, func(t *testing.T, store idempotency.Store) {
+				c := newAPI(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+					part := bytes.Repeat([]byte(execution(r).Key()), 20_000/writes)
+					for range writes {
+						_, err := w.Write(part)
+						must(err)
+					}
+					clear(part)
+				})
+				answer := func(key string) string { return "200 " + strings.Repeat(key, 20_000) }
+				keys := strings.Split("ab cd ef gh ij kl mn op", " ")
+				for i, key := range keys {
+					c.check(t, i, exchange{key: k(key), get: answer(key)})
+				}
+				for i, key := range keys {
+					c.check(t, i, exchange{key: k(key), get: "replay " + answer(key)})
+				}
+			})
+		})
+	}
+}

@@ -163,7 +163,8 @@ func TestStoredBeforeSent(t *testing.T) {
 	}
 }
 
-// All of a response is sealed, as long as it may be.
+// All of a response is sealed, as long as it may be, and never twice under the
+// same nonce.
 func TestSealedBodies(t *testing.T) {
 	block, err := aes.NewCipher(make([]byte, 16))
 	require.NoError(t, err)
@@ -174,16 +175,23 @@ func TestSealedBodies(t *testing.T) {
 			eachWay(t, func(t *testing.T, store idempotency.Store) {
 				events := &eventLog{}
 				body := strings.Repeat("x", size)
+				nonces := map[string]bool{}
 				c := newAPI(store, &idempotency.Options{AEAD: aead, OnEvent: events.add}, func(w http.ResponseWriter, _ *http.Request) {
 					_, err := io.WriteString(w, body)
 					must(err)
 				})
-				c.check(t, 0, exchange{key: k("a"), get: "200 " + body})
-				c.check(t, 1, exchange{key: k("a"), get: "replay 200 " + body})
-				rec, err := store.Acquire(t.Context(), events.last().StoreKey, idempotency.Claim{Token: "1", Lease: time.Second, TTL: time.Second})
-				require.NoError(t, err)
-				require.Greater(t, len(rec.Value), size)
-				require.NotContains(t, string(rec.Value), "xxxxxxxxxx")
+				for i := range 5 {
+					key := k(fmt.Sprint("key", i))
+					c.check(t, i, exchange{key: key, get: "200 " + body})
+					c.check(t, i, exchange{key: key, get: "replay 200 " + body})
+					rec, err := store.Acquire(t.Context(), events.last().StoreKey,
+						idempotency.Claim{Token: "1", Lease: time.Second, TTL: time.Second})
+					require.NoError(t, err)
+					require.Greater(t, len(rec.Value), size)
+					require.NotContains(t, string(rec.Value), "xxxxxxxxxx")
+					nonces[string(rec.Value[2:2+aead.NonceSize()])] = true
+				}
+				require.Len(t, nonces, 5)
 			})
 		})
 	}

@@ -118,6 +118,7 @@ func TestDamagedRecords(t *testing.T) {
 		"a huge head":      {1, 1, 0xc9, 1, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f},
 		"a huge count":     {1, 1, 0xc9, 1, 0, 5, 0xff, 0xff, 0xff, 0xff, 0x0f, 0},
 		"a huge digest":    {1, 1, 0xc9, 1, 0xff, 0xff, 0x7f},
+		"a longer head":    {1, 1, 0xc9, 1, 0, 4, 0, 0, 0, 9, 0},
 		"a bad op":         {1, 1, 0xc9, 1, 0, 6, 0, 1, 7, 1, 'x', 0, 0, 0},
 		"no such header":   {1, 1, 0xc9, 1, 0, 4, 1, 1, 0x50, 0, 0},
 		"too few values":   {1, 1, 0xc9, 1, 0, 4, 0, 1, 0x20, 0, 0},
