@@ -1,0 +1,196 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+)
+
+// A lab is a copy of the library in which mutants are tried one by one.
+type lab struct {
+	dir     string
+	timeout time.Duration
+	verbose bool
+	quick   bool // only the tests that the list names
+}
+
+// hintTimeout is that of the tests that are expected to fail. A mutant that
+// makes them hang is to be found out soon.
+const hintTimeout = 90 * time.Second
+
+// check makes sure that the tests pass on what is not broken: otherwise every
+// mutant would seem to be noticed. For a few mutants their own tests are enough.
+func (l *lab) check(mutants []*mutant, few bool) error {
+	var tests []string
+	for _, m := range mutants {
+		few = few && m.tests != ""
+		if !slices.Contains(tests, m.tests) {
+			tests = append(tests, m.tests)
+		}
+	}
+	pattern := ""
+	if few {
+		pattern = strings.Join(tests, "|")
+	}
+	v := l.test("./...", pattern, l.timeout)
+	if v.killed {
+		v.err = errors.New(v.by)
+	}
+	if v.err != nil {
+		return fmt.Errorf("the tests fail without a mutant: %w\n%s", v.err, v.output)
+	}
+	return nil
+}
+
+// runAll tries the mutants and prints what became of them.
+func (l *lab) runAll(mutants []*mutant) (ok bool, err error) {
+	start, killed, total, misfits := time.Now(), 0, 0, 0
+	var survivors []string
+	ok = true
+	for i, m := range mutants {
+		began := time.Now()
+		v := l.try(m)
+		verdict := "killed by " + v.by
+		switch {
+		case v.err != nil:
+			ok, verdict = false, "ERROR: "+v.err.Error()+"\n"+v.output
+			misfits++
+		case v.killed && m.equivalent != "":
+			ok, verdict = false, verdict+", but listed as equivalent"
+		case v.killed:
+			killed, total = killed+1, total+1
+		case m.equivalent != "":
+			verdict = "survives, as it should: " + m.equivalent
+		default:
+			ok, total, verdict = false, total+1, "SURVIVED"
+			survivors = append(survivors, m.name)
+		}
+		fmt.Printf("%3d/%d %-44s %5.1fs %s\n", i+1, len(mutants), m.name, time.Since(began).Seconds(), verdict)
+		if l.verbose && v.killed {
+			fmt.Println(v.output)
+		}
+	}
+	fmt.Printf("\n%d of %d mutants killed", killed, total)
+	if total > 0 {
+		fmt.Printf(" (%.1f %%)", 100*float64(killed)/float64(total))
+	}
+	fmt.Printf(", %d more are equivalent, %d could not be judged, in %v\n",
+		len(mutants)-total-misfits, misfits, time.Since(start).Round(time.Second))
+	for _, name := range survivors {
+		fmt.Println("survived without an explanation:", name)
+	}
+	return ok && float64(killed) >= enough*float64(total), nil
+}
+
+// A verdict is what became of a mutant.
+type verdict struct {
+	killed bool
+	by     string // the test that failed, or "a time-out in" it
+	output string
+	err    error // the mutant cannot be judged
+}
+
+// try breaks the library, tests it and mends it.
+func (l *lab) try(m *mutant) (v verdict) {
+	path := filepath.Join(l.dir, m.file)
+	source, err := os.ReadFile(path)
+	if err != nil {
+		return verdict{err: err}
+	}
+	broken := strings.Replace(string(source), m.old, m.new, 1)
+	if err := os.WriteFile(path, []byte(broken), 0o644); err != nil {
+		return verdict{err: err}
+	}
+	defer func() {
+		if err := os.WriteFile(path, source, 0o644); err != nil && v.err == nil {
+			v.err = err
+		}
+	}()
+	if output, err := l.command(l.timeout, "build", "./..."); err != nil {
+		return verdict{output: output, err: errors.New("it does not compile, which is no kill")}
+	}
+	if m.tests != "" {
+		dir := "./" + filepath.ToSlash(filepath.Dir(m.file))
+		if v := l.test(dir, m.tests, hintTimeout); v.killed || v.err != nil {
+			return v
+		}
+		if l.quick {
+			return verdict{}
+		}
+	}
+	v = l.test("./...", "", l.timeout)
+	if v.killed && m.tests != "" {
+		v.by += " (not by " + m.tests + ")"
+	}
+	return v
+}
+
+// test runs the tests of packages that match pattern.
+func (l *lab) test(packages, pattern string, timeout time.Duration) verdict {
+	// Neither what vet says nor debug information helps here, and the latter
+	// takes half of the time.
+	args := []string{"test", "-count=1", "-failfast", "-vet=off", "-ldflags=-s -w",
+		"-timeout=" + timeout.String(), "-run=" + pattern, packages}
+	// A little longer than the limit that go test has, which names the test.
+	output, err := l.command(timeout+time.Minute, args...)
+	switch {
+	case err == nil:
+		return verdict{}
+	case strings.Contains(output, "[build failed]") || strings.Contains(output, "[setup failed]"):
+		return verdict{output: output, err: errors.New("the tests do not compile, which is no kill")}
+	}
+	return verdict{killed: true, by: culprit(output), output: output}
+}
+
+// command runs the go command in the copy.
+func (l *lab) command(timeout time.Duration, args ...string) (output string, err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "go", args...)
+	cmd.Dir = l.dir
+	// Without a Redis half of the mutants would survive.
+	cmd.Env = append(os.Environ(), "REDIS_REQUIRED=1", "GOWORK=off")
+	cmd.WaitDelay = 10 * time.Second
+	b, err := cmd.CombinedOutput()
+	if ctx.Err() != nil {
+		b = append(b, "\npanic: test timed out after "+timeout.String()...)
+	}
+	return string(b), err
+}
+
+var (
+	failed  = regexp.MustCompile(`(?m)^ *--- FAIL: (\S+)`)
+	running = regexp.MustCompile(`(?m)^running tests:\n\t(\S+)`)
+	crashed = regexp.MustCompile(`(?m)^(panic|fatal error): (.*)$`)
+)
+
+// culprit names what failed first.
+func culprit(output string) string {
+	if strings.Contains(output, "panic: test timed out after") {
+		if m := running.FindStringSubmatch(output); m != nil {
+			return "a time-out in " + m[1]
+		}
+		return "a time-out"
+	}
+	name := ""
+	for _, m := range failed.FindAllStringSubmatch(output, -1) {
+		if name != "" && !strings.HasPrefix(m[1], name+"/") {
+			break
+		}
+		name = m[1] // a subtest follows its test
+	}
+	if m := crashed.FindStringSubmatch(output); m != nil {
+		name = strings.TrimSpace(name + " (" + m[1] + ": " + m[2] + ")")
+	}
+	if name == "" {
+		return "something that has no name"
+	}
+	return name
+}

@@ -1,0 +1,155 @@
+// Mutants checks the tests: it breaks the library on purpose, one line at a
+// time, and reports which of these mutants the test suite does not notice.
+//
+//	go run ./mutants                         # all of them: about half an hour
+//	go run ./mutants -sample 6 -seed 1       # a few, for CI
+//	go run ./mutants -run 'redis/' -v        # those of one part, with what failed
+//
+// The list is mutants.txt, which says how to read it. It works on a copy of the
+// library in a temporary directory. It fails if fewer than 95 % of the mutants
+// are noticed, if one survives that the list does not explain, and if the list
+// does not fit the code any more.
+package main
+
+import (
+	_ "embed"
+	"errors"
+	"flag"
+	"fmt"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+)
+
+//go:embed mutants.txt
+var listText string
+
+// enough is the share of mutants that must be killed.
+const enough = 0.95
+
+func main() {
+	var (
+		root    = flag.String("root", "..", "directory of the library")
+		pattern = flag.String("run", "", "only mutants whose name matches this regular expression")
+		list    = flag.Bool("list", false, "print the mutants and check that the list fits the code")
+		sample  = flag.Int("sample", 0, "only so many, picked at random")
+		seed    = flag.Uint64("seed", 0, "of the sample; 0 is another one each time")
+		timeout = flag.Duration("timeout", 5*time.Minute, "of the whole suite")
+		quick   = flag.Bool("quick", false, "only the tests that the list names for a mutant, not the whole suite after them")
+		verbose = flag.Bool("v", false, "print what the failing tests said")
+	)
+	flag.Parse()
+	ok, err := run(*root, *pattern, *list, *sample, *seed, lab{timeout: *timeout, verbose: *verbose, quick: *quick})
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "mutants:", err)
+	}
+	if err != nil || !ok {
+		os.Exit(1)
+	}
+}
+
+func run(root, pattern string, list bool, sample int, seed uint64, l lab) (ok bool, err error) {
+	mutants, err := parse(listText)
+	if err != nil {
+		return false, err
+	}
+	if err := fit(root, mutants); err != nil {
+		return false, err
+	}
+	if mutants, err = pick(mutants, pattern, sample, seed); err != nil {
+		return false, err
+	}
+	if list {
+		for _, m := range mutants {
+			fmt.Printf("%-44s %s\n", m.name, m.file)
+		}
+		fmt.Println(len(mutants), "mutants")
+		return true, nil
+	}
+	if l.dir, err = os.MkdirTemp("", "mutants"); err != nil {
+		return false, err
+	}
+	defer os.RemoveAll(l.dir)
+	if err := copyTree(l.dir, root); err != nil {
+		return false, err
+	}
+	if err := l.check(mutants, l.quick || sample > 0 || pattern != ""); err != nil {
+		return false, err
+	}
+	return l.runAll(mutants)
+}
+
+// fit reports every mutant whose old text is not in its file exactly once.
+func fit(root string, mutants []*mutant) (err error) {
+	for _, m := range mutants {
+		source, failure := os.ReadFile(filepath.Join(root, m.file))
+		if failure == nil {
+			if n := strings.Count(string(source), m.old); n != 1 {
+				failure = fmt.Errorf("%s has its old text %d times, not once", m.file, n)
+			}
+		}
+		if failure != nil {
+			err = errors.Join(err, fmt.Errorf("%s: %w", m.name, failure))
+		}
+	}
+	return err
+}
+
+// pick returns the mutants that match, or a sample of those that must not
+// survive.
+func pick(mutants []*mutant, pattern string, sample int, seed uint64) ([]*mutant, error) {
+	matches, err := regexp.Compile(pattern)
+	if err != nil {
+		return nil, err
+	}
+	mutants = slices.DeleteFunc(mutants, func(m *mutant) bool {
+		return !matches.MatchString(m.name) || sample > 0 && m.equivalent != ""
+	})
+	if len(mutants) == 0 {
+		return nil, errors.New("no mutant matches")
+	}
+	if sample <= 0 {
+		return mutants, nil
+	}
+	if seed == 0 {
+		seed = rand.Uint64N(1<<20) + 1
+	}
+	fmt.Printf("a sample of -seed %d\n", seed)
+	random := rand.New(rand.NewPCG(seed, seed))
+	random.Shuffle(len(mutants), func(i, j int) { mutants[i], mutants[j] = mutants[j], mutants[i] })
+	return mutants[:min(sample, len(mutants))], nil
+}
+
+// copyTree copies the module at root, but not the modules in it.
+func copyTree(to, root string) error {
+	return filepath.WalkDir(root, func(path string, entry fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		name, err := filepath.Rel(root, path)
+		if err != nil {
+			return err
+		}
+		target := filepath.Join(to, name)
+		if entry.IsDir() {
+			_, failure := os.Stat(filepath.Join(path, "go.mod"))
+			if name != "." && (failure == nil || entry.Name() == ".git" || entry.Name() == "integration") {
+				return filepath.SkipDir
+			}
+			return os.MkdirAll(target, 0o755)
+		}
+		if !entry.Type().IsRegular() {
+			return nil
+		}
+		data, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		return os.WriteFile(target, data, 0o644)
+	})
+}
