@@ -265,3 +265,21 @@ func TestMemoryStoreConcurrentUse(t *testing.T) {
 		require.Equal(t, owner, string(rec.Value))
 	}
 }
+
+// A full store forgets no claim either, however many new keys it refuses.
+func TestMemoryStoreKeepsClaimsWhenFull(t *testing.T) {
+	s := &idempotency.MemoryStore{MaxBytes: 100 << 10}
+	var claimed []string
+	for i := range 5000 {
+		key := fmt.Sprint(i)
+		_, err := s.Acquire(t.Context(), key, idempotency.Claim{Token: "1", Lease: time.Hour, TTL: time.Hour})
+		if err == nil {
+			claimed = append(claimed, key)
+		}
+	}
+	require.InDelta(t, 350, len(claimed), 100)
+	require.Equal(t, len(claimed), s.Len())
+	for _, key := range claimed {
+		require.Equal(t, idempotency.InProgress, acquire(t, s, key, "2").State)
+	}
+}
