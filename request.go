@@ -327,8 +327,11 @@ func (b *requestBody) noteLocked(p []byte, err error) {
 	switch {
 	case err == io.EOF:
 		b.eof = true
-		if b.copy.Trailer == nil { // undeclared trailers come with the end
-			b.copy.Trailer = b.request.Trailer
+		// Undeclared trailers come with the end. Without them nothing is written:
+		// the handler may look at its request while another goroutine, such as
+		// the transport of a proxy, reads the body.
+		if trailer := b.request.Trailer; trailer != nil && b.copy.Trailer == nil {
+			b.copy.Trailer = trailer
 		}
 	case err != nil:
 		var tooLarge *http.MaxBytesError

@@ -246,6 +246,27 @@ func TestServerUndeclaredTrailersOfTheRequest(t *testing.T) {
 	}
 }
 
+// As with net/http, a handler may look at its request while another goroutine
+// reads the body, as that of a proxy does. The race detector would tell.
+func TestServerBodyIsReadElsewhere(t *testing.T) {
+	s := newServer(t, nil, func(_ http.ResponseWriter, r *http.Request) {
+		read := make(chan struct{})
+		go func() {
+			defer close(read)
+			body, err := io.ReadAll(r.Body)
+			if err != nil || string(body) != "hello" {
+				t.Errorf("read %q, %v", body, err)
+			}
+		}()
+		require.Empty(t, r.WithContext(r.Context()).Trailer)
+		<-read
+	})
+	for _, key := range []string{"a", "b"} {
+		_, _, err := post(t.Context(), s, key, strings.NewReader("hello"))
+		require.NoError(t, err)
+	}
+}
+
 // raw sends lines as they are and returns the first line that does not say
 // 100 Continue, and whether one did.
 func raw(t *testing.T, s *httptest.Server, send string) (status string, continued bool) {
