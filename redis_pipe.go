@@ -20,12 +20,28 @@ type redisPipe struct {
 	mu    sync.Mutex // guards what follows
 	lanes int        // in use
 	queue []*queuedCommand
+	alone int // so many commands go by themselves, as something large came by
 }
 
 const (
 	maxLanes = 8
 	maxBatch = 128 // commands in a pipeline, so that none waits long for the others
+
+	// aloneAfterBulk is how many commands go by themselves after one with a
+	// large value: in one pipeline, each would wait for the values of all.
+	aloneAfterBulk = 1000
 )
+
+// isBulky reports whether a command has a large value, or brought one back.
+func isBulky(cmd redis.Cmder) bool {
+	for _, arg := range cmd.Args() {
+		if b, ok := arg.([]byte); ok && len(b) > maxPacked {
+			return true
+		}
+	}
+	reply, ok := cmd.(*redis.StringCmd)
+	return ok && len(reply.Val()) > maxPacked
+}
 
 // A queuedCommand waits to be sent with others. Its caller may leave when ctx
 // ends; nobody looks at cmd then.
@@ -38,10 +54,20 @@ type queuedCommand struct {
 // process is client.Process.
 func (p *redisPipe) process(ctx context.Context, cmd redis.Cmder) error {
 	p.mu.Lock()
+	if isBulky(cmd) {
+		p.alone = aloneAfterBulk
+	}
+	if p.alone > 0 {
+		p.alone--
+		p.mu.Unlock()
+		defer p.look(cmd)
+		return p.client.Process(ctx, cmd)
+	}
 	if p.lanes < maxLanes {
 		p.lanes++
 		p.mu.Unlock()
 		defer p.free()
+		defer p.look(cmd)
 		return p.client.Process(ctx, cmd)
 	}
 	q := &queuedCommand{ctx, cmd, make(chan struct{})}
@@ -52,6 +78,15 @@ func (p *redisPipe) process(ctx context.Context, cmd redis.Cmder) error {
 		return cmd.Err()
 	case <-ctx.Done():
 		return ctx.Err()
+	}
+}
+
+// look sees whether a command brought back something large.
+func (p *redisPipe) look(cmd redis.Cmder) {
+	if isBulky(cmd) {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.alone = aloneAfterBulk
 	}
 }
 
@@ -93,6 +128,7 @@ func (p *redisPipe) send(batch []*queuedCommand) {
 		if err != nil {
 			q.cmd.SetErr(err)
 		}
+		p.look(q.cmd)
 		close(q.done)
 	}
 }

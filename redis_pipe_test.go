@@ -4,6 +4,7 @@ import (
 	"context"
 	"net"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -26,6 +27,7 @@ type gate struct {
 	pipelines []int     // their lengths
 	deadline  time.Time // of the last pipeline
 	broken    bool      // a pipeline panics
+	reply     string    // of a command that comes by itself, if not empty
 }
 
 func (g *gate) DialHook(redis.DialHook) redis.DialHook {
@@ -38,6 +40,10 @@ func (g *gate) ProcessHook(redis.ProcessHook) redis.ProcessHook {
 		g.single++
 		g.mu.Unlock()
 		<-g.open
+		if reply, ok := cmd.(*redis.StringCmd); ok && g.reply != "" {
+			reply.SetVal(g.reply)
+			return nil
+		}
 		cmd.SetErr(redis.Nil)
 		return redis.Nil
 	}
@@ -136,6 +142,26 @@ func TestRedisPipelineIsAsPatientAsItsCallers(t *testing.T) {
 		}
 		require.Equal(t, []int{3}, g.pipelines)
 		require.Equal(t, last, g.deadline)
+	})
+}
+
+// In a pipeline with large values each command would wait for all of them.
+func TestRedisCommandsGoAloneAfterALargeReply(t *testing.T) {
+	withGate(t, func(t *testing.T, g *gate, claim func(from, to int) <-chan error) {
+		close(g.open)
+		g.reply = strings.Repeat("x", 1<<20)
+		require.Error(t, <-claim(0, 1), "no record")
+		g.reply = ""
+		g.open = make(chan struct{})
+		for _, want := range []struct{ claims, single int }{{1000, 1000}, {20, 8}} {
+			g.single = 0
+			results := claim(0, want.claims)
+			require.Equal(t, want.single, g.single)
+			close(g.open)
+			requireErrors(t, results, nil)
+			g.open = make(chan struct{})
+		}
+		require.Equal(t, []int{12}, g.pipelines)
 	})
 }
 
