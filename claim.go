@@ -43,8 +43,8 @@ func (c *call) try(ctx context.Context, timeout time.Duration, op storeOp) error
 }
 
 // acquire asks the store for the key, and once more when the first answer is
-// lost: the token makes that harmless. start is now. The first try gets half of StoreTimeout,
-// so that one that hangs leaves time for another.
+// lost: the token makes that harmless. It is called at start. The first try gets
+// half of StoreTimeout, so that one that hangs leaves time for another.
 func (c *call) acquire(ctx context.Context, start time.Time, claim Claim) (Record, error) {
 	if c.memory != nil {
 		return c.memory.acquireAt(int64(start.Sub(memoryEpoch)), c.storeKey, claim)

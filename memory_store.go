@@ -17,6 +17,9 @@ import (
 // must not be copied. It has no goroutine: expired cells are freed as the store
 // is used, a few with each operation, and all of them by Len and Bytes. Time is
 // monotonic, so a clock that is set does not matter.
+//
+// A middleware that was given the MemoryStore itself stores large responses in
+// pieces, which only a Record as Acquire returned it holds together.
 type MemoryStore struct {
 	// MaxBytes bounds the memory of all cells. Default 256 MiB. When the store
 	// is full new keys get [ErrStoreFull]; nothing is evicted, since a lost

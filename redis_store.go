@@ -79,6 +79,9 @@ func (o *RedisOptions) withDefaults() RedisOptions {
 // What a restart without persistence or a failover loses is lost as well; see
 // RedisOptions.MinReplicas.
 //
+// Under load, commands to one server go together in pipelines: hooks of the
+// client then see ProcessPipelineHook, with the context values of one caller.
+//
 // A RedisStore is safe for concurrent use and needs no Close; the client is the
 // caller's. Duplicates that wait share one Pub/Sub connection per store, which
 // is there only as long as somebody waits. Where the user may not subscribe or
