@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -49,44 +50,82 @@ func (l *lab) check(mutants []*mutant, few bool) error {
 	return nil
 }
 
-// runAll tries the mutants and prints what became of them.
-func (l *lab) runAll(mutants []*mutant) (ok bool, err error) {
-	start, killed, total, misfits := time.Now(), 0, 0, 0
-	var survivors []string
-	ok = true
-	for i, m := range mutants {
-		began := time.Now()
-		v := l.try(m)
-		verdict := "killed by " + v.by
-		switch {
-		case v.err != nil:
-			ok, verdict = false, "ERROR: "+v.err.Error()+"\n"+v.output
-			misfits++
-		case v.killed && m.equivalent != "":
-			ok, verdict = false, verdict+", but listed as equivalent"
-		case v.killed:
-			killed, total = killed+1, total+1
-		case m.equivalent != "":
-			verdict = "survives, as it should: " + m.equivalent
-		default:
-			ok, total, verdict = false, total+1, "SURVIVED"
-			survivors = append(survivors, m.name)
-		}
-		fmt.Printf("%3d/%d %-44s %5.1fs %s\n", i+1, len(mutants), m.name, time.Since(began).Seconds(), verdict)
-		if l.verbose && v.killed {
-			fmt.Println(v.output)
-		}
+// runAll tries the mutants, one at a time in each lab, and prints what became of
+// them.
+func runAll(labs []lab, mutants []*mutant) (ok bool) {
+	next := make(chan *mutant, len(mutants))
+	for _, m := range mutants {
+		next <- m
 	}
-	fmt.Printf("\n%d of %d mutants killed", killed, total)
+	close(next)
+	var (
+		t       = tally{of: len(mutants), start: time.Now()}
+		workers sync.WaitGroup
+	)
+	for i := range labs {
+		workers.Go(func() {
+			for m := range next {
+				began := time.Now()
+				t.count(m, labs[i].try(m), time.Since(began), labs[i].verbose)
+			}
+		})
+	}
+	workers.Wait()
+	return t.sum()
+}
+
+// A tally counts verdicts.
+type tally struct {
+	of    int
+	start time.Time
+
+	mu        sync.Mutex // guards what follows
+	judged    int
+	killed    int
+	survived  []string // without an explanation
+	unfit     int      // could not be judged
+	surprises int      // killed, but listed as equivalent
+}
+
+func (t *tally) count(m *mutant, v verdict, took time.Duration, verbose bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.judged++
+	verdict := "killed by " + v.by
+	switch {
+	case v.err != nil:
+		t.unfit++
+		verdict = "ERROR: " + v.err.Error() + "\n" + v.output
+	case v.killed && m.equivalent != "":
+		t.surprises++
+		verdict += ", but listed as equivalent"
+	case v.killed:
+		t.killed++
+	case m.equivalent != "":
+		verdict = "survives, as it should: " + m.equivalent
+	default:
+		t.survived = append(t.survived, m.name)
+		verdict = "SURVIVED"
+	}
+	fmt.Printf("%3d/%d %-44s %5.1fs %s\n", t.judged, t.of, m.name, took.Seconds(), verdict)
+	if verbose && v.killed {
+		fmt.Println(v.output)
+	}
+}
+
+// sum prints the result and reports whether it is good.
+func (t *tally) sum() (ok bool) {
+	total := t.killed + len(t.survived)
+	fmt.Printf("\n%d of %d mutants killed", t.killed, total)
 	if total > 0 {
-		fmt.Printf(" (%.1f %%)", 100*float64(killed)/float64(total))
+		fmt.Printf(" (%.1f %%)", 100*float64(t.killed)/float64(total))
 	}
 	fmt.Printf(", %d more are equivalent, %d could not be judged, in %v\n",
-		len(mutants)-total-misfits, misfits, time.Since(start).Round(time.Second))
-	for _, name := range survivors {
+		t.of-total-t.unfit, t.unfit, time.Since(t.start).Round(time.Second))
+	for _, name := range t.survived {
 		fmt.Println("survived without an explanation:", name)
 	}
-	return ok && float64(killed) >= enough*float64(total), nil
+	return t.unfit+t.surprises+len(t.survived) == 0
 }
 
 // A verdict is what became of a mutant.
