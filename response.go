@@ -19,6 +19,7 @@ import (
 //	notStored: status, digest
 //	sealed:    nonce, ciphertext of a kind byte and what that says
 //
+//	status: as the handler called WriteHeader with it, or 0 for a 200 that is implied
 //	digest: of a request body that was too large for the fingerprint, or empty
 //	head:   number of values in all, fields, trailers
 //	fields, trailers: their number, then for each: op, name, number of values, values
@@ -28,6 +29,8 @@ import (
 // Records outlive deployments, so a version that was ever released stays
 // readable.
 const formVersion = 1
+
+const implicitStatus = 0
 
 const (
 	kindResponse  = 1
@@ -84,6 +87,7 @@ func applyFields(h http.Header, fields []headerField) {
 // there and goes on in parts.
 type storedResponse struct {
 	status    int
+	implicit  bool // the handler did not call WriteHeader
 	digest    []byte
 	notStored bool
 	fields    []headerField
@@ -212,6 +216,9 @@ func decodeResponse(aead cipher.AEAD, storeKey string, rec Record, text *strings
 func decodePayload(kind byte, payload []byte, parts [][]byte, text *strings.Builder, fields []headerField) (storedResponse, error) {
 	resp := storedResponse{parts: parts}
 	status, payload, ok := cutUvarint(payload)
+	if ok && status == implicitStatus && kind == kindResponse {
+		resp.implicit, status = true, http.StatusOK
+	}
 	// The recorder never stores another 1xx, and WriteHeader panics beyond 999.
 	if !ok || status != http.StatusSwitchingProtocols && status < 200 || status > 999 {
 		return storedResponse{}, errMalformed
@@ -237,7 +244,7 @@ func decodePayload(kind byte, payload []byte, parts [][]byte, text *strings.Buil
 
 func decodeParts(resp storedResponse, payload []byte, text *strings.Builder, fields []headerField) (storedResponse, error) {
 	size, payload, ok := cutUvarint(payload)
-	if !ok || size > uint64(len(payload)) {
+	if !ok || size > uint64(len(payload)) || size > maxHeadBytes {
 		return storedResponse{}, errMalformed
 	}
 	// One string for the whole head: the fields are parts of it.
@@ -375,7 +382,10 @@ func (s *storedResponse) replay(w http.ResponseWriter) {
 	applyFields(h, s.fields)
 	h["Idempotent-Replayed"] = s.replayed
 	announceTrailers(h, s.trailers)
-	w.WriteHeader(s.status)
+	// What was flushed without a body has a header before its trailers.
+	if !s.implicit || len(s.body) == 0 && len(s.trailers) > 0 {
+		w.WriteHeader(s.status)
+	}
 	if len(s.body) > 0 {
 		// A failed write means that the client is gone; it may come again.
 		_, _ = w.Write(s.body)

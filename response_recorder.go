@@ -25,19 +25,21 @@ type recorder struct {
 	w      http.ResponseWriter
 	proto  int         // major version of HTTP
 	limit  int64       // how much of the body is kept
-	header http.Header // of w, which the handler changes
-	outer  http.Header // what outer middleware had set at the beginning
+	header http.Header // the handler's; that of w is as outer middleware left it until it is sent
 	room   headerRoom
 
 	mu          sync.Mutex // guards what follows, against goroutines the handler leaves behind
 	wroteHeader bool
+	implicit    bool // the handler did not call WriteHeader
+	silent      bool // it did not write at all
 	status      int
 	length      int64         // declared by the handler, or -1
 	declared    []string      // names of trailers
 	connection  []string      // values of the Connection header
 	sniff       bool          // net/http will find out the Content-Type
 	fields      []headerField // what the handler changed
-	trailers    []headerField
+	early       http.Header   // values of trailers that the header has already
+	trailers    []headerField // what the handler changed of them since
 	body        recordedBody
 	written     int64 // asked to be written, refused or not
 	streaming   bool  // the header has gone out
@@ -48,18 +50,13 @@ type recorder struct {
 // init makes the zero recorder record what goes to w.
 func (r *recorder) init(w http.ResponseWriter, proto int, limit int64) {
 	r.w, r.proto, r.limit, r.length = w, proto, limit, -1
-	r.header = w.Header()
-	if len(r.header) > 0 {
-		r.outer = r.header.Clone()
+	// A map of its own: the header of w is written to when the response goes
+	// out, and a goroutine that flushes must not meet one that sets a trailer.
+	if outer := w.Header(); len(outer) > 0 {
+		r.header = outer.Clone()
+	} else {
+		r.header = make(http.Header)
 	}
-}
-
-// resetHeaderLocked makes the header what outer middleware had set, and then
-// the fields.
-func (r *recorder) resetHeaderLocked(fields []headerField) {
-	clear(r.header)
-	maps.Copy(r.header, r.outer)
-	applyFields(r.header, fields)
 }
 
 // headerRoom is where the usual header fits in without an allocation.
@@ -91,18 +88,22 @@ func (r *recorder) WriteHeader(status int) {
 // informLocked sends a 1xx response with the header as it is now. What outer
 // middleware changes of the header on the way is not the handler's doing.
 func (r *recorder) informLocked(status int) {
-	before := r.header.Clone()
+	h := r.w.Header()
+	before := h.Clone()
+	applyFields(h, new(headerRoom).difference(before, r.header))
+	sent := h.Clone()
 	r.w.WriteHeader(status)
-	if r.outer == nil {
-		r.outer = make(http.Header)
-	}
-	applyFields(r.outer, new(headerRoom).difference(before, r.header))
+	changed := new(headerRoom).difference(sent, h)
+	clear(h)
+	maps.Copy(h, before)
+	applyFields(h, changed)
+	applyFields(r.header, changed)
 }
 
 // writeHeaderLocked fixes the status and the header, as net/http does.
 func (r *recorder) writeHeaderLocked(status int) {
 	r.wroteHeader, r.status = true, status
-	r.fields = r.room.difference(r.outer, r.header)
+	r.fields = r.room.difference(r.w.Header(), r.header)
 	if declared := r.header["Content-Length"]; len(declared) > 0 && declared[0] != "" {
 		n, err := strconv.ParseInt(declared[0], 10, 64)
 		if err != nil || n < 0 {
@@ -121,11 +122,21 @@ func (r *recorder) writeHeaderLocked(status int) {
 			}
 		}
 	}
+	r.early = r.trailersLocked()
 	if r.sniff && r.proto == 1 && r.header.Get("Transfer-Encoding") != "" {
 		// HTTP/1 does not sniff then. A replay, which has no Transfer-Encoding
 		// of the handler's, must not either.
 		r.sniff = false
 		r.fields = append(r.fields, headerField{op: opSet, name: "Content-Type"})
+	}
+}
+
+// needHeaderLocked is what net/http does for a handler that does not call
+// WriteHeader.
+func (r *recorder) needHeaderLocked() {
+	if !r.wroteHeader {
+		r.implicit = true
+		r.writeHeaderLocked(http.StatusOK)
 	}
 }
 
@@ -174,9 +185,7 @@ func recordLocked[T []byte | string](r *recorder, p T) (int, error) {
 	if r.closed {
 		return 0, errAfterReturn
 	}
-	if !r.wroteHeader {
-		r.writeHeaderLocked(http.StatusOK)
-	}
+	r.needHeaderLocked()
 	if len(p) == 0 {
 		return 0, nil
 	}
@@ -220,15 +229,13 @@ func (r *recorder) FlushError() error {
 	if !canFlush(r.w) {
 		return http.ErrNotSupported
 	}
-	if !r.wroteHeader {
-		r.writeHeaderLocked(http.StatusOK)
-	}
+	r.needHeaderLocked()
 	if !r.streaming {
-		r.fixContentTypeLocked()
 		r.streamLocked()
+		r.fixContentTypeLocked()
 	}
 	err := http.NewResponseController(r.w).Flush()
-	if !r.overflow {
+	if !r.overflow && !errors.Is(err, http.ErrNotSupported) {
 		return nil // as for Write
 	}
 	return err
@@ -263,7 +270,7 @@ func (r *recorder) EnableFullDuplex() error {
 	return http.NewResponseController(r.w).EnableFullDuplex()
 }
 
-// fixContentTypeLocked records what net/http is about to find out. It sniffs
+// fixContentTypeLocked records what net/http finds out at a flush. It sniffs
 // what is there at the first flush; at a replay that would be the whole body.
 func (r *recorder) fixContentTypeLocked() {
 	if !r.sniff {
@@ -276,22 +283,27 @@ func (r *recorder) fixContentTypeLocked() {
 	r.fields = append(r.fields, f)
 }
 
-// streamLocked sends what was held back. The handler, which is running, then
-// finds the header as it left it: it may have set trailers already.
+// streamLocked sends what was held back. The fields are not stored yet, so outer
+// middleware, which may change values in place, gets copies.
 func (r *recorder) streamLocked() {
 	if r.streaming {
 		return
 	}
 	r.streaming = true
-	left := maps.Clone(r.header)
-	r.resetHeaderLocked(r.fields)
+	fields := slices.Clone(r.fields)
+	for i := range fields {
+		fields[i].values = slices.Clone(fields[i].values)
+	}
+	applyFields(r.w.Header(), fields)
 	r.sendLocked()
-	clear(r.header)
-	maps.Copy(r.header, left)
 }
 
+// sendLocked calls WriteHeader only if the handler did: outer middleware that
+// compresses, say, looks at a header that is implied later.
 func (r *recorder) sendLocked() {
-	r.w.WriteHeader(r.status)
+	if !r.implicit {
+		r.w.WriteHeader(r.status)
+	}
 	for _, chunk := range r.body.chunks {
 		if _, err := r.w.Write(chunk); err != nil {
 			r.body.lent = true
@@ -305,39 +317,25 @@ func (r *recorder) sendLocked() {
 func (r *recorder) finish() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if !r.wroteHeader {
-		r.writeHeaderLocked(http.StatusOK)
-	}
+	r.silent = !r.wroteHeader
+	r.needHeaderLocked()
 	r.closed = true
-	r.findTrailersLocked()
+	if now := r.trailersLocked(); now != nil || r.early != nil {
+		r.trailers = new(headerRoom).difference(r.early, now)
+	}
 }
 
-// findTrailersLocked finds out what differs in the trailers from the header that
-// goes out before them.
-func (r *recorder) findTrailersLocked() {
-	found := len(r.declared) > 0
-	for name := range r.header {
-		found = found || r.isTrailer(name)
+// trailersLocked returns a copy of what the header has of trailers, or nil.
+func (r *recorder) trailersLocked() (trailers http.Header) {
+	for name, values := range r.header {
+		if r.isTrailer(name) {
+			if trailers == nil {
+				trailers = make(http.Header)
+			}
+			trailers[name] = slices.Clone(values)
+		}
 	}
-	for name := range r.outer { // which the handler may have deleted
-		found = found || r.isTrailer(name)
-	}
-	for i := range r.fields {
-		found = found || r.isTrailer(r.fields[i].name)
-	}
-	if !found {
-		return
-	}
-	before := maps.Clone(r.outer)
-	if before == nil {
-		before = make(http.Header)
-	}
-	applyFields(before, r.fields)
-	trailers := maps.Clone(r.header)
-	for _, h := range []http.Header{before, trailers} {
-		maps.DeleteFunc(h, func(name string, _ []string) bool { return !r.isTrailer(name) })
-	}
-	r.trailers = new(headerRoom).difference(before, trailers)
+	return trailers
 }
 
 func (r *recorder) isTrailer(name string) bool {
@@ -354,13 +352,14 @@ func (r *recorder) complete() bool {
 func (r *recorder) send() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	h := r.w.Header()
 	if !r.streaming {
 		r.streaming = true
-		r.resetHeaderLocked(r.fields)
-		announceTrailers(r.header, r.trailers)
+		applyFields(h, r.fields)
+		announceTrailers(h, r.trailers)
 		r.sendLocked()
-		applyFields(r.header, r.trailers) // where the handler has them while it streams
 	}
+	applyFields(h, r.trailers)
 	r.body.free()
 }
 
@@ -371,9 +370,6 @@ func (r *recorder) drop() (streaming bool) {
 	defer r.mu.Unlock()
 	r.closed = true
 	r.body.free()
-	if !r.streaming {
-		r.resetHeaderLocked(nil)
-	}
 	return r.streaming
 }
 
@@ -387,7 +383,11 @@ func (r *recorder) encode(scratch, digest []byte, keep func(name string) bool, w
 	if !whole && r.body.size > maxPacked {
 		chunks, parts = chunks[:1], slices.Clone(chunks[1:])
 	}
-	return encodeResponse(scratch, r.status, digest, r.fields, r.trailers, r.body.size, chunks), parts
+	status := r.status
+	if r.implicit {
+		status = implicitStatus
+	}
+	return encodeResponse(scratch, status, digest, r.fields, r.trailers, r.body.size, chunks), parts
 }
 
 // recordedBody is a body in chunks: a small one that is pooled, which most

@@ -2,9 +2,11 @@ package idempotency_test
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/hex"
 	"net/http"
 	"net/http/httptest"
+	"runtime"
 	"testing"
 	"time"
 
@@ -195,3 +197,19 @@ func FuzzKey(f *testing.F) {
 }
 
 var strings256 = string(make([]byte, 256))
+
+// Reading what pretends to have a great many headers takes no memory for them.
+func TestHeadOfARecordIsBounded(t *testing.T) {
+	const size = 8 << 20
+	number := binary.AppendUvarint(nil, size)
+	value := append([]byte{1, 1, 0xc9, 1, 0}, number...) // version, kind, status 201, no digest, length of head
+	value = append(append(value, number...), number...)  // so many values, so many fields
+	value = append(value, make([]byte, size)...)
+	c := new(api)
+	c = newAPI(stored(t, c, value), &idempotency.Options{}, nil)
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	c.check(t, 0, exchange{key: k("a"), get: "500 record_unreadable"})
+	runtime.ReadMemStats(&after)
+	require.Less(t, after.TotalAlloc-before.TotalAlloc, uint64(size))
+}
