@@ -3,6 +3,7 @@ package idempotency_test
 import (
 	"context"
 	"io"
+	"net"
 	"net/http"
 	"sync"
 	"sync/atomic"
@@ -389,6 +390,32 @@ func TestRedisWatchConnectionBreaks(t *testing.T) {
 		_, err := store.Watch(t.Context(), "one")
 		require.NoError(t, err, "the next one connects again")
 	})
+}
+
+// Those who wait are told before go-redis has given up to connect again.
+func TestRedisWatchReconnectHangs(t *testing.T) {
+	var hang atomic.Bool
+	proxy := startProxy(t, startRedis(t).addr)
+	client := newClient(t, proxy.addr(), func(o *redis.Options) {
+		o.Dialer = func(ctx context.Context, network, addr string) (net.Conn, error) {
+			if hang.Load() {
+				<-ctx.Done()
+				return nil, ctx.Err()
+			}
+			return new(net.Dialer).DialContext(ctx, network, addr)
+		}
+	})
+	changed, err := idempotency.NewRedisStore(client, nil).Watch(t.Context(), "one")
+	require.NoError(t, err)
+	hang.Store(true)
+	proxy.cut()
+	ctx, cancel := context.WithTimeout(t.Context(), client.Options().DialTimeout-time.Second)
+	defer cancel()
+	select {
+	case <-changed:
+	case <-ctx.Done():
+		t.Fatal("a watch was not told")
+	}
 }
 
 // A watch that was not confirmed leaves nothing behind.

@@ -149,6 +149,17 @@ func (p *redisPipe) exec(ctx context.Context, batch []*queuedCommand) (err error
 		}
 		_ = pipe.Process(ctx, q.cmd)
 	}
-	_, _ = pipe.Exec(ctx) // each command has its own error
-	return nil
+	return execPipeline(ctx, pipe)
+}
+
+// execPipeline returns an error that none of the commands has, which are then not
+// done: a connection that is refused when it begins, say, or that of a hook.
+func execPipeline(ctx context.Context, pipe redis.Pipeliner) error {
+	cmds, err := pipe.Exec(ctx)
+	for _, cmd := range cmds {
+		if cmd.Err() != nil {
+			return nil
+		}
+	}
+	return err
 }

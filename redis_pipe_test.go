@@ -2,6 +2,7 @@ package idempotency_test
 
 import (
 	"context"
+	"errors"
 	"net"
 	"strconv"
 	"strings"
@@ -27,6 +28,7 @@ type gate struct {
 	pipelines []int     // their lengths
 	deadline  time.Time // of the last pipeline
 	broken    bool      // a pipeline panics
+	refused   error     // of a pipeline, whose commands do not learn of it
 	reply     string    // of a command that comes by itself, if not empty
 }
 
@@ -56,6 +58,9 @@ func (g *gate) ProcessPipelineHook(redis.ProcessPipelineHook) redis.ProcessPipel
 		g.deadline, _ = ctx.Deadline()
 		if g.pipelines = append(g.pipelines, len(cmds)); g.broken {
 			panic("a hook")
+		}
+		if g.refused != nil {
+			return g.refused
 		}
 		for _, cmd := range cmds {
 			cmd.SetErr(redis.Nil)
@@ -222,5 +227,17 @@ func TestRedisPipelinePanic(t *testing.T) {
 		}
 		g.broken = false
 		requireErrors(t, claim(10, 30), nil)
+	})
+}
+
+// What a hook says of a whole pipeline, or Redis when a connection begins, is what
+// the callers get.
+func TestRedisPipelineThatIsRefused(t *testing.T) {
+	withGate(t, func(t *testing.T, g *gate, claim func(from, to int) <-chan error) {
+		g.refused = errors.New("the circuit is open")
+		first, second := claim(0, 8), claim(8, 20)
+		close(g.open)
+		requireErrors(t, first, nil)
+		requireErrors(t, second, g.refused)
 	})
 }

@@ -349,7 +349,9 @@ func (s *RedisStore) sendAndWait(ctx context.Context, name string, cmd redis.Cmd
 	pipe := client.Pipeline()
 	_ = pipe.Process(ctx, cmd)
 	_ = pipe.Process(ctx, wait)
-	_, _ = pipe.Exec(ctx) // each command has its own error
+	if err := execPipeline(ctx, pipe); err != nil {
+		return false, err
+	}
 	if err := cmd.Err(); err != nil && !errors.Is(err, redis.Nil) {
 		return false, err
 	}

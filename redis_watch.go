@@ -393,7 +393,11 @@ func (ss *redisSession) send(pubsub *redis.PubSub) error {
 func (ss *redisSession) receive(pubsub *redis.PubSub) {
 	defer ss.end()
 	for silent := false; ; {
-		message, err := pubsub.ReceiveTimeout(ss.ctx, watchPing)
+		// Before go-redis tells that the connection broke, it connects again, which
+		// may take as long as its DialTimeout unless the context is shorter.
+		ctx, cancel := context.WithTimeout(ss.ctx, watchPing+watchPatience)
+		message, err := pubsub.ReceiveTimeout(ctx, watchPing)
+		cancel()
 		var timeout net.Error
 		switch {
 		case err == nil:
