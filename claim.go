@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"runtime/debug"
 	"time"
 )
 
@@ -36,10 +37,19 @@ func (c *call) free(ctx context.Context) error {
 }
 
 // try calls op with a context that carries the values of ctx.
-func (c *call) try(ctx context.Context, timeout time.Duration, op storeOp) error {
+func (c *call) try(ctx context.Context, timeout time.Duration, op storeOp) (err error) {
 	sc := newStoreContext(ctx, timeout)
 	defer sc.end(context.Canceled)
+	defer containStore(&err)
 	return op(c, sc)
+}
+
+// containStore makes a store that panics one that fails. In the background its
+// panic would be the end of the process. It is to be deferred.
+func containStore(err *error) {
+	if p := recover(); p != nil {
+		*err = fmt.Errorf("store panicked: %v\n%s", p, debug.Stack())
+	}
 }
 
 // acquire asks the store for the key, and once more when the first answer is
@@ -59,10 +69,11 @@ func (c *call) acquire(ctx context.Context, start time.Time, claim Claim) (Recor
 	return rec, err
 }
 
-func (c *call) tryAcquire(ctx context.Context, timeout time.Duration, claim Claim) (Record, error) {
+func (c *call) tryAcquire(ctx context.Context, timeout time.Duration, claim Claim) (rec Record, err error) {
 	sc := newStoreContext(ctx, timeout)
 	defer sc.end(context.Canceled)
-	rec, err := c.store.Acquire(sc, c.storeKey, claim)
+	defer containStore(&err)
+	rec, err = c.store.Acquire(sc, c.storeKey, claim)
 	if err == nil && (rec.State < Acquired || rec.State > Lost) {
 		err = fmt.Errorf("store returned %v", rec.State)
 	}
@@ -101,6 +112,11 @@ func monotonicNow() time.Time { return memoryEpoch.Add(time.Duration(memoryNow()
 // says again what it knows, in case that the store has lost the record.
 func (c *call) renew(ctx context.Context, sent time.Time, once bool) (Record, error) {
 	once = once || c.opts.AtMostOnce || c.execution.isCommitted()
+	if e, _ := FromContext(ctx); e != &c.execution {
+		// A context of the handler's own. By the Execution in it a store can tell a
+		// renewal from a new claim.
+		ctx = context.WithValue(ctx, executionKey{}, &c.execution)
+	}
 	return c.acquire(ctx, sent, Claim{
 		Token: c.token, Fingerprint: c.fingerprint,
 		Lease: c.opts.Lease, TTL: c.opts.TTL, Once: once,
@@ -184,10 +200,10 @@ func sleepUntil(ctx context.Context, changed <-chan struct{}, d time.Duration) b
 func (c *call) commit(ctx context.Context) error {
 	sent := time.Now()
 	rec, err := c.renew(ctx, sent, true)
+	c.lease.extended(sent, rec, err)
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrStoreUnavailable, err)
 	}
-	c.lease.extended(sent, rec.State)
 	if rec.State != Acquired {
 		return fmt.Errorf("%w: the key is %v", ErrLeaseLost, rec.State)
 	}
@@ -249,16 +265,3 @@ func (c *call) backgroundEnd(end time.Time, once bool) time.Time {
 // isOnce reports whether the claim may be marked as at-most-once, even if no
 // Commit succeeded: the reply to one may have been lost.
 func (c *call) isOnce() bool { return c.opts.AtMostOnce || c.uncertain.Load() }
-
-// giveBack releases in the background a claim that may or may not have been
-// made, so that the key is free when the store is back. It does so once more at
-// the end of the lease: a claim that arrives in between finds no marker if
-// someone else has come and gone, and an at-most-once claim that nobody knows of
-// would never end.
-func (c *call) giveBack() {
-	ctx := context.WithoutCancel(c.r.Context())
-	end := c.backgroundEnd(time.Now().Add(c.opts.Lease), c.opts.AtMostOnce)
-	again := func() { c.persistLater(ctx, end, "releasing an uncertain claim failed", (*call).free) }
-	again()
-	time.AfterFunc(c.opts.Lease, again)
-}

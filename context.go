@@ -19,6 +19,7 @@ type handlerContext struct {
 
 	mu    sync.Mutex // guards what follows
 	inner context.Context
+	asked bool // the handler has looked
 	stop  context.CancelCauseFunc
 	ended bool
 }
@@ -28,10 +29,18 @@ type handlerContext struct {
 func (c *handlerContext) within() context.Context {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.asked = true
 	if c.inner == nil {
 		c.makeLocked()
 	}
 	return c.inner
+}
+
+// hasEnded reports whether the handler can have seen the end of its context.
+func (c *handlerContext) hasEnded() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.asked && c.inner.Err() != nil
 }
 
 func (c *handlerContext) makeLocked() {

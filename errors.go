@@ -27,7 +27,8 @@ var (
 	ErrInProgress = errors.New("idempotency: request in progress")
 
 	// ErrOutcomeUnknown: 409, the run of an at-most-once key never reported
-	// how it ended, and is not repeated.
+	// how it ended, or a handler returned without an answer when its context
+	// had ended. It is not repeated.
 	ErrOutcomeUnknown = errors.New("idempotency: outcome unknown")
 
 	// ErrResponseNotStored: 409, the handler ran, but its response could not

@@ -19,7 +19,7 @@ const (
 	OutcomeKeyReused         Outcome = "key_reused"          // the key belongs to a different request
 	OutcomeKeyMissing        Outcome = "key_missing"         // RequireKey
 	OutcomeKeyInvalid        Outcome = "key_invalid"         // malformed
-	OutcomeOutcomeUnknown    Outcome = "outcome_unknown"     // at-most-once, and the run died
+	OutcomeOutcomeUnknown    Outcome = "outcome_unknown"     // at-most-once, and the run died; or it ended without an answer
 	OutcomeResponseNotStored Outcome = "response_not_stored" // a retry of what could not be kept
 	OutcomeRecordUnreadable  Outcome = "record_unreadable"   // damaged, newer, or sealed under another key
 	OutcomeBodyIncomplete    Outcome = "body_incomplete"     // broke off before the claim
@@ -41,8 +41,8 @@ type Event struct {
 	// Attempt is that of the execution. Zero: there was none.
 	Attempt int
 
-	// Status is what the client was sent; zero after a panic, and when the
-	// handler ran unprotected.
+	// Status is what the client was sent; zero after a panic, when the handler
+	// ran unprotected, and when it is left to outer middleware.
 	Status int
 
 	// Duration is the time in the middleware and the handler. Waited is the

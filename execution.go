@@ -17,7 +17,8 @@ type Execution struct {
 	key      string
 	storeKey string
 	attempt  int
-	call     *call // nil when the run is unprotected
+	call     *call      // nil when the run is unprotected
+	outer    *Execution // that of a middleware around this one, under another key; or nil
 
 	mu         sync.Mutex // guards what follows
 	ended      bool
@@ -33,6 +34,17 @@ type executionKey struct{}
 func FromContext(ctx context.Context) (*Execution, bool) {
 	e, ok := ctx.Value(executionKey{}).(*Execution)
 	return e, ok
+}
+
+// covers reports whether the execution, or one that it is part of, is that of the
+// cell. Of a nil Execution that is false.
+func (e *Execution) covers(storeKey string) bool {
+	for ; e != nil; e = e.outer {
+		if e.storeKey == storeKey {
+			return true
+		}
+	}
+	return false
 }
 
 // Key returns the client's key, unquoted.
@@ -106,7 +118,9 @@ func (e *Execution) isCommitted() bool {
 func (e *Execution) Discard() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.discarded = true
+	if !e.ended {
+		e.discarded = true
+	}
 }
 
 // Attach hands v to the store: the contexts of Complete and Release carry the
@@ -124,7 +138,9 @@ func (e *Execution) Discard() {
 func (e *Execution) Attach(v any) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.attachment = v
+	if !e.ended {
+		e.attachment = v
+	}
 }
 
 // Attachment returns what was last attached, or nil.
@@ -155,6 +171,7 @@ type lease struct {
 	renewing bool
 	stopped  bool
 	taken    bool // another owner was seen
+	freed    bool // the run has given the key back
 }
 
 // start begins to keep the lease that c has claimed.
@@ -208,6 +225,7 @@ func (l *lease) renewOnce(sent time.Time) {
 	defer l.mu.Unlock()
 	l.renewing = false
 	if l.stopped {
+		l.lateLocked(rec, err)
 		return
 	}
 	switch {
@@ -235,19 +253,41 @@ func (l *lease) loseLocked() {
 }
 
 // extended tells the lease what a claim made outside of its timer came to.
-func (l *lease) extended(sent time.Time, state State) {
+func (l *lease) extended(sent time.Time, rec Record, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if state == Acquired {
+	switch {
+	case l.stopped:
+		l.lateLocked(rec, err)
+	case err != nil:
+	case rec.State == Acquired:
 		l.extendLocked(sent)
-	} else {
+	default:
 		l.loseLocked()
 	}
 }
 
+// lateLocked takes the answer to a renewal that was still on its way when the
+// lease was stopped. If the key was freed meanwhile, and someone else has come
+// and gone, it may have claimed the key for nobody.
+func (l *lease) lateLocked(rec Record, err error) {
+	if err == nil && rec.State != Acquired {
+		l.taken = true
+	} else if l.freed {
+		l.call.giveBack(l.call.isOnce())
+	}
+}
+
+// free is called before the key is freed.
+func (l *lease) free() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.freed = true
+}
+
 // stop ends the renewals. It returns the end of the lease and whether another
-// owner was seen. A renewal that is on its way is harmless: it finds its own
-// claim, or none.
+// owner was seen. A renewal that is on its way finds its own claim, or see
+// lateLocked.
 func (l *lease) stop() (end time.Time, taken bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

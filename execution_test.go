@@ -240,7 +240,7 @@ func TestHangingRenewalDoesNotHideALostLease(t *testing.T) {
 			require.ErrorIs(t, context.Cause(r.Context()), idempotency.ErrLeaseLost)
 			close(release)
 		})
-		c.check(t, 0, exchange{key: k("a"), get: "200 "})
+		c.check(t, 0, exchange{key: k("a"), get: "409 outcome_unknown"})
 	})
 }
 

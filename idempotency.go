@@ -22,7 +22,9 @@
 //   - the store lost the record, or could not take it for as long as the lease
 //     ran after the handler had finished;
 //   - the handler answered with something that says that nothing was done
-//     ([Options.ShouldStore]), or asked for it ([Execution.Discard]);
+//     ([Options.ShouldStore]), asked for it ([Execution.Discard]), or met a
+//     large body that broke off and did not answer that it was done
+//     ([Options.MaxBufferedBody]);
 //   - the TTL passed.
 //
 // Exactly-once effects outside of the process need the help of whoever has the
@@ -47,8 +49,12 @@
 //
 // The context of its request is not cancelled when the client hangs up, but
 // when the lease is lost ([context.Cause] is [ErrLeaseLost]) or after
-// [Options.MaxExecution]. The response is held back until the handler returns
-// or flushes. Connections cannot be hijacked.
+// [Options.MaxExecution]. A handler that gives up then says so, with a 5xx or
+// [Execution.Discard]: when it returns without a word, nobody knows how far it
+// got, so that retries are answered [ErrOutcomeUnknown] and do not run.
+//
+// The response is held back until the handler returns or flushes. Connections
+// cannot be hijacked.
 package idempotency
 
 import (
@@ -101,6 +107,7 @@ type middleware struct {
 	watcher Watcher      // the same store, or nil
 	memory  *MemoryStore // the same store, or nil
 	opts    Options
+	calm    calm // what is given back
 }
 
 type handler struct {
@@ -130,6 +137,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 type call struct {
 	arrival
 	result Result // what the handler's run came to
+	gaveUp bool   // the handler said nothing when its context, or the body, had ended
 
 	execution Execution
 	context   handlerContext
@@ -153,6 +161,7 @@ type arrival struct {
 	fingerprint []byte
 	sum         [sha256.Size]byte // backing of fingerprint
 
+	outer     *Execution  // that the request is part of already, or nil
 	claimSent time.Time   // when the last claim was asked for
 	claimed   time.Time   // when it was answered
 	uncertain atomic.Bool // a claim may have been made that nobody knows of
@@ -163,10 +172,10 @@ type arrival struct {
 var calls = sync.Pool{New: func() any { return new(call) }}
 
 // recycle keeps a call for reuse that nobody else can know of: one that was
-// answered from memory, without running the handler and without a claim to give
-// back in the background. It halves the time of a replay.
+// answered from memory, without running the handler. It halves the time of a
+// replay.
 func (c *call) recycle() {
-	if c.memory != nil && c.execution.attempt == 0 && !c.uncertain.Load() {
+	if c.memory != nil && c.execution.attempt == 0 {
 		c.arrival = arrival{}
 		calls.Put(c)
 	}
@@ -179,7 +188,8 @@ func (c *call) serve(lines []string) {
 		c.refuse(err)
 		return
 	}
-	if outer, ok := FromContext(c.r.Context()); ok && outer.storeKey == c.storeKey {
+	c.outer, _ = FromContext(c.r.Context())
+	if c.outer.covers(c.storeKey) {
 		c.next.ServeHTTP(c.w, c.r)
 		return
 	}
@@ -201,7 +211,7 @@ func (c *call) serve(lines []string) {
 		return
 	}
 	if c.uncertain.Load() {
-		c.giveBack()
+		c.giveBack(c.opts.AtMostOnce)
 	}
 	if err != nil {
 		c.refuse(c.problem(ErrStoreUnavailable, err))
@@ -319,6 +329,8 @@ func (c *call) replay(rec Record) {
 	switch {
 	case !same:
 		c.refuse(c.problem(ErrKeyReused, nil))
+	case resp.unknown:
+		c.refuse(c.problem(ErrOutcomeUnknown, nil))
 	case resp.notStored:
 		err := c.problem(ErrResponseNotStored, nil)
 		err.OriginalStatus = resp.status
@@ -349,7 +361,7 @@ const maxDrain = 1 << 20
 // connection that is reset while it sends. One that waits for 100 Continue has
 // sent nothing, and need not.
 func (c *call) drain() {
-	unasked := !c.body.started && c.r.Header.Get("Expect") != ""
+	unasked := !c.body.hasStarted() && c.r.Header.Get("Expect") != ""
 	if c.r.Body == nil || c.body.whole || unasked || c.r.ProtoMajor > 1 {
 		return
 	}

@@ -48,7 +48,7 @@ func TestLeaseEndsWithTheLastRenewal(t *testing.T) {
 			require.ErrorIs(t, context.Cause(r.Context()), idempotency.ErrLeaseLost)
 			require.Equal(t, 30*time.Second, time.Since(sent))
 		})
-		c.check(t, 0, exchange{key: k("a"), get: "200 "})
+		c.check(t, 0, exchange{key: k("a"), get: "409 outcome_unknown"})
 	})
 }
 
@@ -67,6 +67,6 @@ func TestLeaseEndsWithTheLastCommit(t *testing.T) {
 			require.ErrorIs(t, context.Cause(r.Context()), idempotency.ErrLeaseLost)
 			require.Equal(t, 30*time.Second, time.Since(committed))
 		})
-		c.check(t, 0, exchange{key: k("a"), get: "200 "})
+		c.check(t, 0, exchange{key: k("a"), get: "409 outcome_unknown"})
 	})
 }

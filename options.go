@@ -86,9 +86,11 @@ type Options struct {
 	// MaxBufferedBody is the size in bytes up to which a request body is read
 	// before its key is claimed. A larger one is streamed to the handler and
 	// hashed on the way; until the handler has returned, two such requests
-	// that differ only in the body are not told apart. Default 1 MiB. Where a
-	// change of this option makes a retry a large body that was none before,
-	// or the other way round, it is answered 422.
+	// that differ only in the body are not told apart. When the handler met one
+	// that broke off, the key is freed; but if it answered below 400 it has done
+	// something, and retries are answered 409 response_not_stored. Default 1 MiB.
+	// Where a change of this option makes a retry a large body that was none
+	// before, or the other way round, it is answered 422.
 	MaxBufferedBody int64
 
 	// MaxResponseBytes is the size in bytes of the largest response body that
@@ -98,8 +100,10 @@ type Options struct {
 	MaxResponseBytes int64
 
 	// ShouldStore says which responses are final and kept. Any other frees the
-	// key. Default nil: all but 401, 403, 407, 408, 425, 429 and 5xx; with
-	// AtMostOnce 5xx is final too. If it panics the response is kept.
+	// key. Default nil: all but 401, 403, 407, 408, 425, 429, 5xx, and 409 with
+	// Retry-After, which another instance of this middleware answers while a
+	// request is running; with AtMostOnce 5xx is final too. If it panics the
+	// response is kept.
 	ShouldStore func(status int, h http.Header) bool
 
 	// ReplayHeader says which of the headers and trailers that the handler set
@@ -115,7 +119,7 @@ type Options struct {
 	// Default false: they run again after Lease.
 	AtMostOnce bool
 
-	// FailOpen runs the handler unprotected when the store is down. Commit
+	// FailOpen runs the handler unprotected when the store is down or full. Commit
 	// then fails and nobody ends an attached transaction. Default false: the
 	// answer is then 503, because a request that is refused is safer than one
 	// that is charged twice.
@@ -123,7 +127,8 @@ type Options struct {
 
 	// CancelOnDisconnect keeps the client's cancellation on the handler's
 	// context. Default false: the client that hangs up is the one that will
-	// retry, so the handler finishes and its answer is stored.
+	// retry, so the handler finishes and its answer is stored. With it, retries of
+	// a handler that returns without a word are answered 409 outcome_unknown.
 	CancelOnDisconnect bool
 
 	// AEAD seals stored responses, with the store key as additional data.
@@ -139,8 +144,9 @@ type Options struct {
 	ErrorHandler func(http.ResponseWriter, *http.Request, *Error)
 
 	// OnEvent is called once for each request that has a key or should have,
-	// on the request's goroutine, when it was answered or its handler panicked.
-	// A panic in it is contained. Default nil.
+	// on the request's goroutine, when it was answered or its handler panicked;
+	// not when Scope, ValidateKey, Fingerprint or ErrorHandler panicked. A panic
+	// in it is contained. Default nil.
 	OnEvent func(context.Context, Event)
 
 	// Logger receives warnings and errors; never a key, a token or a body.

@@ -654,29 +654,36 @@ func TestRedisMinReplicas(t *testing.T) {
 // The claim of a running handler is not released, not even when Redis has lost
 // it and the renewal makes it anew: the handler would run a second time.
 func TestRedisMinReplicasOfARunningHandler(t *testing.T) {
-	master := startRedis(t, "--repl-diskless-sync-delay", "0")
-	admin := newClient(t, master.addr)
-	host, port, err := net.SplitHostPort(master.addr)
-	require.NoError(t, err)
-	replica := startRedis(t, "--replicaof", host+" "+port)
-	awaitReplica(t, admin)
-	store := idempotency.NewRedisStore(newClient(t, master.addr),
-		&idempotency.RedisOptions{MinReplicas: 1, ReplicaTimeout: 50 * time.Millisecond})
-	commit := make(chan error, 1)
-	shop := openShop(t, store, nil, func(w http.ResponseWriter, r *http.Request) {
-		replica.kill()
-		await(t, "no replica", func() bool {
-			return strings.Contains(admin.Info(r.Context(), "replication").Val(), "connected_slaves:0")
+	for name, own := range map[string]bool{"context of the request": false, "context of its own": true} {
+		t.Run(name, func(t *testing.T) {
+			master := startRedis(t, "--repl-diskless-sync-delay", "0")
+			admin := newClient(t, master.addr)
+			host, port, err := net.SplitHostPort(master.addr)
+			require.NoError(t, err)
+			replica := startRedis(t, "--replicaof", host+" "+port)
+			awaitReplica(t, admin)
+			store := idempotency.NewRedisStore(newClient(t, master.addr),
+				&idempotency.RedisOptions{MinReplicas: 1, ReplicaTimeout: 50 * time.Millisecond})
+			commit := make(chan error, 1)
+			shop := openShop(t, store, nil, func(w http.ResponseWriter, r *http.Request) {
+				replica.kill()
+				await(t, "no replica", func() bool {
+					return strings.Contains(admin.Info(r.Context(), "replication").Val(), "connected_slaves:0")
+				})
+				_ = admin.FlushAll(r.Context())
+				ctx := r.Context()
+				if own {
+					ctx = context.Background()
+				}
+				commit <- execution(r).Commit(ctx)
+				w.WriteHeader(http.StatusCreated)
+			})
+			require.Equal(t, "201", strings.TrimSpace(shop.post("key")))
+			require.ErrorIs(t, <-commit, idempotency.ErrTooFewReplicas)
+			require.Contains(t, shop.post("key"), "replayed")
+			require.EqualValues(t, 1, shop.runs.Load())
 		})
-		_ = admin.FlushAll(r.Context())
-		e, _ := idempotency.FromContext(r.Context())
-		commit <- e.Commit(r.Context())
-		w.WriteHeader(http.StatusCreated)
-	})
-	require.Equal(t, "201", strings.TrimSpace(shop.post("key")))
-	require.ErrorIs(t, <-commit, idempotency.ErrTooFewReplicas)
-	require.Contains(t, shop.post("key"), "replayed")
-	require.EqualValues(t, 1, shop.runs.Load())
+	}
 }
 
 // A refusal for lack of replicas is final, and FailOpen is no way around it.

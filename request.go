@@ -205,18 +205,18 @@ type requestBody struct {
 	buffer   *[]byte       // the pooled slice that identity and ahead lie in
 	identity []byte        // what the fingerprint covers before the body
 	ahead    []byte        // what was read of the body before the key was claimed
-	started  bool          // reading has begun
 	whole    bool          // ahead is the whole body
 	request  *http.Request // the client's, whose body is read
 	copy     *http.Request // the handler's
 
-	mu     sync.Mutex
-	off    int       // what the handler has read of ahead
-	read   int64     // what the handler has read in all
-	hash   hash.Hash // of identity and what the handler has read; nil if whole
-	eof    bool      // the handler has seen the end
-	broken bool      // the handler has seen the body break off
-	closed bool
+	mu      sync.Mutex
+	started bool      // reading has begun
+	off     int       // what the handler has read of ahead
+	read    int64     // what the handler has read in all
+	hash    hash.Hash // of identity and what the handler has read; nil if whole
+	eof     bool      // the handler has seen the end
+	broken  bool      // the handler has seen the body break off
+	closed  bool
 }
 
 // readAhead reads the body up to limit bytes. identity must lie in *b.buffer.
@@ -246,7 +246,9 @@ func (b *requestBody) readAhead(r *http.Request, identity []byte, limit int64) e
 		n, err := r.Body.Read(buf[len(buf) : len(buf)+int(room)])
 		buf = buf[:len(buf)+n]
 		if err == io.EOF {
-			b.whole = true
+			// One byte more than limit may have come together with the end. It would
+			// not be whole if the end came later.
+			b.whole = int64(len(buf)-len(identity)) <= limit
 			return nil
 		}
 		if err != nil {
@@ -320,6 +322,7 @@ func (b *requestBody) Read(p []byte) (int, error) {
 }
 
 func (b *requestBody) noteLocked(p []byte, err error) {
+	b.started = true
 	b.read += int64(len(p))
 	if b.hash != nil {
 		b.hash.Write(p)
@@ -345,6 +348,12 @@ func (b *requestBody) Close() error {
 	defer b.mu.Unlock()
 	b.closed = true
 	return nil
+}
+
+func (b *requestBody) hasStarted() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.started
 }
 
 // finish ends the handler's access. It reports whether the handler met a body

@@ -315,10 +315,11 @@ func TestLargeBodyThatBreaksOff(t *testing.T) {
 		atMostOnce bool
 		err        error
 		retryGet   string
+		original   int
 	}{
-		"frees the key":                    {false, io.ErrUnexpectedEOF, "201 "},
-		"at most once: keeps the answer":   {true, io.ErrUnexpectedEOF, "replay 201 unexpected EOF"},
-		"at a limit: every retry meets it": {false, &http.MaxBytesError{Limit: 600}, "replay 201 http: request body too large"},
+		"done, but with a part of it":      {false, io.ErrUnexpectedEOF, "409 response_not_stored", 201},
+		"at most once: keeps the answer":   {true, io.ErrUnexpectedEOF, "replay 201 unexpected EOF", 0},
+		"at a limit: every retry meets it": {false, &http.MaxBytesError{Limit: 600}, "replay 201 http: request body too large", 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64, AtMostOnce: row.atMostOnce}, reading(-1))
@@ -326,7 +327,7 @@ func TestLargeBodyThatBreaksOff(t *testing.T) {
 			r.Body = &brokenBody{strings.NewReader(upload(500, 'x')), row.err}
 			got, _ := describe(t, c.do(r))
 			require.Equal(t, "201 "+row.err.Error(), got)
-			c.check(t, 1, exchange{key: k("a"), body: upload(600, 'x'), get: row.retryGet})
+			c.check(t, 1, exchange{key: k("a"), body: upload(600, 'x'), get: row.retryGet, original: row.original})
 		})
 	}
 }

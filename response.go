@@ -17,6 +17,7 @@ import (
 //
 //	response:  status, digest, length of head, head, length of body, body
 //	notStored: status, digest
+//	unknown:   digest
 //	sealed:    nonce, ciphertext of a kind byte and what that says
 //
 //	status: as the handler called WriteHeader with it, or 0 for a 200 that is implied
@@ -36,6 +37,7 @@ const (
 	kindResponse  = 1
 	kindNotStored = 2
 	kindSealed    = 3
+	kindUnknown   = 4
 )
 
 // maxHeadBytes bounds what headers and trailers may add to a stored response.
@@ -90,6 +92,7 @@ type storedResponse struct {
 	implicit  bool // the handler did not call WriteHeader
 	digest    []byte
 	notStored bool
+	unknown   bool // what the handler came to
 	fields    []headerField
 	trailers  []headerField
 	body      []byte
@@ -169,6 +172,11 @@ func encodeNotStored(status int, digest []byte) []byte {
 	return appendField(binary.AppendUvarint([]byte{formVersion, kindNotStored}, uint64(status)), digest)
 }
 
+// encodeUnknown returns the stored form of a run that came to no answer.
+func encodeUnknown(digest []byte) []byte {
+	return appendField([]byte{formVersion, kindUnknown}, digest)
+}
+
 // seal encrypts a stored form and binds it to its cell.
 func seal(aead cipher.AEAD, storeKey string, value []byte) []byte {
 	head := 2 + aead.NonceSize()
@@ -214,32 +222,38 @@ func decodeResponse(aead cipher.AEAD, storeKey string, rec Record, text *strings
 }
 
 func decodePayload(kind byte, payload []byte, parts [][]byte, text *strings.Builder, fields []headerField) (storedResponse, error) {
-	resp := storedResponse{parts: parts}
-	status, payload, ok := cutUvarint(payload)
-	if ok && status == implicitStatus && kind == kindResponse {
-		resp.implicit, status = true, http.StatusOK
+	resp := storedResponse{parts: parts, notStored: kind == kindNotStored, unknown: kind == kindUnknown}
+	if kind != kindResponse && !resp.notStored && !resp.unknown {
+		return storedResponse{}, fmt.Errorf("record has unknown kind %d", kind)
 	}
-	// The recorder never stores another 1xx, and WriteHeader panics beyond 999.
-	if !ok || status != http.StatusSwitchingProtocols && status < 200 || status > 999 {
-		return storedResponse{}, errMalformed
+	ok := true
+	if !resp.unknown {
+		if resp, payload, ok = decodeStatus(resp, payload); !ok {
+			return storedResponse{}, errMalformed
+		}
 	}
-	resp.status = int(status)
 	size, payload, ok := cutUvarint(payload)
 	if !ok || size > uint64(len(payload)) {
 		return storedResponse{}, errMalformed
 	}
 	resp.digest, payload = payload[:size], payload[size:]
-	switch kind {
-	case kindNotStored:
-		resp.notStored = true
-		if len(payload) != 0 {
-			return storedResponse{}, errMalformed
-		}
-		return resp, nil
-	case kindResponse:
+	if kind == kindResponse {
 		return decodeParts(resp, payload, text, fields)
 	}
-	return storedResponse{}, fmt.Errorf("record has unknown kind %d", kind)
+	if len(payload) != 0 {
+		return storedResponse{}, errMalformed
+	}
+	return resp, nil
+}
+
+func decodeStatus(resp storedResponse, payload []byte) (_ storedResponse, rest []byte, ok bool) {
+	status, rest, ok := cutUvarint(payload)
+	if status == implicitStatus && !resp.notStored {
+		resp.implicit, status = true, http.StatusOK
+	}
+	resp.status = int(status)
+	// The recorder never stores another 1xx, and WriteHeader panics beyond 999.
+	return resp, rest, ok && (status == http.StatusSwitchingProtocols || status >= 200 && status <= 999)
 }
 
 func decodeParts(resp storedResponse, payload []byte, text *strings.Builder, fields []headerField) (storedResponse, error) {

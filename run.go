@@ -14,7 +14,7 @@ import (
 // request with this header again by itself when its connection breaks without
 // an answer, so the handler would run, and panic, several times at once.
 func (c *call) run(rec Record) {
-	c.execution = Execution{key: c.key, storeKey: c.storeKey, attempt: rec.Attempt, call: c}
+	c.execution = Execution{key: c.key, storeKey: c.storeKey, attempt: rec.Attempt, call: c, outer: c.outer}
 	c.context = handlerContext{request: c.r.Context(), execution: &c.execution, keepCancel: c.opts.CancelOnDisconnect}
 	defer c.context.cancel(nil)
 	c.recorder.init(c.w, c.r.ProtoMajor, c.opts.MaxResponseBytes)
@@ -29,7 +29,7 @@ func (c *call) run(rec Record) {
 // runUnprotected is for FailOpen, when the store is down.
 func (c *call) runUnprotected(err error) {
 	c.warn("store unavailable, running unprotected", err)
-	c.execution = Execution{key: c.key, storeKey: c.storeKey, attempt: 1}
+	c.execution = Execution{key: c.key, storeKey: c.storeKey, attempt: 1, outer: c.outer}
 	ctx := context.WithValue(c.r.Context(), executionKey{}, &c.execution)
 	c.callHandler(c.w, ctx, func() {})
 	c.execution.end()
@@ -64,9 +64,13 @@ func (c *call) settle(ctx context.Context) {
 	committed, discarded, attached := c.execution.end()
 	digest, broken := c.body.finish()
 	c.recorder.finish()
-	final := committed || !discarded && !(broken && !c.opts.AtMostOnce) && c.isFinal()
-	if final {
-		notStored := c.encode(digest)
+	c.gaveUp = c.recorder.silent && (broken || c.context.hasEnded())
+	if c.gaveUp {
+		c.awaitDeadline()
+		discarded = discarded || attached // what it did is rolled back with its transaction
+	}
+	if committed || !discarded && c.isFinal(broken) {
+		notStored := c.encode(digest, broken && !committed && !c.opts.AtMostOnce)
 		c.keep(ctx, notStored, committed, attached)
 		return
 	}
@@ -76,14 +80,37 @@ func (c *call) settle(ctx context.Context) {
 		c.withhold(OutcomeLeaseLost, c.problem(ErrInProgress, ErrLeaseLost))
 		return
 	}
+	c.gaveUp = false // there is no harm in that
 	c.send(OutcomeReleased, err)
 }
 
-// isFinal asks ShouldStore. The handler has finished: a panic in it must not
+// awaitDeadline lets the context of the request end, if it is time: that of the
+// handler may have done so a moment earlier, and outer middleware asks for it.
+func (c *call) awaitDeadline() {
+	ctx := c.r.Context()
+	if deadline, ok := ctx.Deadline(); ok && !time.Now().Before(deadline) {
+		sleepUntil(ctx, nil, time.Second)
+	}
+}
+
+// isFinal reports whether the key is not to run again. Nobody knows how far a
+// handler got that gave up, but it may be told to start again when all it lacked
+// was the rest of a body.
+func (c *call) isFinal(broken bool) bool {
+	switch {
+	case broken && !c.opts.AtMostOnce && (c.gaveUp || c.recorder.status >= 400):
+		return false
+	case c.gaveUp:
+		return true
+	}
+	return c.shouldStore()
+}
+
+// shouldStore asks ShouldStore. The handler has finished: a panic in it must not
 // make the request run again.
-func (c *call) isFinal() (final bool) {
+func (c *call) shouldStore() (final bool) {
 	if c.opts.ShouldStore == nil {
-		return isFinalStatus(c.recorder.status, c.opts.AtMostOnce)
+		return isFinalStatus(c.recorder.status, c.recorder.header, c.opts.AtMostOnce)
 	}
 	final = true
 	defer c.contain("ShouldStore")
@@ -91,9 +118,13 @@ func (c *call) isFinal() (final bool) {
 }
 
 // isFinalStatus is the default of Options.ShouldStore. What is not final says
-// that nothing was done yet, or not for this client.
-func isFinalStatus(status int, atMostOnce bool) bool {
+// that nothing was done yet, or not for this client. A conflict with Retry-After
+// is what this package answers while another request is running: the handler may
+// be a proxy to a service that has it too.
+func isFinalStatus(status int, h http.Header, atMostOnce bool) bool {
 	switch status {
+	case http.StatusConflict:
+		return h.Get("Retry-After") == ""
 	case http.StatusUnauthorized, http.StatusForbidden, http.StatusProxyAuthRequired,
 		http.StatusRequestTimeout, http.StatusTooEarly, http.StatusTooManyRequests:
 		return false
@@ -137,10 +168,16 @@ func (c *call) keep(ctx context.Context, notStored error, committed, attached bo
 
 // encode makes the result of the response. It returns why that is not the
 // response itself: a callback that panics, say, must not make the handler run
-// again.
-func (c *call) encode(digest []byte) (notStored error) {
+// again. Of a response to a body that broke off (partial) a retry with the whole
+// body learns only that it was given.
+func (c *call) encode(digest []byte, partial bool) (notStored error) {
 	c.result = Result{Fingerprint: c.fingerprint, TTL: c.opts.TTL}
-	c.encodeResponse(digest)
+	switch {
+	case c.gaveUp:
+		c.result.Value = encodeUnknown(digest)
+	case !partial:
+		c.encodeResponse(digest)
+	}
 	if c.result.Value == nil {
 		notStored = ErrResponseNotStored
 		c.result.Value, c.result.parts = encodeNotStored(c.recorder.status, digest), nil
@@ -148,10 +185,12 @@ func (c *call) encode(digest []byte) (notStored error) {
 	if c.opts.AEAD == nil {
 		return notStored
 	}
-	if c.result.Value = c.seal(c.result.Value); c.result.Value == nil {
+	sealed := c.seal(c.result.Value)
+	if sealed == nil {
 		notStored = ErrResponseNotStored
-		c.result.Value = encodeNotStored(c.recorder.status, digest)
+		sealed = encodeNotStored(c.recorder.status, digest)
 	}
+	c.result.Value = sealed
 	return notStored
 }
 
@@ -181,18 +220,38 @@ func (c *call) seal(value []byte) (sealed []byte) {
 
 // release frees the key, in the background if the store fails now.
 func (c *call) release(ctx context.Context, end time.Time) error {
+	c.lease.free()
 	err := c.persist(ctx, (*call).free)
 	if err != nil {
 		end = c.backgroundEnd(end, c.isOnce())
 		c.persistLater(ctx, end, "freeing a key failed, it stays claimed until its lease ends", (*call).free)
+	}
+	if c.uncertain.Load() {
+		c.giveBack(c.isOnce()) // a command whose answer was lost may still arrive
 	}
 	return err
 }
 
 // send lets the response go out.
 func (c *call) send(outcome Outcome, err error) {
+	if c.gaveUp {
+		c.sendUnknown()
+		return
+	}
 	c.recorder.send()
 	c.report(outcome, c.recorder.status, err)
+}
+
+// sendUnknown answers in the place of a handler that gave up. When the context of
+// the request has ended as well, whoever ended it outside has the say.
+func (c *call) sendUnknown() {
+	p := c.problem(ErrOutcomeUnknown, context.Cause(&c.context))
+	if c.r.Context().Err() == nil {
+		c.withhold(OutcomeOutcomeUnknown, p)
+		return
+	}
+	c.recorder.drop()
+	c.report(OutcomeOutcomeUnknown, 0, p)
 }
 
 // withhold answers with p instead of the handler's response. What was already

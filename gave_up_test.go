@@ -1,0 +1,226 @@
+package idempotency_test
+
+import (
+	"context"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/go-idempotency/idempotency"
+	"github.com/stretchr/testify/require"
+)
+
+// givesUp returns without a word when its context ends, as handlers do.
+func givesUp(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }
+
+// withDeadline is middleware that answers for a handler that was too late.
+func withDeadline(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		ctx, cancel := context.WithTimeout(r.Context(), time.Second)
+		defer cancel()
+		next.ServeHTTP(w, r.WithContext(ctx))
+		if ctx.Err() != nil {
+			w.WriteHeader(http.StatusGatewayTimeout)
+		}
+	})
+}
+
+// hangingUp is a client that leaves after a second.
+func hangingUp(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		ctx, cancel := context.WithCancel(r.Context())
+		defer cancel()
+		time.AfterFunc(time.Second, cancel)
+		next.ServeHTTP(w, r.WithContext(ctx))
+	})
+}
+
+// A handler that returns without an answer when its context has ended has not
+// said that it succeeded: nobody is told that it did, and it does not run again.
+func TestHandlerThatGivesUp(t *testing.T) {
+	commits := func(w http.ResponseWriter, r *http.Request) {
+		must(execution(r).Commit(r.Context()))
+		givesUp(w, r)
+	}
+	const unknown = "409 outcome_unknown"
+	for name, row := range map[string]struct {
+		outer   func(http.Handler) http.Handler
+		opts    idempotency.Options
+		handler http.HandlerFunc
+		first   string
+		retry   string
+	}{
+		"deadline outside":                      {outer: withDeadline, first: "504 ", retry: unknown},
+		"deadline outside, at most once":        {outer: withDeadline, opts: idempotency.Options{AtMostOnce: true}, first: "504 ", retry: unknown},
+		"MaxExecution":                          {first: unknown, retry: unknown},
+		"MaxExecution, at most once":            {opts: idempotency.Options{AtMostOnce: true}, first: unknown, retry: unknown},
+		"MaxExecution, sealed":                  {opts: idempotency.Options{AEAD: newAEAD(t, 1)}, first: unknown, retry: unknown},
+		"MaxExecution, after Commit":            {handler: commits, first: unknown, retry: unknown},
+		"the client hangs up":                   {outer: hangingUp, opts: idempotency.Options{CancelOnDisconnect: true}, first: "200 ", retry: unknown},
+		"the client hangs up on a patient one":  {outer: hangingUp, handler: lasting(2 * time.Second), first: "201 charge 1", retry: "replay 201 charge 1"},
+		"the context has ended and was not met": {handler: func(http.ResponseWriter, *http.Request) { time.Sleep(time.Hour) }, first: "200 ", retry: "replay 200 "},
+		"TimeoutHandler outside": {outer: func(next http.Handler) http.Handler { return http.TimeoutHandler(next, time.Second, "too late") },
+			first: "503 too late", retry: unknown},
+		"Discard": {outer: withDeadline, first: "504 ", retry: "504 ", handler: func(w http.ResponseWriter, r *http.Request) {
+			execution(r).Discard()
+			givesUp(w, r)
+		}},
+		"an answer": {outer: withDeadline, first: "202 ", retry: "replay 202 ", handler: func(w http.ResponseWriter, r *http.Request) {
+			givesUp(w, r)
+			w.WriteHeader(http.StatusAccepted)
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				if row.handler == nil {
+					row.handler = givesUp
+				}
+				if row.outer == nil {
+					row.outer = func(next http.Handler) http.Handler { return next }
+				}
+				c := newAPI(idempotency.NewMemoryStore(), &row.opts, row.handler)
+				c.handler = row.outer(c.handler)
+				first, _ := describe(t, c.do(c.request(exchange{key: k("a")})))
+				require.Equal(t, row.first, first)
+				time.Sleep(time.Minute)
+				retry, _ := describe(t, c.do(c.request(exchange{key: k("a")})))
+				require.Equal(t, row.retry, retry)
+				if row.retry != "504 " {
+					require.Equal(t, 1, c.runs())
+				}
+			})
+		})
+	}
+}
+
+// What a handler that gives up has attached is rolled back, and the key is free.
+func TestHandlerThatGivesUpItsTransaction(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var called []string
+		store := &observedStore{idempotency.NewMemoryStore(), func(_ context.Context, method string) { called = append(called, method) }}
+		log := new(eventLog)
+		c := newAPI(store, &idempotency.Options{OnEvent: log.add}, func(w http.ResponseWriter, r *http.Request) {
+			execution(r).Attach("a transaction")
+			givesUp(w, r)
+		})
+		c.handler = withDeadline(c.handler)
+		c.check(t, 0, exchange{key: k("a"), get: "504 "})
+		require.Equal(t, []string{"Acquire", "Release"}, called)
+		require.Equal(t, idempotency.OutcomeReleased, log.last().Outcome)
+	})
+}
+
+func TestEventOfAHandlerThatGivesUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := new(eventLog)
+		c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{OnEvent: log.add}, givesUp)
+		c.check(t, 0, exchange{key: k("inside"), get: "409 outcome_unknown"})
+		c.handler = withDeadline(c.handler)
+		c.check(t, 1, exchange{key: k("outside"), get: "504 "})
+		require.Equal(t, []string{"outcome_unknown 409", "outcome_unknown 0"}, log.all())
+		require.ErrorIs(t, log.last().Err, context.DeadlineExceeded)
+	})
+}
+
+// A body that broke off tells a handler to start again, unless it says that it
+// has done what it was asked for.
+func TestAnswersToALargeBodyThatBreaksOff(t *testing.T) {
+	answers := func(status int) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			_, _ = io.Copy(io.Discard, r.Body)
+			if status > 0 {
+				w.WriteHeader(status)
+			}
+		}
+	}
+	for name, row := range map[string]struct {
+		atMostOnce  bool
+		handler     http.HandlerFunc
+		first, then string
+		original    int
+	}{
+		"done":                       {false, answers(201), "201 ", "409 response_not_stored", 201},
+		"not done":                   {false, answers(400), "400 ", "400 ", 0},
+		"no word":                    {false, answers(0), "200 ", "200 ", 0},
+		"at most once, not done":     {true, answers(400), "400 ", "replay 400 ", 0},
+		"at most once, without word": {true, answers(0), "409 outcome_unknown", "409 outcome_unknown", 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64, AtMostOnce: row.atMostOnce}, row.handler)
+			r := c.request(exchange{key: k("a"), body: upload(600, 'x')})
+			r.Body = &brokenBody{strings.NewReader(upload(500, 'x')), io.ErrUnexpectedEOF}
+			got, _ := describe(t, c.do(r))
+			require.Equal(t, row.first, got)
+			c.check(t, 1, exchange{key: k("a"), body: upload(600, 'x'), get: row.then, original: row.original})
+			if row.original > 0 {
+				c.check(t, 2, exchange{key: k("a"), body: upload(600, 'y'), get: "422 key_reused"})
+			}
+		})
+	}
+}
+
+// A conflict that says when to come again is what this middleware answers while
+// a request is running. A handler may pass it on from another service.
+func TestAnswerThatSaysWhenToComeAgain(t *testing.T) {
+	for _, atMostOnce := range []bool{false, true} {
+		busy := true
+		c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{AtMostOnce: atMostOnce}, func(w http.ResponseWriter, _ *http.Request) {
+			if busy {
+				idempotency.WriteError(w, nil, &idempotency.Error{Status: 409, Code: "in_progress", RetryAfter: time.Second})
+				return
+			}
+			w.WriteHeader(http.StatusCreated)
+		})
+		c.check(t, 0, exchange{key: k("a"), get: "409 in_progress"})
+		busy = false
+		c.check(t, 1, exchange{key: k("a"), get: "201 "})
+		c.check(t, 2, exchange{key: k("a"), get: "replay 201 "})
+	}
+}
+
+// A body of a byte more than is buffered is the same whether its end comes
+// together with that byte or after it.
+func TestBodyOfAByteMoreThanIsBuffered(t *testing.T) {
+	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 16}, reading(-1))
+	for i, end := range []io.Reader{strings.NewReader("y"), io.MultiReader(strings.NewReader("y"), strings.NewReader(""))} {
+		r := c.request(exchange{key: k("a")})
+		r.ContentLength = -1
+		r.Body = io.NopCloser(io.MultiReader(strings.NewReader(strings.Repeat("x", 16)), &endsWithData{end, i == 0}))
+		got, _ := describe(t, c.do(r))
+		require.Equal(t, []string{"201 ", "replay 201 "}[i], got)
+	}
+}
+
+// endsWithData returns the end of a reader together with the last of it, or
+// after that.
+type endsWithData struct {
+	io.Reader
+	together bool
+}
+
+func (r *endsWithData) Read(p []byte) (int, error) {
+	n, err := r.Reader.Read(p)
+	if r.together && n > 0 {
+		err = io.EOF
+	}
+	return n, err
+}
+
+// Of nested middlewares that share a cell, the outer one counts, even if there is
+// another one between them.
+func TestNestedMiddlewareAroundAnother(t *testing.T) {
+	outer := idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{Wait: idempotency.NoWait})
+	between := idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{Scope: func(*http.Request) string { return "tenant" }})
+	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, nil)
+	h := outer(between(outer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusCreated) }))))
+	for _, want := range []string{"201 ", "replay 201 "} {
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, c.request(exchange{key: k("a")}))
+		got, _ := describe(t, w.Result())
+		require.Equal(t, want, got)
+	}
+}

@@ -1,0 +1,262 @@
+package idempotency_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"runtime"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/go-idempotency/idempotency"
+	"github.com/stretchr/testify/require"
+)
+
+// A scriptedStore does with the nth Acquire, Complete or Release what it is told
+// to, in the place of what a MemoryStore does.
+type scriptedStore struct {
+	*idempotency.MemoryStore
+	acquire   func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error)
+	complete  func(ctx context.Context, key, token string, r idempotency.Result) error
+	release   func(ctx context.Context, key, token string) error
+	acquired  atomic.Int64
+	completed atomic.Int64
+	released  atomic.Int64
+}
+
+func (s *scriptedStore) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+	if n := s.acquired.Add(1); s.acquire != nil {
+		return s.acquire(int(n), ctx, key, c)
+	}
+	return s.MemoryStore.Acquire(ctx, key, c)
+}
+
+func (s *scriptedStore) Complete(ctx context.Context, key, token string, r idempotency.Result) error {
+	if s.completed.Add(1); s.complete != nil {
+		return s.complete(ctx, key, token, r)
+	}
+	return s.MemoryStore.Complete(ctx, key, token, r)
+}
+
+func (s *scriptedStore) Release(ctx context.Context, key, token string) error {
+	if s.released.Add(1); s.release != nil {
+		return s.release(ctx, key, token)
+	}
+	return s.MemoryStore.Release(ctx, key, token)
+}
+
+// late has the nth Acquire arrive later.
+func (s *scriptedStore) late(nth int, by time.Duration) {
+	s.acquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+		if n == nth {
+			time.Sleep(by)
+		}
+		return s.MemoryStore.Acquire(ctx, key, c)
+	}
+}
+
+// tooManyRequests says that nothing was done. The first run takes its time.
+func tooManyRequests(first func(r *http.Request)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		if run(r) == 1 {
+			first(r)
+		}
+		w.WriteHeader(http.StatusTooManyRequests)
+	}
+}
+
+// A renewal, a Commit or a first try may still be on its way when its run has
+// freed the key, and arrive after another run has come and gone: nobody is there
+// to end the claim that it makes. It is given back.
+func TestClaimThatArrivesAfterItsRun(t *testing.T) {
+	for name, row := range map[string]struct {
+		store func(s *scriptedStore)
+		first func(r *http.Request)
+	}{
+		"a renewal": {
+			func(s *scriptedStore) { s.late(2, 300*time.Millisecond) },
+			func(*http.Request) { time.Sleep(10*time.Second + 100*time.Millisecond) },
+		},
+		"a Commit": {
+			func(s *scriptedStore) { s.late(2, 300*time.Millisecond) },
+			func(r *http.Request) {
+				e, ctx := execution(r), r.Context()
+				go func() { _ = e.Commit(ctx) }()
+				time.Sleep(time.Millisecond)
+			},
+		},
+		"a first try": {
+			func(s *scriptedStore) {
+				s.acquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+					if n == 1 {
+						time.AfterFunc(700*time.Millisecond, func() { _, _ = s.MemoryStore.Acquire(context.Background(), key, c) })
+						<-ctx.Done()
+						return idempotency.Record{}, ctx.Err()
+					}
+					return s.MemoryStore.Acquire(ctx, key, c)
+				}
+			},
+			func(*http.Request) {},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := &scriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+				row.store(s)
+				c := newAPI(s, &idempotency.Options{AtMostOnce: true, Wait: idempotency.NoWait}, tooManyRequests(row.first))
+				c.check(t, 0, exchange{key: k("a"), get: "429 "})
+				c.check(t, 1, exchange{key: k("a"), get: "429 "})
+				time.Sleep(2 * time.Minute)
+				c.check(t, 2, exchange{key: k("a"), get: "429 "})
+			})
+		})
+	}
+}
+
+// What is to be given back while the store is down takes little room, and leaves
+// the store in peace.
+func TestGivingBackDuringAnOutage(t *testing.T) {
+	for name, outage := range map[string]func(ctx context.Context) error{
+		"refused": func(context.Context) error { return errors.New("connection refused") },
+		"hangs":   func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var up atomic.Bool
+				s := &scriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+				s.acquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+					_, _ = s.MemoryStore.Acquire(ctx, key, c)
+					return idempotency.Record{}, errors.New("the answer is lost")
+				}
+				s.release = func(ctx context.Context, key, token string) error {
+					if !up.Load() {
+						return outage(ctx)
+					}
+					return s.MemoryStore.Release(ctx, key, token)
+				}
+				giveBackDuring(t, s, func() { s.acquire = nil; up.Store(true) })
+			})
+		})
+	}
+}
+
+func giveBackDuring(t *testing.T, s *scriptedStore, end func()) {
+	const (
+		requests = 800
+		few      = 50
+	)
+	c := newAPI(s, &idempotency.Options{AtMostOnce: true}, nil)
+	before := runtime.NumGoroutine()
+	for i := range requests {
+		c.check(t, i, exchange{key: k(fmt.Sprint(i)), get: "503 store_unavailable"})
+	}
+	for _, later := range []time.Duration{0, 60 * time.Millisecond, 30 * time.Second} {
+		time.Sleep(later)
+		synctest.Wait()
+		require.Less(t, runtime.NumGoroutine()-before, few)
+	}
+	s.released.Store(0)
+	time.Sleep(10 * time.Second)
+	require.LessOrEqual(t, s.released.Load(), int64(10*100), "a hundred a second")
+
+	end()
+	time.Sleep(time.Minute)
+	for i := range requests {
+		c.check(t, i, exchange{key: k(fmt.Sprint(i)), get: fmt.Sprintf("201 charge %d", i+1)})
+	}
+}
+
+// An owner that learns late that another one has the key does not answer.
+func TestLateAnswerThatNamesAnotherOwner(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		start, down := time.Now(), errors.New("down")
+		s := &scriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+		s.acquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+			switch {
+			case n == 1:
+				time.AfterFunc(30*time.Second+time.Millisecond, func() {
+					_, err := s.MemoryStore.Acquire(context.Background(), key, idempotency.Claim{Token: "other", Lease: time.Minute, TTL: time.Hour})
+					must(err)
+				})
+			case time.Since(start) < 27*time.Second:
+				return idempotency.Record{}, down
+			default:
+				time.Sleep(3 * time.Second) // beyond the end of the lease
+			}
+			return s.MemoryStore.Acquire(ctx, key, c)
+		}
+		s.complete = func(context.Context, string, string, idempotency.Result) error { return down }
+		c := newAPI(s, &idempotency.Options{StoreTimeout: 4 * time.Second}, lasting(40*time.Second))
+		c.check(t, 0, exchange{key: k("a"), get: "409 in_progress"})
+	})
+}
+
+// A store that panics has failed, wherever it was called from.
+func TestStoreThatPanics(t *testing.T) {
+	for name, broken := range map[string]func(s *scriptedStore){
+		"a claim": func(s *scriptedStore) {
+			s.acquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+				if n == 1 {
+					panic("nil map")
+				}
+				return s.MemoryStore.Acquire(ctx, key, c)
+			}
+		},
+		"a renewal": func(s *scriptedStore) {
+			s.acquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+				if n == 2 || n == 3 {
+					panic("nil map")
+				}
+				return s.MemoryStore.Acquire(ctx, key, c)
+			}
+		},
+		"a Complete, at first and in the background": func(s *scriptedStore) {
+			s.complete = func(ctx context.Context, key, token string, r idempotency.Result) error {
+				if s.completed.Load() < 10 {
+					panic("nil map")
+				}
+				return s.MemoryStore.Complete(ctx, key, token, r)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := &scriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+				broken(s)
+				c := newAPI(s, &idempotency.Options{}, lasting(15*time.Second))
+				c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
+				time.Sleep(10 * time.Second)
+				c.check(t, 1, exchange{key: k("a"), get: "replay 201 charge 1"})
+			})
+		})
+	}
+	synctest.Test(t, func(t *testing.T) {
+		s := &scriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+		s.acquire = func(int, context.Context, string, idempotency.Claim) (idempotency.Record, error) { panic("nil map") }
+		s.release = func(context.Context, string, string) error { panic("nil map") }
+		c := newAPI(s, &idempotency.Options{}, nil)
+		c.check(t, 0, exchange{key: k("a"), get: "503 store_unavailable"})
+		time.Sleep(time.Minute) // it is given back in the background
+		require.Zero(t, c.runs())
+	})
+}
+
+// What is attached after the handler has returned is not for the store.
+func TestAttachAfterTheHandlerReturned(t *testing.T) {
+	s := &scriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+	s.complete = func(ctx context.Context, key, token string, r idempotency.Result) error {
+		e, _ := idempotency.FromContext(ctx)
+		require.Nil(t, e.Attachment())
+		return s.MemoryStore.Complete(ctx, key, token, r)
+	}
+	var e *idempotency.Execution
+	c := newAPI(s, &idempotency.Options{ShouldStore: func(int, http.Header) bool {
+		e.Attach("late") // stands for a goroutine that the handler left behind
+		return true
+	}}, func(w http.ResponseWriter, r *http.Request) { e = execution(r) })
+	c.check(t, 0, exchange{key: k("a"), get: "200 "})
+	require.EqualValues(t, 1, s.completed.Load())
+}
