@@ -1,0 +1,84 @@
+package storetest
+
+import (
+	"context"
+	"slices"
+	"time"
+)
+
+var raceFaults = []brokenStore{
+	{"an absent cell is checked, then claimed", fault{racy: func(c *call) bool {
+		return c.acquire() && c.old.status == absent
+	}}, []string{
+		"Concurrency/one of many claims wins",
+	}},
+	{"a lease is checked, then taken over", fault{racy: func(c *call) bool {
+		return c.acquire() && c.old.status == claimed && !c.owner() && c.lapsed()
+	}}, []string{
+		"Concurrency/one of many take-overs wins",
+	}},
+	{"a claim is checked, then renewed", fault{racy: func(c *call) bool {
+		return c.acquire() && c.old.status == claimed && c.owner()
+	}}, []string{
+		"Concurrency/either a renewal or a take-over wins",
+	}},
+	{"a claim is checked, then completed", fault{racy: func(c *call) bool {
+		return c.complete() && c.old.status == claimed
+	}}, []string{
+		"Concurrency/either Complete or a take-over wins",
+	}},
+	{"an absent cell is checked, then completed", fault{racy: func(c *call) bool {
+		return c.complete() && c.old.status == absent
+	}}, []string{
+		"Concurrency/one of many Completes wins",
+	}},
+	{"a released cell is checked, then claimed", fault{racy: func(c *call) bool {
+		return c.acquire() && c.old.status == released
+	}}, []string{
+		"Concurrency/a release admits one claim",
+	}},
+}
+
+var watchFaults = []brokenStore{
+	{"watches never fire", fault{silent: func(*call) bool { return true }}, []string{
+		"Watch/Complete closes the channel",
+		"Watch/Release closes the channel",
+		"Watch/all channels are closed",
+		"Watch/a watch may begin before the claim",
+	}},
+	{"watches do not fire on Complete", fault{silent: (*call).complete}, []string{
+		"Watch/Complete closes the channel",
+	}},
+	{"watches do not fire on Release", fault{silent: (*call).release}, []string{
+		"Watch/Release closes the channel",
+	}},
+	{"a claim ends the watches", fault{forget: (*call).anew}, []string{
+		"Watch/a watch may begin before the claim",
+	}},
+	{"a renewal ends the watches", fault{forget: (*call).renewed}, []string{
+		"Watch/a watch outlives a renewal",
+	}},
+	{"a take-over ends the watches", fault{forget: (*call).tookOver}, []string{
+		"Watch/a watch outlives a take-over",
+	}},
+	{"a key has one watch", fault{watch: func(s *reference, key string) {
+		s.watches[key] = s.watches[key][len(s.watches[key])-1:]
+	}}, []string{
+		"Watch/all channels are closed",
+		"Watch/a watch that has ended ends no other",
+	}},
+	{"a watch that has ended ends all", fault{forget: func(c *call) bool {
+		ended := func(ctx context.Context) bool { return ctx.Err() != nil }
+		return slices.ContainsFunc(c.store.watcher[c.key], ended)
+	}}, []string{
+		"Watch/a watch that has ended ends no other",
+	}},
+	{"Watch waits for the change", fault{watch: func(*reference, string) {
+		<-time.After(time.Second)
+	}}, []string{
+		"Watch/Watch does not wait",
+	}},
+	{"watches leak goroutines", fault{watch: func(*reference, string) { go func() { select {} }() }}, []string{
+		"Watch/a watch that has ended leaves no goroutine",
+	}},
+}
