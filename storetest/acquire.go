@@ -28,6 +28,13 @@ var acquireRules = []rule{
 		e.acquire(claim{token: "C", fp: "two"}).is(idempotency.InProgress)
 	}},
 
+	{name: "a released cell is claimed without a fingerprint", check: func(e *env) {
+		e.acquire(claim{token: "A", fp: "one"}).acquired(1)
+		e.release("A")
+		e.acquire(claim{token: "B"}).acquired(2)
+		e.acquire(claim{token: "C", fp: "two"}).is(idempotency.InProgress)
+	}},
+
 	{name: "Mismatch while the lease runs", check: func(e *env) {
 		e.acquire(claim{token: "A", fp: "one"}).acquired(1)
 		e.acquire(claim{token: "B", fp: "two"}).is(idempotency.Mismatch)

@@ -47,6 +47,44 @@ var concurrencyRules = []rule{
 
 	{name: "either Complete or a take-over wins", check: completeOrTakeOver},
 
+	{name: "either Complete or a renewal wins", check: completeOrRenewal},
+
+	{name: "either Complete or Release wins", check: completeOrRelease},
+
+	// Whoever is first, B has the claim in the end. Its Attempt is 2, or 1 if
+	// the machine was slow and nothing is left of the release.
+	{name: "either Release or a take-over wins", check: func(e *env) {
+		for _, key := range e.lapsedClaims() {
+			e.use(key)
+			e.whileReleased("B").is(idempotency.Acquired)
+			e.acquire(claim{token: "C"}).is(idempotency.InProgress)
+		}
+	}},
+
+	{name: "either Release or a renewal wins", check: func(e *env) {
+		for range races {
+			e.use(randomKey())
+			e.acquire(claim{token: "A"}).acquired(1)
+			e.ownWhileReleased()
+		}
+	}},
+
+	{name: "either Release of an absent cell or a claim wins", check: func(e *env) {
+		for range races {
+			e.use(randomKey())
+			e.whileReleased("B").acquired(1)
+			e.acquire(claim{token: "C"}).is(idempotency.InProgress)
+		}
+	}},
+
+	// The owner gave up waiting for its claim and releases it unseen.
+	{name: "either Release of an absent cell or its own claim wins", check: func(e *env) {
+		for range races {
+			e.use(randomKey())
+			e.ownWhileReleased()
+		}
+	}},
+
 	{name: "one of many Completes wins", check: func(e *env) {
 		for range races {
 			e.use(randomKey())
@@ -84,9 +122,7 @@ func completeOrTakeOver(e *env) {
 	for _, key := range e.lapsedClaims() {
 		e.use(key)
 		var err error
-		recs := e.claimAll([]string{"B"}, func() {
-			err = e.store.Complete(e.ctx, key, e.token("A"), e.result(result{value: "done"}))
-		})
+		b := e.claimWhile("B", func() { err = e.tryComplete() })
 		e.note("meanwhile Complete(token A) = %v", err)
 		lost := errors.Is(err, idempotency.ErrLeaseLost)
 		switch {
@@ -94,16 +130,94 @@ func completeOrTakeOver(e *env) {
 			return
 		case err != nil && !lost:
 			e.fail("no error but ErrLeaseLost")
-		case lost && recs[0].State != idempotency.Acquired:
+		case lost && b.State != idempotency.Acquired:
 			e.fail("<nil>, as nobody took the claim over")
 		case lost:
 			e.acquire(claim{token: "C"}).is(idempotency.InProgress)
-		case recs[0].State != idempotency.Completed:
+		case b.State != idempotency.Completed:
 			e.fail("B to be answered Completed, as A was told that it is")
 		default:
 			e.acquire(claim{token: "C"}).completed("", "done")
 		}
 	}
+}
+
+// completeOrRenewal lets a renewal be on its way while the owner completes. It
+// must not bring the claim back.
+func completeOrRenewal(e *env) {
+	for range races {
+		e.use(randomKey())
+		e.acquire(claim{token: "A"}).acquired(1)
+		var err error
+		a := e.claimWhile("A", func() { err = e.tryComplete() })
+		e.note("meanwhile Complete(token A) = %v", err)
+		if err != nil {
+			e.fail("<nil>")
+		}
+		if a.State != idempotency.Acquired {
+			a.completed("", "done")
+		} else {
+			a.acquired(1)
+		}
+		e.acquire(claim{token: "C"}).completed("", "done")
+	}
+}
+
+// completeOrRelease lets the owner complete while a Release of its own is on
+// its way. What Complete has reported as stored must not be freed.
+func completeOrRelease(e *env) {
+	for range races {
+		e.use(randomKey())
+		e.acquire(claim{token: "A"}).acquired(1)
+		if e.err != nil {
+			return
+		}
+		var completing, releasing error
+		atOnce(2, func(i int) {
+			if i == 0 {
+				completing = e.tryComplete()
+			} else {
+				releasing = e.store.Release(e.ctx, e.key, e.token("A"))
+			}
+		})
+		e.note("Complete(token A) = %v", completing)
+		e.note("meanwhile Release(token A) = %v", releasing)
+		switch {
+		case releasing != nil:
+			e.fail("<nil>")
+		case completing == nil:
+			e.acquire(claim{token: "B"}).completed("", "done")
+		case errors.Is(completing, idempotency.ErrLeaseLost):
+			e.acquire(claim{token: "B"}).acquired(2)
+		default:
+			e.fail("no error from Complete but ErrLeaseLost")
+		}
+	}
+}
+
+// tryComplete stores a result under token A, whatever the store says to it.
+func (e *env) tryComplete() error {
+	return e.store.Complete(e.ctx, e.key, e.token("A"), e.result(result{value: "done"}))
+}
+
+// ownWhileReleased asks for the key under token A while A releases it. The
+// claim may come first or find the release. Afterwards it is released.
+func (e *env) ownWhileReleased() {
+	if a := e.whileReleased("A"); a.State != idempotency.Lost {
+		a.acquired(1)
+	}
+	e.acquire(claim{token: "A"}).is(idempotency.Lost)
+}
+
+// whileReleased claims the key under the token while A releases it.
+func (e *env) whileReleased(token string) answer {
+	var err error
+	a := e.claimWhile(token, func() { err = e.store.Release(e.ctx, e.key, e.token("A")) })
+	e.note("meanwhile Release(token A) = %v", err)
+	if err != nil {
+		e.fail("<nil>")
+	}
+	return a
 }
 
 // releaseAmongClaims lets the owner release while others ask for the key.
@@ -174,6 +288,15 @@ func (e *env) contend(n int, also func()) []idempotency.Record {
 		tokens[i] = fmt.Sprint("racer ", i)
 	}
 	return e.claimAll(tokens, also)
+}
+
+// claimWhile claims the key under the token and calls also at the same time.
+func (e *env) claimWhile(token string, also func()) answer {
+	recs := e.claimAll([]string{token}, also)
+	if e.err != nil {
+		return answer{e: e}
+	}
+	return answer{e: e, Record: recs[0]}
 }
 
 // claimAll claims the key under all tokens at once, and calls also meanwhile.

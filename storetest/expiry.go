@@ -32,6 +32,8 @@ var expiryRules = []rule{
 		e.turns(a, e.short, claim{token: "A"}, idempotency.Lost).acquired(1)
 	}},
 
+	{name: "a released cell expires the lease of its last claim later", check: lastLease},
+
 	{name: "a second release does not prolong the first", needsAdvance: true, check: func(e *env) {
 		e.acquire(claim{token: "A", lease: e.short}).acquired(1)
 		a := e.release("A")
@@ -84,10 +86,50 @@ var expiryRules = []rule{
 		e.acquire(claim{token: "B"}).completed("", "done")
 	}},
 
+	{name: "a second Complete does not prolong the first", check: secondComplete},
+
 	{name: "Complete writes after the claim has expired", check: func(e *env) {
 		e.acquire(claim{token: "A", lease: e.short, ttl: e.short}).acquired(1)
 		e.lapse()
 		e.complete("A", result{value: "done"})
 		e.acquire(claim{token: "B"}).completed("", "done")
 	}},
+}
+
+// lastLease releases claims that had another lease before: a renewal, the claim
+// of a released cell and a take-over.
+func lastLease(e *env) {
+	e.acquire(claim{token: "A"}).acquired(1)
+	e.acquire(claim{token: "A", lease: e.short}).acquired(1)
+	a := e.release("A")
+	e.turns(a, e.short, claim{token: "A"}, idempotency.Lost).acquired(1)
+
+	e.use(randomKey())
+	e.acquire(claim{token: "A"}).acquired(1)
+	e.release("A")
+	e.acquire(claim{token: "B", lease: e.short}).acquired(2)
+	b := e.release("B")
+	e.turns(b, e.short, claim{token: "B"}, idempotency.Lost).acquired(1)
+
+	e.use(randomKey())
+	a = e.acquire(claim{token: "A", lease: e.short}).acquired(1).span
+	e.turns(a, e.short, claim{token: "B"}, idempotency.InProgress).acquired(2)
+	e.release("B")
+	e.lapse()
+	e.acquire(claim{token: "B"}).is(idempotency.Lost)
+}
+
+// secondComplete completes again, to be kept for longer.
+func secondComplete(e *env) {
+	for ttl := e.short; e.err == nil; ttl *= 2 {
+		e.use(randomKey())
+		first := e.complete("A", result{value: "done", ttl: ttl})
+		e.complete("A", result{value: "done"})
+		// On a slow machine nothing may have been left for the second to find,
+		// and it was right to write.
+		if e.atMost(first) < ttl-e.tolerance {
+			e.turns(first, ttl, claim{token: "B"}, idempotency.Completed).acquired(1)
+			return
+		}
+	}
 }

@@ -103,6 +103,13 @@ var acquireFaults = []brokenStore{
 	}}, []string{
 		"Acquire/a released cell is claimed with any fingerprint",
 	}},
+	{"a released cell keeps its fingerprint when none replaces it", fault{after: func(c *call) {
+		if c.acquired() && c.old.status == released && len(c.claim.Fingerprint) == 0 {
+			c.cell.fingerprint = c.old.fingerprint
+		}
+	}}, []string{
+		"Acquire/a released cell is claimed without a fingerprint",
+	}},
 	{"fingerprints are ignored", fault{before: func(c *call) {
 		if c.acquire() && c.differs() {
 			c.claim.Fingerprint = nil

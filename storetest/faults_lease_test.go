@@ -87,6 +87,13 @@ var leaseFaults = []brokenStore{
 		"Release/a former owner leaves the new one alone",
 		"Renew/a claim cannot be renewed after it was taken over",
 	}},
+	{"the claim of a released cell does not write Once", fault{after: func(c *call) {
+		if c.acquired() && c.old.status == released {
+			c.cell.once = false
+		}
+	}}, []string{
+		"Lease/the claim of a released cell writes its own Once",
+	}},
 	{"a refused claim counts", fault{after: func(c *call) {
 		if c.rec.State == idempotency.Mismatch || c.rec.State == idempotency.InProgress {
 			c.cell.attempt++

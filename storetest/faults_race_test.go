@@ -11,6 +11,7 @@ var raceFaults = []brokenStore{
 		return c.acquire() && c.old.status == absent
 	}}, []string{
 		"Concurrency/one of many claims wins",
+		"Concurrency/either Release of an absent cell or its own claim wins",
 	}},
 	{"a lease is checked, then taken over", fault{racy: func(c *call) bool {
 		return c.acquire() && c.old.status == claimed && !c.owner() && c.lapsed()
@@ -31,6 +32,23 @@ var raceFaults = []brokenStore{
 		return c.complete() && c.old.status == absent
 	}}, []string{
 		"Concurrency/one of many Completes wins",
+	}},
+	{"a running claim is checked, then renewed", fault{racy: func(c *call) bool {
+		return c.acquire() && c.old.status == claimed && c.owner() && !c.lapsed()
+	}}, []string{
+		"Concurrency/either Complete or a renewal wins",
+		"Concurrency/either Release or a renewal wins",
+	}},
+	{"a claim is checked, then released", fault{racy: func(c *call) bool {
+		return c.release() && c.old.status == claimed && c.owner()
+	}}, []string{
+		"Concurrency/either Complete or Release wins",
+		"Concurrency/either Release or a take-over wins",
+	}},
+	{"an absent cell is checked, then released", fault{racy: func(c *call) bool {
+		return c.release() && c.old.status == absent
+	}}, []string{
+		"Concurrency/either Release of an absent cell or a claim wins",
 	}},
 	{"a released cell is checked, then claimed", fault{racy: func(c *call) bool {
 		return c.acquire() && c.old.status == released

@@ -75,6 +75,13 @@ var completeFaults = []brokenStore{
 	}}, []string{
 		"Complete/a second time by the owner changes nothing",
 	}},
+	{"a second Complete prolongs the TTL", fault{after: func(c *call) {
+		if c.complete() && c.err == nil && c.old.status == completed {
+			c.cell.expires = max(c.cell.expires, c.now+c.result.TTL)
+		}
+	}}, []string{
+		"Expiry/a second Complete does not prolong the first",
+	}},
 	{"Complete checks no token", fault{before: func(c *call) {
 		if c.complete() {
 			c.token = c.cell.token
@@ -132,6 +139,13 @@ var releaseFaults = []brokenStore{
 		}
 	}}, []string{
 		"Release/a Once claim is freed",
+	}},
+	{"Release does not free a claim when its lease is over", fault{after: func(c *call) {
+		if c.release() && c.old.status == claimed && c.owner() && c.lapsed() && !c.old.once {
+			c.undo(nil)
+		}
+	}}, []string{
+		"Release/one's own lapsed claim is freed",
 	}},
 	{"Release deletes the cell", fault{after: func(c *call) {
 		if c.release() && c.old.status == claimed && c.owner() {
@@ -238,6 +252,27 @@ var expiryFaults = []brokenStore{
 		}
 	}}, []string{
 		"Expiry/a released cell expires a lease later",
+	}},
+	{"a released cell is kept for the lease before a renewal", fault{after: func(c *call) {
+		if c.renewed() {
+			c.cell.lease = c.old.lease
+		}
+	}}, []string{
+		"Expiry/a released cell expires the lease of its last claim later",
+	}},
+	{"a released cell is kept for the lease before a take-over", fault{after: func(c *call) {
+		if c.tookOver() {
+			c.cell.lease = c.old.lease
+		}
+	}}, []string{
+		"Expiry/a released cell expires the lease of its last claim later",
+	}},
+	{"a released cell is kept for the lease before another release", fault{after: func(c *call) {
+		if c.acquired() && c.old.status == released {
+			c.cell.lease = c.old.lease
+		}
+	}}, []string{
+		"Expiry/a released cell expires the lease of its last claim later",
 	}},
 	{"a released absent cell is kept for a minute", fault{after: func(c *call) {
 		if c.release() && c.old.status == absent {

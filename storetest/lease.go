@@ -62,6 +62,13 @@ var leaseRules = []rule{
 		e.acquire(claim{token: "C", fp: "one", once: true}).is(idempotency.Abandoned)
 	}},
 
+	{name: "the claim of a released cell writes its own Once", check: func(e *env) {
+		e.acquire(claim{token: "A"}).acquired(1)
+		e.release("A")
+		b := e.acquire(claim{token: "B", lease: e.short, once: true}).acquired(2)
+		e.turns(b.span, e.short, claim{token: "C"}, idempotency.InProgress).is(idempotency.Abandoned)
+	}},
+
 	{name: "Once does not outlive its claim", check: func(e *env) {
 		e.acquire(claim{token: "A", once: true}).acquired(1)
 		e.release("A")
