@@ -485,3 +485,24 @@ func TestClientThatHangsUpWhileWaiting(t *testing.T) {
 		time.Sleep(time.Minute) // the first ends
 	})
 }
+
+// What the client was asked for with 100 Continue it sends, so it is read before
+// an answer of the middleware's own.
+func TestUploadThatWasAskedForIsDrained(t *testing.T) {
+	for name, row := range map[string]struct {
+		read int64
+		left int
+	}{"asked for": {100, 0}, "not asked for": {0, 700}} {
+		t.Run(name, func(t *testing.T) {
+			s := &scriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+			s.complete = func(context.Context, string, string, idempotency.Result) error { return idempotency.ErrLeaseLost }
+			c := newAPI(s, &idempotency.Options{MaxBufferedBody: 64}, reading(row.read))
+			sent := strings.NewReader(upload(700, 'x'))
+			r := c.request(exchange{key: k("a"), body: upload(700, 'x'), header: http.Header{"Expect": {"100-continue"}}})
+			r.Body = io.NopCloser(sent)
+			got, _ := describe(t, c.do(r))
+			require.Equal(t, "409 in_progress", got)
+			require.Equal(t, row.left, sent.Len())
+		})
+	}
+}
