@@ -143,21 +143,25 @@ func (l *lab) try(m *mutant) (v verdict) {
 	if err != nil {
 		return verdict{err: err}
 	}
+	mend := func() error { return os.WriteFile(path, source, 0o644) }
+	defer func() {
+		if err := mend(); err != nil && v.err == nil {
+			v.err = err
+		}
+	}()
 	broken := strings.Replace(string(source), m.old, m.new, 1)
 	if err := os.WriteFile(path, []byte(broken), 0o644); err != nil {
 		return verdict{err: err}
 	}
-	defer func() {
-		if err := os.WriteFile(path, source, 0o644); err != nil && v.err == nil {
-			v.err = err
-		}
-	}()
 	if output, err := l.command(l.timeout, "build", "./..."); err != nil {
 		return verdict{output: output, err: errors.New("it does not compile, which is no kill")}
 	}
 	if m.tests != "" {
 		dir := "./" + filepath.ToSlash(filepath.Dir(m.file))
-		if v := l.test(dir, m.tests, hintTimeout); v.killed || v.err != nil {
+		switch v := l.test(dir, m.tests, hintTimeout); {
+		case v.killed && v.timedOut():
+			return l.confirm(v, dir, m.tests, mend)
+		case v.killed || v.err != nil:
 			return v
 		}
 		if l.quick {
@@ -168,7 +172,35 @@ func (l *lab) try(m *mutant) (v verdict) {
 	if v.killed && m.tests != "" {
 		v.by += " (not by " + m.tests + ")"
 	}
+	return l.confirm(v, "./...", v.test(), mend)
+}
+
+// confirm makes sure that it was the mutant where that may not be: the tests that
+// failed pass when it is mended, while as much else is going on.
+func (l *lab) confirm(v verdict, packages, pattern string, mend func() error) verdict {
+	if !v.killed {
+		return v
+	}
+	if err := mend(); err != nil {
+		return verdict{err: err}
+	}
+	if again := l.test(packages, pattern, l.timeout); again.killed {
+		return verdict{err: errors.New("its tests fail without it too: " + again.by), output: again.output}
+	}
 	return v
+}
+
+const timeOut = "a time-out"
+
+func (v verdict) timedOut() bool { return strings.HasPrefix(v.by, timeOut) }
+
+// test returns a pattern for the test that failed, or for all.
+func (v verdict) test() string {
+	name, _, _ := strings.Cut(strings.TrimPrefix(v.by, timeOut+" in "), "/")
+	if name, _, _ = strings.Cut(name, " "); strings.HasPrefix(name, "Test") || strings.HasPrefix(name, "Fuzz") {
+		return "^" + name + "$"
+	}
+	return ""
 }
 
 // test runs the tests of packages that match pattern.
@@ -214,9 +246,9 @@ var (
 func culprit(output string) string {
 	if strings.Contains(output, "panic: test timed out after") {
 		if m := running.FindStringSubmatch(output); m != nil {
-			return "a time-out in " + m[1]
+			return timeOut + " in " + m[1]
 		}
-		return "a time-out"
+		return timeOut
 	}
 	name := ""
 	for _, m := range failed.FindAllStringSubmatch(output, -1) {
