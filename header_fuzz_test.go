@@ -15,10 +15,12 @@ import (
 // not, single or multiple, some with a meaning to net/http, and trailers.
 var headerNames = []string{
 	"X-A", "X-B", "x-c", "Vary", "Cache-Control", "Content-Type", "Set-Cookie", "Etag", "Content-Encoding",
-	"X-T1", "X-T2", "Trailer:X-T3",
+	"X-T1", "X-T2", "Trailer:X-T3", "X-Content-Type-Options",
 }
 
-var headerValues = []string{"", "1", "2", "a, b", "\xff", "text/plain", " "}
+// headerValues are what they are set to. The last three are stored as a number
+// under one name, and as they are under any other.
+var headerValues = []string{"", "1", "2", "a, b", "\xff", "text/plain", " ", "no-store", "nosniff", "application/json"}
 
 // headerOp is one change of a header.
 type headerOp struct {
@@ -58,7 +60,7 @@ func decodeHeaderOps(data []byte) (parts [3][]headerOp) {
 		part := min(int(a>>6), 2)
 		op := headerOp{
 			kind: a & 7, name: headerNames[int(b)%len(headerNames)],
-			value: headerValues[int(a>>3)%len(headerValues)], extra: headerValues[int(b>>4)%len(headerValues)],
+			value: headerValues[(int(a>>3&7)+int(b>>4))%len(headerValues)], extra: headerValues[int(b>>4)%len(headerValues)],
 		}
 		parts[part] = append(parts[part], op)
 	}
@@ -158,6 +160,8 @@ func FuzzHeaderDifference(f *testing.F) {
 	f.Add(byte(1), []byte("\x02\x13\x43\x03\x41\x13"), []byte("\x00\x03"))
 	f.Add(byte(2), []byte("\x44\x05\x80\x09\x85\x0a\x80\x0b"), []byte(""))
 	f.Add(byte(5), []byte("\x0a\x00\x47\x00\x00\x09\xc3\x09"), []byte("\x08\x09"))
+	f.Add(byte(0), []byte("\x78\x04\x78\x2c\x78\x19"), []byte("\x38\x04")) // three that are stored as numbers
+	f.Add(byte(0), []byte("\x08\x03\x51\x03"), []byte("\x08\x03"))         // and one that is added to
 	f.Add(byte('N'), []byte("92292\x83\x83\x83"), []byte("0"))
 	f.Fuzz(func(t *testing.T, flags byte, data, other []byte) {
 		ops := decodeHeaderOps(data)

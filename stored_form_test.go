@@ -146,11 +146,9 @@ func TestDamagedRecords(t *testing.T) {
 // FuzzStoredForm feeds anything to the replay: it must be refused, or replayed
 // as a valid response, and never run the handler.
 func FuzzStoredForm(f *testing.F) {
-	golden, err := hex.DecodeString(goldenResponse)
-	require.NoError(f, err)
-	f.Add(golden)
-	f.Add([]byte{1, 2, 0xc9, 1, 0})
-	f.Add([]byte{1, 3, 0, 0})
+	for _, value := range recordSeeds(f) {
+		f.Add(value)
+	}
 	f.Fuzz(func(t *testing.T, value []byte) {
 		c := new(api)
 		c = newAPI(stored(t, c, value), &idempotency.Options{}, nil)
