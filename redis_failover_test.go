@@ -30,6 +30,7 @@ type redisPair struct {
 	t                *testing.T
 	primary, replica *redisServer
 	link             *redisProxy
+	other            *redisServer           // a second replica, over no link
 	address          atomic.Pointer[string] // what the client dials
 	client           *redis.Client
 
@@ -51,56 +52,84 @@ func startPair(t *testing.T, args ...string) *redisPair {
 			return new(net.Dialer).DialContext(ctx, network, *p.address.Load())
 		}
 	})
-	awaitReplica(t, p.onPrimary)
+	awaitReplicas(t, p.onPrimary, 1)
 	return p
 }
 
-// awaitReplica waits until a primary has a replica that acknowledges writes. One
+// startTrio is startPair with another replica, which nothing cuts off.
+func startTrio(t *testing.T, args ...string) *redisPair {
+	p := startPair(t, args...)
+	p.other = startReplica(t, p.primary)
+	awaitReplicas(t, p.onPrimary, 2)
+	return p
+}
+
+func startReplica(t *testing.T, of *redisServer) *redisServer {
+	host, port, err := net.SplitHostPort(of.addr)
+	require.NoError(t, err)
+	return startRedis(t, "--replicaof", host+" "+port, "--repl-diskless-sync-delay", "0")
+}
+
+// awaitReplicas waits until a primary has n replicas that acknowledge writes. One
 // that is online may not get any yet.
-func awaitReplica(t *testing.T, primary redis.UniversalClient) {
+func awaitReplicas(t *testing.T, primary redis.UniversalClient, n int) {
 	t.Helper()
-	await(t, "a replica", func() bool {
+	await(t, "replicas", func() bool {
 		pipe := primary.Pipeline()
 		pipe.Set(t.Context(), "written", "", 0)
-		replicas := pipe.Do(t.Context(), "wait", 1, 50)
+		replicas := pipe.Do(t.Context(), "wait", n, 50)
 		_, err := pipe.Exec(t.Context())
-		return err == nil && replicas.Val() == int64(1)
+		return err == nil && replicas.Val() == int64(n)
 	})
 }
 
-// cut breaks the link: what the primary writes from now on stays with it.
+// replicas returns how many the primary has while the link is whole.
+func (p *redisPair) replicas() int {
+	if p.other != nil {
+		return 2
+	}
+	return 1
+}
+
+// cut breaks the link: what the primary writes from now on does not get to the
+// replica.
 func (p *redisPair) cut() {
 	p.t.Helper()
 	p.link.set(func(redisCommand) verdict { return cutBefore })
 	p.link.cut()
+	left := fmt.Sprintf("connected_slaves:%d", p.replicas()-1)
 	await(p.t, "the primary misses its replica", func() bool {
-		return strings.Contains(p.onPrimary.Info(p.t.Context(), "replication").Val(), "connected_slaves:0")
+		return strings.Contains(p.onPrimary.Info(p.t.Context(), "replication").Val(), left)
 	})
 }
 
 // mend lets the replica connect again and get what it missed.
 func (p *redisPair) mend() {
 	p.link.set(nil)
-	awaitReplica(p.t, p.onPrimary)
+	awaitReplicas(p.t, p.onPrimary, p.replicas())
 }
 
 // failOver kills the primary, makes the replica the primary, and has the client
 // connect to that.
 func (p *redisPair) failOver() {
 	p.t.Helper()
+	p.failOverTo(p.replica)
+}
+
+// failOverTo is failOver to that replica.
+func (p *redisPair) failOverTo(promoted *redisServer) {
+	p.t.Helper()
 	p.primary.kill()
-	require.NoError(p.t, p.onReplica.Do(p.t.Context(), "replicaof", "no", "one").Err())
-	p.address.Store(&p.replica.addr)
+	require.NoError(p.t, connectTo(p.t, promoted).Do(p.t.Context(), "replicaof", "no", "one").Err())
+	p.address.Store(&promoted.addr)
 }
 
 // addReplica gives the new primary a replica. Without one no claim can be made
 // or taken over under MinReplicas.
 func (p *redisPair) addReplica() {
 	p.t.Helper()
-	host, port, err := net.SplitHostPort(p.replica.addr)
-	require.NoError(p.t, err)
-	startRedis(p.t, "--replicaof", host+" "+port)
-	awaitReplica(p.t, p.onReplica)
+	startReplica(p.t, p.replica)
+	awaitReplicas(p.t, p.onReplica, 1)
 }
 
 // cell returns the state of the one cell that a server has: C, D or R, and 0
@@ -120,7 +149,12 @@ func (p *redisPair) cell(on redis.UniversalClient) byte {
 // replicaHas waits until the replica has a cell in that state.
 func (p *redisPair) replicaHas(state byte) {
 	p.t.Helper()
-	await(p.t, fmt.Sprintf("the replica has a cell in state %c", state), func() bool { return p.cell(p.onReplica) == state })
+	p.has(p.onReplica, state)
+}
+
+func (p *redisPair) has(on redis.UniversalClient, state byte) {
+	p.t.Helper()
+	await(p.t, fmt.Sprintf("a cell in state %c", state), func() bool { return p.cell(on) == state })
 }
 
 // A cashier is a service on a redisPair whose Nth run answers 201 "charge N".

@@ -24,16 +24,24 @@ type RedisOptions struct {
 	Prefix string
 
 	// MinReplicas is how many replicas must acknowledge a claim before the
-	// handler may run; of a Cluster, replicas of the key's master. A failover
-	// to one of them then cannot lose the claim. When they do not, the claim
-	// is released and the request is refused with [ErrTooFewReplicas]; a
-	// renewal that they do not acknowledge fails too, so that a handler is
-	// cancelled at the end of its lease. They are asked in the same round
-	// trip, but as long as there are too few of them every answer, a replay
-	// as well, takes ReplicaTimeout. Default 0: claims are not waited for.
+	// handler may run; of a Cluster, replicas of the key's master. When fewer
+	// do, the claim is released and the request is refused with
+	// [ErrTooFewReplicas]; a renewal that they do not acknowledge fails too,
+	// so that a handler is cancelled at the end of its lease. They are asked
+	// in the same round trip, but as long as there are too few of them every
+	// answer, a replay as well, takes ReplicaTimeout. Default 0: claims are
+	// not waited for.
+	//
+	// A claim survives a failover only if a replica that acknowledged it is
+	// promoted, and Redis does not tell which ones did. So this should be the
+	// number of all replicas that a master has. With fewer, a key whose claim
+	// the promoted one had not received runs again, at-most-once or not:
+	// Sentinel and Cluster prefer the replica with the largest offset, but only
+	// among those they can reach, which is no guarantee.
 	//
 	// What is stored after the handler ran is not waited for: a failover that
-	// loses it leaves the claim, and the handler runs again after its lease.
+	// loses only that leaves the claim, and the handler runs again after its
+	// lease, or never if the key is at-most-once.
 	//
 	// These commands go to the master of a key directly. Hooks of a Cluster
 	// client do not see them, and redirections are not followed: while a

@@ -623,7 +623,7 @@ func TestRedisMinReplicas(t *testing.T) {
 	host, port, err := net.SplitHostPort(master.addr)
 	require.NoError(t, err)
 	replica := startRedis(t, "--replicaof", host+" "+port)
-	awaitReplica(t, admin)
+	awaitReplicas(t, admin, 1)
 	require.Equal(t, "201 charge 1", shop.post("post"))
 	proxy.forget()
 	require.Equal(t, "201 charge 2", shop.post("another"))
@@ -661,7 +661,7 @@ func TestRedisMinReplicasOfARunningHandler(t *testing.T) {
 			host, port, err := net.SplitHostPort(master.addr)
 			require.NoError(t, err)
 			replica := startRedis(t, "--replicaof", host+" "+port)
-			awaitReplica(t, admin)
+			awaitReplicas(t, admin, 1)
 			store := idempotency.NewRedisStore(newClient(t, master.addr),
 				&idempotency.RedisOptions{MinReplicas: 1, ReplicaTimeout: 50 * time.Millisecond})
 			commit := make(chan error, 1)
