@@ -315,35 +315,71 @@ func TestStoreCalls(t *testing.T) {
 		require.NoError(t, os.WriteFile(file, []byte(written), 0o644))
 	default:
 		require.Equal(t, golden, written, "the table is in another order")
+		requireInReadme(t, countRows(written), "rows")
 	}
+}
+
+// countRows returns how many faults the table has.
+func countRows(table string) (n int) {
+	for line := range strings.Lines(table) {
+		call, _, _ := strings.Cut(line, " ")
+		if strings.Contains(call, "#") {
+			n++
+		}
+	}
+	return n
+}
+
+// requireInReadme requires that the README says how many there are.
+func requireInReadme(t *testing.T, n int, what string) {
+	t.Helper()
+	number := fmt.Sprint(n)
+	if n >= 1000 {
+		number = fmt.Sprintf("%d,%03d", n/1000, n%1000)
+	}
+	t.Logf("%s %s", number, what)
+	readme, err := os.ReadFile("README.md")
+	require.NoError(t, err)
+	require.Regexp(t, `\b`+number+" "+what+`\b`, string(readme))
 }
 
 // TestStoreCallsInPairs lets a second call go wrong after the first, one of
 // those that only the repair of the first makes included. Nobody has thought
 // about each of these outcomes; the rules must hold in all of them.
 func TestStoreCallsInPairs(t *testing.T) {
+	pairs, played := 0, 0
 	for _, f := range storeFlows {
 		t.Run(f.name, func(t *testing.T) {
-			rules, calls, _ := f.undisturbed(t)
-			pairs := 0
-			for _, call := range calls {
-				for _, way := range waysOf(call) {
-					first := storeFault{call: call, way: way}
-					h, _, _ := f.play(t, []storeFault{first}, thisCall, retryLater)
-					for _, second := range h.callsAfter(call) {
-						for _, way := range waysOf(second) {
-							faults := []storeFault{first, {call: second, way: way}}
-							name := fmt.Sprintf("%s: %s %s, %s %s", f.name, call, first.way.name, second, way.name)
-							h, _, _ := f.play(t, faults, thisCall, retryLater)
-							rules.check(t, h, name)
-							pairs++
-						}
-					}
-				}
-			}
-			t.Logf("%d pairs", pairs)
+			n := f.pairs(t)
+			t.Logf("%d pairs", n)
+			pairs += n
+			played++
 		})
 	}
+	if played == len(storeFlows) { // or -run has chosen some
+		requireInReadme(t, pairs, "pairs")
+	}
+}
+
+// pairs plays all pairs of faults of one flow, and returns how many there are.
+func (f storeFlow) pairs(t *testing.T) (n int) {
+	rules, calls, _ := f.undisturbed(t)
+	for _, call := range calls {
+		for _, way := range waysOf(call) {
+			first := storeFault{call: call, way: way}
+			h, _, _ := f.play(t, []storeFault{first}, thisCall, retryLater)
+			for _, second := range h.callsAfter(call) {
+				for _, way := range waysOf(second) {
+					faults := []storeFault{first, {call: second, way: way}}
+					name := fmt.Sprintf("%s: %s %s, %s %s", f.name, call, first.way.name, second, way.name)
+					h, _, _ := f.play(t, faults, thisCall, retryLater)
+					rules.check(t, h, name)
+					n++
+				}
+			}
+		}
+	}
+	return n
 }
 
 // section returns the rows of the table that are about one flow.
