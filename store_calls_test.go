@@ -345,7 +345,8 @@ func requireInReadme(t *testing.T, n int, what string) {
 
 // TestStoreCallsInPairs lets a second call go wrong after the first, one of
 // those that only the repair of the first makes included. Nobody has thought
-// about each of these outcomes; the rules must hold in all of them.
+// about each of these outcomes; the rules must hold in all of them, with a retry
+// inside of the lease and with one after it.
 func TestStoreCallsInPairs(t *testing.T) {
 	pairs, played := 0, 0
 	for _, f := range storeFlows {
@@ -371,9 +372,12 @@ func (f storeFlow) pairs(t *testing.T) (n int) {
 			for _, second := range h.callsAfter(call) {
 				for _, way := range waysOf(second) {
 					faults := []storeFault{first, {call: second, way: way}}
-					name := fmt.Sprintf("%s: %s %s, %s %s", f.name, call, first.way.name, second, way.name)
-					h, _, _ := f.play(t, faults, thisCall, retryLater)
-					rules.check(t, h, name)
+					for _, pause := range []time.Duration{0, retryLater} {
+						name := fmt.Sprintf("%s: %s %s, %s %s, retried after %v",
+							f.name, call, first.way.name, second, way.name, pause)
+						h, _, _ := f.play(t, faults, thisCall, pause)
+						rules.check(t, h, name)
+					}
 					n++
 				}
 			}
