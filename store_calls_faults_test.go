@@ -25,8 +25,15 @@ const (
 	answers storeReply = iota // as if nothing was wrong
 	fails                     // an error at once
 	hangs                     // the error of its context, when that ends
+	deaf                      // an error after deafness, whatever its context says
+	tardy                     // the answer after that
 	mute                      // a watch that tells nothing
+	jumpy                     // a watch that tells at once, for nothing
 )
+
+// deafness is how long a store takes that ignores the end of its context, as
+// go-redis does without ContextTimeoutEnabled: until its ReadTimeout.
+const deafness = 3*time.Second + 3*time.Millisecond
 
 // storeWays are what is tried on each call. The delays are odd so that nothing
 // happens at the same instant as something else: 17ms comes before the library
@@ -43,13 +50,18 @@ var storeWays = []storeWay{
 	{name: "hangs, executed 17ms later", reply: hangs, later: 17 * time.Millisecond},
 	{name: "hangs, executed 2s later", reply: hangs, later: 2*time.Second + 3*time.Millisecond},
 	{name: "hangs, executed 45s later", reply: hangs, later: 45*time.Second + 3*time.Millisecond},
+	{name: "deaf, not executed", reply: deaf},
+	{name: "deaf, executed", now: 1, reply: deaf},
+	{name: "deaf, answers", now: 1, reply: tardy},
 }
 
 // watchWays are what is tried on a Watch, which has no effect to speak of.
 var watchWays = []storeWay{
 	{name: "fails", reply: fails},
 	{name: "hangs", reply: hangs},
+	{name: "deaf", reply: deaf},
 	{name: "never tells", reply: mute},
+	{name: "tells for nothing", reply: jumpy},
 }
 
 // A storeFault is a way in which one call goes wrong, or all from that one on.
@@ -93,6 +105,9 @@ func (s *callStore) next(method string) (call string, way *storeWay) {
 		return "", nil // what happened before
 	}
 	s.counts[method]++
+	if s.counts[method] > 10_000 { // or virtual time would stand still
+		panic("a busy loop")
+	}
 	call = fmt.Sprintf("%s#%d", method, s.counts[method])
 	way = s.on
 	for i := range s.faults {
@@ -112,10 +127,11 @@ func (s *callStore) next(method string) (call string, way *storeWay) {
 type isLate struct{}
 
 // call executes op with the fault of the call, if it has one.
-func (s *callStore) call(ctx context.Context, method string, op func(context.Context) error) (call string, err error) {
+func (s *callStore) call(ctx context.Context, method string, op func(context.Context) error) (c storeCall, err error) {
 	call, way := s.next(method)
-	if way == nil || way.reply == mute {
-		return call, op(ctx)
+	c = storeCall{name: call, isDeaf: way != nil && (way.reply == deaf || way.reply == tardy)}
+	if way == nil || way.reply == mute || way.reply == jumpy {
+		return c, op(ctx)
 	}
 	for range way.now {
 		err = op(ctx)
@@ -126,12 +142,17 @@ func (s *callStore) call(ctx context.Context, method string, op func(context.Con
 	case hangs:
 		<-ctx.Done()
 		err = ctx.Err()
+	case deaf:
+		time.Sleep(deafness)
+		err = errDown
+	case tardy:
+		time.Sleep(deafness)
 	}
 	if way.later > 0 {
 		ctx := context.WithValue(context.WithoutCancel(ctx), isLate{}, true)
 		time.AfterFunc(way.later, func() { _ = op(ctx) })
 	}
-	return call, err
+	return c, err
 }
 
 func (s *callStore) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
@@ -149,7 +170,8 @@ func (s *callStore) Acquire(ctx context.Context, key string, c idempotency.Claim
 	if err != nil {
 		rec = idempotency.Record{}
 	}
-	s.history.called(ctx, storeCall{name: call, state: rec.State, err: err})
+	call.state, call.err = rec.State, err
+	s.history.called(ctx, call)
 	return rec, err
 }
 
@@ -162,7 +184,8 @@ func (s *callStore) Complete(ctx context.Context, key, token string, r idempoten
 		}
 		return err
 	})
-	s.history.called(ctx, storeCall{name: call, err: err})
+	call.err = err
+	s.history.called(ctx, call)
 	return err
 }
 
@@ -170,7 +193,8 @@ func (s *callStore) Release(ctx context.Context, key, token string) error {
 	call, err := s.call(ctx, "Release", func(ctx context.Context) error {
 		return s.MemoryStore.Release(ctx, key, token)
 	})
-	s.history.called(ctx, storeCall{name: call, err: err})
+	call.err = err
+	s.history.called(ctx, call)
 	return err
 }
 
@@ -186,9 +210,16 @@ func (s *callStore) Watch(ctx context.Context, key string) (<-chan struct{}, err
 	case way.reply == hangs:
 		<-ctx.Done()
 		err = ctx.Err()
+	case way.reply == deaf:
+		time.Sleep(deafness)
+		err = errDown
 	case way.reply == mute:
 		changed = make(chan struct{})
+	case way.reply == jumpy:
+		told := make(chan struct{})
+		close(told)
+		changed = told
 	}
-	s.history.called(ctx, storeCall{name: call, err: err})
+	s.history.called(ctx, storeCall{name: call, err: err, isDeaf: way != nil && way.reply == deaf})
 	return changed, err
 }

@@ -37,6 +37,7 @@ type storeCall struct {
 	at      int
 	state   idempotency.State
 	err     error
+	isDeaf  bool // it took deafness
 }
 
 // handlerRun is one run of the handler.
@@ -52,6 +53,7 @@ type handlerRun struct {
 
 // clientAnswer is one request and what the client got.
 type clientAnswer struct {
+	sent   int // when the request was
 	at     int
 	text   string // "201 run 1", "replay 201 run 1", "503 store_unavailable", "panic"
 	status int
@@ -77,7 +79,7 @@ type requestNumber struct{}
 // send sends the request to c and waits for its answer.
 func (h *callHistory) send(t *testing.T, c *api) *clientAnswer {
 	h.mu.Lock()
-	a := new(clientAnswer)
+	a := &clientAnswer{sent: h.tickLocked()}
 	ctx := context.WithValue(context.Background(), requestNumber{}, len(h.answers))
 	h.answers = append(h.answers, a)
 	h.mu.Unlock()

@@ -29,6 +29,7 @@ func (p storeRules) check(t *testing.T, h *callHistory, name string) {
 	for i, a := range h.answers {
 		require.Equal(t, 1, a.events, "%s: events of request %d", name, i)
 		p.checkAnswer(t, h, name, a)
+		p.checkPatience(t, h, name, i)
 		p.checkClaims(t, h, name, i)
 	}
 	p.checkReplays(t, h, name)
@@ -82,7 +83,24 @@ func (p storeRules) checkAnswer(t *testing.T, h *callHistory, name string, a *cl
 	if a.text == "503 store_unavailable" && !h.flow.withheld {
 		require.Nil(t, own, "%s: 503 although the handler ran", name)
 	}
-	bound := p.undisturbed + time.Duration(p.calls)*time.Second // StoreTimeout for each call
+}
+
+// checkPatience checks how long the client waited: StoreTimeout for each call
+// at most, unless the store ignores that. Then a call takes as long as the store
+// likes, that of another request which this one waits for as well; but it is
+// tried twice at most.
+func (p storeRules) checkPatience(t *testing.T, h *callHistory, name string, request int) {
+	a, own, all := h.answers[request], 0, 0
+	for _, c := range h.calls {
+		if c.isDeaf && a.sent < c.at && c.at < a.at {
+			all++
+			if c.request == request {
+				own++
+			}
+		}
+	}
+	require.LessOrEqual(t, own, 2*p.calls, "%s: how often a store was asked that takes too long", name)
+	bound := p.undisturbed + time.Duration(p.calls)*time.Second + time.Duration(all)*deafness
 	require.LessOrEqual(t, a.took, bound+5*time.Millisecond, "%s: how long the client waited", name)
 }
 
