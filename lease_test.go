@@ -29,6 +29,30 @@ func TestLeaseIsRenewedEveryThirdOfIt(t *testing.T) {
 	})
 }
 
+// A store that lost the claim of a running handler has it again with the next
+// renewal. Before that, for a third of the lease at most, a retry would run.
+func TestRenewalClaimsALostKeyAnew(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const lease, moment = 3 * time.Minute, time.Millisecond
+		store := &faultyStore{Store: idempotency.NewMemoryStore()}
+		opts := idempotency.Options{Lease: lease, Wait: idempotency.NoWait}
+		c := newAPI(store, &opts, lasting(lease+time.Second))
+		first := make(chan *http.Response, 1)
+		go func() { first <- c.do(c.request(exchange{key: k("a")})) }()
+		time.Sleep(lease/3 + moment) // it has just been renewed
+		empty := idempotency.NewMemoryStore()
+		store.replace(empty)
+		time.Sleep(lease/3 - 2*moment)
+		require.Zero(t, empty.Len(), "until the next renewal")
+		time.Sleep(2 * moment)
+		c.check(t, 1, exchange{key: k("a"), get: "409 in_progress"})
+		answer, _ := describe(t, <-first)
+		require.Equal(t, "201 charge 1", answer)
+		c.check(t, 2, exchange{key: k("a"), get: "replay 201 charge 1"})
+		require.Equal(t, 1, c.runs())
+	})
+}
+
 // A renewal counts from the moment on at which it was sent, however long the
 // store takes to answer: it may have come to the store at once.
 func TestLeaseEndsWithTheLastRenewal(t *testing.T) {

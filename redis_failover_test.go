@@ -339,8 +339,8 @@ func TestFailoverLosesTheResponseButNotTheClaim(t *testing.T) {
 	}
 }
 
-// A handler that still runs claims its key anew with the next renewal, so that
-// a failover that lost the claim leaves a gap of a third of the lease at most.
+// A handler that still runs claims its key anew with the next renewal, after a
+// failover that lost the claim. TestRenewalClaimsALostKeyAnew says when that is.
 func TestFailoverRenewalClaimsTheKeyAnew(t *testing.T) {
 	p := startPair(t)
 	charge, charging, proceed := gated(t)
