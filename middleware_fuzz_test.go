@@ -79,7 +79,7 @@ type stage struct {
 	runs int
 }
 
-func newStage(opts modelOptions) *stage {
+func newStage(opts modelOptions, store idempotency.Store) *stage {
 	s := new(stage)
 	o := idempotency.Options{
 		TTL: modelTTL, Lease: modelLease, Wait: idempotency.NoWait, AtMostOnce: opts.atMostOnce, RequireKey: opts.requireKey,
@@ -91,7 +91,7 @@ func newStage(opts modelOptions) *stage {
 	if opts.scope {
 		o.Scope = func(r *http.Request) string { return r.Header.Get("Tenant") }
 	}
-	s.c = newAPI(idempotency.NewMemoryStore(), &o, s.handle)
+	s.c = newAPI(store, &o, s.handle)
 	return s
 }
 
@@ -156,59 +156,67 @@ func (s *stage) send(t *testing.T, p *played) {
 	p.done = true
 }
 
+const modelRetry = "\x00\x00\x01\x00"
+
+var modelSeeds = []string{
+	"\x00" + modelRetry + modelRetry,                                      // replay
+	"\x00" + modelRetry + "\x00\x08\x01\x00",                              // another payload
+	"\x00\x00\x00\x0f\x00" + modelRetry,                                   // 503 frees the key
+	"\x01\x00\x00\x41\x40\x05\x00\x01\x00",                                // at most once, panic, lease over
+	"\x00\x00\x00\x41\x40" + modelRetry + "\x05\x00\x01\x00",              // panic, in progress, take-over
+	"\x00\x00\x00\x41\x40\x04\x00\x01\x00",                                // panic, lease almost over
+	"\x00\x00\x00\x21\x20\x07\x00\x01\x00",                                // Commit, TTL over
+	"\x00\x00\x00\x81\x00" + modelRetry,                                   // too large to be kept
+	"\x00\x00\x00\x01\x06" + modelRetry + "\x06\x00\x01\x00",              // slow, in progress, kept
+	"\x00\x00\x10\x01\x00\x00\x18\x01\x00\x00\x10\x01\x00",                // large bodies
+	"\x02\x00\x80\x01\x00\x00\xc0\x01\x00\x00\x40\x01\x00",                // a scope
+	"\x04\x00\x05\x01\x00\x00\x06\x01\x00\x18\x00\x01\x00",                // no key, a bad one, GET
+	"\x00\x00\x00\x11\x10\x00\x00\x01\x01\x05\x00\x01\x00",                // Discard, flush, replay
+	"\x01\x00\x00\x0f\x00" + modelRetry + "\x00\x20\x01\x00" + modelRetry, // at most once keeps 503
+}
+
 // FuzzMiddleware plays sequences of requests, made of bytes, through the
 // middleware, and compares each answer, event and run with those of a model
 // that is written from the documentation alone. Time is virtual.
 func FuzzMiddleware(f *testing.F) {
-	const retry = "\x00\x00\x01\x00"
-	for _, seed := range []string{
-		"\x00" + retry + retry,                                      // replay
-		"\x00" + retry + "\x00\x08\x01\x00",                         // another payload
-		"\x00\x00\x00\x0f\x00" + retry,                              // 503 frees the key
-		"\x01\x00\x00\x41\x40\x05\x00\x01\x00",                      // at most once, panic, lease over
-		"\x00\x00\x00\x41\x40" + retry + "\x05\x00\x01\x00",         // panic, in progress, take-over
-		"\x00\x00\x00\x21\x20\x07\x00\x01\x00",                      // Commit, TTL over
-		"\x00\x00\x00\x81\x00" + retry,                              // too large to be kept
-		"\x00\x00\x00\x01\x06" + retry + "\x06\x00\x01\x00",         // slow, in progress, kept
-		"\x00\x00\x10\x01\x00\x00\x18\x01\x00\x00\x10\x01\x00",      // large bodies
-		"\x02\x00\x80\x01\x00\x00\xc0\x01\x00\x00\x40\x01\x00",      // a scope
-		"\x04\x00\x05\x01\x00\x00\x06\x01\x00\x18\x00\x01\x00",      // no key, a bad one, GET
-		"\x00\x00\x00\x11\x10\x00\x00\x01\x01\x05\x00\x01\x00",      // Discard, flush, replay
-		"\x01\x00\x00\x0f\x00" + retry + "\x00\x20\x01\x00" + retry, // at most once keeps 503
-	} {
+	for _, seed := range modelSeeds {
 		f.Add([]byte(seed))
 	}
-	f.Fuzz(func(t *testing.T, data []byte) {
-		opts, requests := decodeSequence(data)
-		synctest.Test(t, func(t *testing.T) { playSequence(t, opts, requests) })
-	})
+	f.Fuzz(func(t *testing.T, data []byte) { playSequence(t, data, idempotency.NewMemoryStore())(t) })
 }
 
-func playSequence(t *testing.T, opts modelOptions, requests []modelRequest) {
+// playSequence plays a sequence on store, and returns what compares what came
+// of it with the model.
+func playSequence(t *testing.T, data []byte, store idempotency.Store) (check func(require.TestingT)) {
+	opts, requests := decodeSequence(data)
 	m := &model{opts: opts, cells: map[string]*modelCell{}}
-	s := newStage(opts)
+	s := newStage(opts, store)
 	all := make([]*played, 0, len(requests))
-	for _, x := range requests {
-		if x.pause > 0 {
-			time.Sleep(x.pause)
-			synctest.Wait() // what ended meanwhile has settled
+	synctest.Test(t, func(t *testing.T) {
+		for _, x := range requests {
+			if x.pause > 0 {
+				time.Sleep(x.pause)
+				synctest.Wait() // what ended meanwhile has settled
+			}
+			m.pass(x.pause)
+			p := &played{request: x, want: m.serve(x)}
+			all = append(all, p)
+			if !x.slow {
+				s.send(t, p)
+				continue
+			}
+			go s.send(t, p)
+			synctest.Wait()
 		}
-		m.pass(x.pause)
-		p := &played{request: x, want: m.serve(x)}
-		all = append(all, p)
-		if !x.slow {
-			s.send(t, p)
-			continue
-		}
-		go s.send(t, p)
+		time.Sleep(time.Hour)
 		synctest.Wait()
+	})
+	return func(t require.TestingT) {
+		for i, p := range all {
+			require.True(t, p.done)
+			require.Equal(t, p.want, modelAnswer{text: p.got, event: p.event, run: p.run, attempt: p.attempt},
+				"request %d of %+v", i, requests)
+		}
+		require.Equal(t, m.runs, s.runs)
 	}
-	time.Sleep(time.Hour)
-	synctest.Wait()
-	for i, p := range all {
-		require.True(t, p.done)
-		require.Equal(t, p.want, modelAnswer{text: p.got, event: p.event, run: p.run, attempt: p.attempt},
-			"request %d of %+v", i, requests)
-	}
-	require.Equal(t, m.runs, s.runs)
 }

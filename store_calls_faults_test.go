@@ -71,9 +71,15 @@ type storeFault struct {
 	on   bool
 }
 
-// A callStore is a memory store whose calls are counted and can go wrong.
+// A fullStore is what a MemoryStore does.
+type fullStore interface {
+	idempotency.Store
+	idempotency.Watcher
+}
+
+// A callStore is a store whose calls are counted and can go wrong.
 type callStore struct {
-	*idempotency.MemoryStore
+	fullStore
 	history *callHistory
 
 	mu     sync.Mutex
@@ -159,7 +165,7 @@ func (s *callStore) Acquire(ctx context.Context, key string, c idempotency.Claim
 	c.Fingerprint = bytes.Clone(c.Fingerprint) // which the caller may reuse
 	var rec idempotency.Record
 	call, err := s.call(ctx, "Acquire", func(ctx context.Context) error {
-		r, err := s.MemoryStore.Acquire(ctx, key, c)
+		r, err := s.fullStore.Acquire(ctx, key, c)
 		if ctx.Value(isLate{}) != nil {
 			s.history.arrived(ctx, r.State)
 			return err
@@ -178,7 +184,7 @@ func (s *callStore) Acquire(ctx context.Context, key string, c idempotency.Claim
 func (s *callStore) Complete(ctx context.Context, key, token string, r idempotency.Result) error {
 	r.Fingerprint, r.Value = bytes.Clone(r.Fingerprint), bytes.Clone(r.Value)
 	call, err := s.call(ctx, "Complete", func(ctx context.Context) error {
-		err := s.MemoryStore.Complete(ctx, key, token, r)
+		err := s.fullStore.Complete(ctx, key, token, r)
 		if err == nil {
 			s.history.stored()
 		}
@@ -191,7 +197,7 @@ func (s *callStore) Complete(ctx context.Context, key, token string, r idempoten
 
 func (s *callStore) Release(ctx context.Context, key, token string) error {
 	call, err := s.call(ctx, "Release", func(ctx context.Context) error {
-		return s.MemoryStore.Release(ctx, key, token)
+		return s.fullStore.Release(ctx, key, token)
 	})
 	call.err = err
 	s.history.called(ctx, call)
@@ -202,7 +208,7 @@ func (s *callStore) Release(ctx context.Context, key, token string) error {
 // whenever the fault lets it through.
 func (s *callStore) Watch(ctx context.Context, key string) (<-chan struct{}, error) {
 	call, way := s.next("Watch")
-	changed, err := s.MemoryStore.Watch(ctx, key)
+	changed, err := s.fullStore.Watch(ctx, key)
 	switch {
 	case way == nil:
 	case way.reply == fails:

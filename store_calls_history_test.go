@@ -65,12 +65,19 @@ type clientAnswer struct {
 
 func newHistory(flow storeFlow) *callHistory {
 	h := &callHistory{flow: flow, late: map[int]int{}}
-	h.store = &callStore{MemoryStore: idempotency.NewMemoryStore(), history: h}
+	h.store = &callStore{fullStore: idempotency.NewMemoryStore(), history: h}
+	if flow.inner != nil {
+		h.store.fullStore = flow.inner(h.store.fullStore)
+	}
+	asked := fullStore(h.store)
+	if flow.outer != nil {
+		asked = flow.outer(asked)
+	}
 	opts := flow.opts
 	opts.OnEvent = h.event
-	h.first = newAPI(h.store, &opts, h.handle)
+	h.first = newAPI(asked, &opts, h.handle)
 	opts.Wait = idempotency.NoWait
-	h.another = newAPI(h.store, &opts, h.handle)
+	h.another = newAPI(asked, &opts, h.handle)
 	return h
 }
 

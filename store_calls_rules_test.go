@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"testing"
 	"time"
 
 	"github.com/go-idempotency/idempotency"
@@ -20,8 +19,7 @@ type storeRules struct {
 }
 
 // check checks all rules on the history of one key.
-func (p storeRules) check(t *testing.T, h *callHistory, name string) {
-	t.Helper()
+func (p storeRules) check(t require.TestingT, h *callHistory, name string) {
 	require.False(t, h.together, "%s: two runs at once", name)
 	for _, run := range h.runs {
 		p.checkRun(t, h, name, run)
@@ -37,7 +35,7 @@ func (p storeRules) check(t *testing.T, h *callHistory, name string) {
 }
 
 // checkRun looks for a run that should not have been, after this one.
-func (p storeRules) checkRun(t *testing.T, h *callHistory, name string, run *handlerRun) {
+func (p storeRules) checkRun(t require.TestingT, h *callHistory, name string, run *handlerRun) {
 	for _, next := range h.runs[run.number:] {
 		for _, stored := range h.kept {
 			require.Less(t, next.start, stored, "%s: run %d began after an answer was kept", name, next.number)
@@ -60,7 +58,7 @@ func (p storeRules) checkRun(t *testing.T, h *callHistory, name string, run *han
 }
 
 // checkAnswer checks that the client was told what a handler said, or an error.
-func (p storeRules) checkAnswer(t *testing.T, h *callHistory, name string, a *clientAnswer) {
+func (p storeRules) checkAnswer(t require.TestingT, h *callHistory, name string, a *clientAnswer) {
 	var own *handlerRun // the run of this request
 	for _, run := range h.runs {
 		if h.answers[run.request] == a {
@@ -89,7 +87,7 @@ func (p storeRules) checkAnswer(t *testing.T, h *callHistory, name string, a *cl
 // at most, unless the store ignores that. Then a call takes as long as the store
 // likes, that of another request which this one waits for as well; but it is
 // tried twice at most.
-func (p storeRules) checkPatience(t *testing.T, h *callHistory, name string, request int) {
+func (p storeRules) checkPatience(t require.TestingT, h *callHistory, name string, request int) {
 	a, own, all := h.answers[request], 0, 0
 	for _, c := range h.calls {
 		if c.isDeaf && a.sent < c.at && c.at < a.at {
@@ -106,7 +104,7 @@ func (p storeRules) checkPatience(t *testing.T, h *callHistory, name string, req
 
 // checkClaims checks that the handler ran for a request exactly when the store
 // said that it may, and that a store which failed before that gives a 503.
-func (p storeRules) checkClaims(t *testing.T, h *callHistory, name string, request int) {
+func (p storeRules) checkClaims(t require.TestingT, h *callHistory, name string, request int) {
 	start := 0
 	for _, run := range h.runs {
 		if run.request == request {
@@ -135,7 +133,7 @@ func (p storeRules) checkClaims(t *testing.T, h *callHistory, name string, reque
 
 // checkReplays checks that everyone gets the same answer: that of the first run
 // which was to be kept.
-func (p storeRules) checkReplays(t *testing.T, h *callHistory, name string) {
+func (p storeRules) checkReplays(t require.TestingT, h *callHistory, name string) {
 	var first string
 	for _, a := range h.answers {
 		isKept := a.run != "" && (a.replay || !h.runs[mustNumber(a.run)-1].notDone)
@@ -151,7 +149,7 @@ func (p storeRules) checkReplays(t *testing.T, h *callHistory, name string) {
 
 // checkEnd checks that the key is not stuck, long after the last fault: the
 // client got an answer, or the run of an at-most-once key has died.
-func (p storeRules) checkEnd(t *testing.T, h *callHistory, name string) {
+func (p storeRules) checkEnd(t require.TestingT, h *callHistory, name string) {
 	end := h.answers[len(h.answers)-1]
 	if end.run != "" {
 		return

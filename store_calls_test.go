@@ -28,6 +28,8 @@ type storeFlow struct {
 	before   func(t *testing.T, h *callHistory)                 // what came before, without a fault
 	request  func(t *testing.T, h *callHistory) []*clientAnswer // nil: one request
 	withheld bool                                               // a failed Complete withholds the answer
+
+	inner, outer func(fullStore) fullStore // what is planted within the store, and around it
 }
 
 var storeFlows = []storeFlow{
