@@ -164,42 +164,46 @@ func FuzzHeaderDifference(f *testing.F) {
 	f.Add(byte(0), []byte("\x08\x03\x51\x03"), []byte("\x08\x03"))         // and one that is added to
 	f.Add(byte('N'), []byte("92292\x83\x83\x83"), []byte("0"))
 	f.Fuzz(func(t *testing.T, flags byte, data, other []byte) {
-		ops := decodeHeaderOps(data)
-		handler := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-			for _, op := range ops[1] {
-				op.apply(w.Header())
-			}
-			if flags&1 != 0 {
-				w.Header().Add("Trailer", "X-T1, X-T2")
-			}
-			if flags&2 != 0 {
-				w.WriteHeader(http.StatusCreated)
-			}
-			_, _ = io.WriteString(w, strings.Repeat("<p>", int(flags>>6)))
-			if flags&4 != 0 {
-				must(http.NewResponseController(w).Flush())
-			}
-			for _, op := range ops[2] {
-				op.apply(w.Header())
-			}
-		})
-		opts := idempotency.Options{ReplayHeader: func(string) bool { return true }}
-		kept := newAPI(idempotency.NewMemoryStore(), &opts, handler).handler
-
-		direct := exchangeHeaders(ops[0], handler)
-		first := exchangeHeaders(ops[0], kept)
-		require.Equal(t, direct, first, "with the middleware")
-		replay := exchangeHeaders(ops[0], kept)
-		require.Equal(t, []string{"true"}, replay.Header["Idempotent-Replayed"])
-		delete(replay.Header, "Idempotent-Replayed")
-		require.Equal(t, first, replay, "the replay")
-
-		checkOuter(t, kept, slices.Concat(ops[1], ops[2]), decodeHeaderOps(other)[0])
+		checkHeaders(t, idempotency.NewMemoryStore(), flags, data, other)
 	})
 }
 
+func checkHeaders(t require.TestingT, store idempotency.Store, flags byte, data, other []byte) {
+	ops := decodeHeaderOps(data)
+	handler := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		for _, op := range ops[1] {
+			op.apply(w.Header())
+		}
+		if flags&1 != 0 {
+			w.Header().Add("Trailer", "X-T1, X-T2")
+		}
+		if flags&2 != 0 {
+			w.WriteHeader(http.StatusCreated)
+		}
+		_, _ = io.WriteString(w, strings.Repeat("<p>", int(flags>>6)))
+		if flags&4 != 0 {
+			must(http.NewResponseController(w).Flush())
+		}
+		for _, op := range ops[2] {
+			op.apply(w.Header())
+		}
+	})
+	opts := idempotency.Options{ReplayHeader: func(string) bool { return true }}
+	kept := newAPI(store, &opts, handler).handler
+
+	direct := exchangeHeaders(ops[0], handler)
+	first := exchangeHeaders(ops[0], kept)
+	require.Equal(t, direct, first, "with the middleware")
+	replay := exchangeHeaders(ops[0], kept)
+	require.Equal(t, []string{"true"}, replay.Header["Idempotent-Replayed"])
+	delete(replay.Header, "Idempotent-Replayed")
+	require.Equal(t, first, replay, "the replay")
+
+	checkOuter(t, kept, slices.Concat(ops[1], ops[2]), decodeHeaderOps(other)[0])
+}
+
 // checkOuter replays within other outer headers.
-func checkOuter(t *testing.T, kept http.Handler, touched, outer []headerOp) {
+func checkOuter(t require.TestingT, kept http.Handler, touched, outer []headerOp) {
 	current := http.Header{}
 	for _, op := range outer {
 		op.apply(current)

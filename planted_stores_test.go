@@ -213,3 +213,33 @@ func TestFuzzMiddlewareCatchesPlantedBugs(t *testing.T) {
 		})
 	}
 }
+
+// FuzzStoredFormReader objects to any seed that is replayed as another one.
+func TestFuzzStoredFormReaderCatchesPlantedBugs(t *testing.T) {
+	value, err := hex.DecodeString(goldenResponse)
+	require.NoError(t, err)
+	for _, seed := range recordSeeds(t)[1:] {
+		said := objection(func(t require.TestingT) { checkReader(t, value, seed) })
+		require.NotEmpty(t, said, "%x", seed)
+	}
+}
+
+// FuzzHeaderDifference objects to a header that is not what the handler set, and
+// to one that outer middleware had set and that is lost or stale.
+func TestFuzzHeaderDifferenceCatchesPlantedBugs(t *testing.T) {
+	// Outer middleware and the handler set X-A: 1; the last request has a
+	// Cache-Control of its own.
+	const requests, last = "\x08\x00\x48\x00", "\x10\x04"
+	check := func(header string) string {
+		store := plantedStore{store: idempotency.NewMemoryStore(), bug: changesAnswers(func(rec *idempotency.Record, _ *error) {
+			if rec.State == idempotency.Completed {
+				rec.Value = aRecord(200, 1, header, "\x00", "")
+			}
+		})}
+		return objection(func(t require.TestingT) { checkHeaders(t, &store, 0, []byte(requests), []byte(last)) })
+	}
+	require.Empty(t, check("\x01\x00\x03X-A\x01\x011"))
+	require.Contains(t, check("\x01\x00\x03X-A\x01\x012"), "the replay")
+	require.Contains(t, check("\x01\x01\x03X-A\x01\x011"), "the replay")
+	require.Contains(t, check("\x02\x00\x03X-A\x01\x011\x02\x0dCache-Control\x00"), "Cache-Control of the current request")
+}
