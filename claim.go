@@ -183,17 +183,24 @@ func (c *call) watch(ctx context.Context) (<-chan struct{}, error) {
 	return changed, nil
 }
 
-// sleepUntil waits for d or changed. It is false when ctx ended first.
+// sleepUntil waits for d or changed. It is false when ctx ended first. When both
+// have come, that of changed counts: an answer may be there.
 func sleepUntil(ctx context.Context, changed <-chan struct{}, d time.Duration) bool {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {
 	case <-changed:
+		return true
 	case <-timer.C:
+		return true
 	case <-ctx.Done():
+	}
+	select {
+	case <-changed:
+		return true
+	default:
 		return false
 	}
-	return true
 }
 
 // commit is Execution.Commit: a renewal that also marks the claim.

@@ -404,13 +404,16 @@ func panicDeepInside(v any) { panic(v) }
 // middleware that recovers.
 func TestPanicLeavesTheWriterClean(t *testing.T) {
 	w := httptest.NewRecorder()
+	var kept http.ResponseWriter
 	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("X-Secret", "half done")
 		w.WriteHeader(http.StatusCreated)
 		_, _ = w.Write([]byte("half"))
+		kept = w
 		panic("boom")
 	})
 	require.Panics(t, func() { c.handler.ServeHTTP(w, c.request(exchange{key: k("a")})) })
+	require.Error(t, http.NewResponseController(kept).Flush(), "a goroutine that the handler left behind")
 	http.Error(w, "recovered", http.StatusInternalServerError)
 	require.Equal(t, http.StatusInternalServerError, w.Code)
 	require.Empty(t, w.Header().Get("X-Secret"))

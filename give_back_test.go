@@ -194,6 +194,23 @@ func TestLateAnswerThatNamesAnotherOwner(t *testing.T) {
 	})
 }
 
+// Nor does one that says that nothing was done.
+func TestReleaseAfterAnotherOwnerWasSeen(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &scriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+		s.acquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+			if n > 1 {
+				return idempotency.Record{State: idempotency.InProgress, Remaining: time.Minute}, nil
+			}
+			return s.MemoryStore.Acquire(ctx, key, c)
+		}
+		log := new(eventLog)
+		c := newAPI(s, &idempotency.Options{OnEvent: log.add}, tooManyRequests(func(*http.Request) { time.Sleep(11 * time.Second) }))
+		c.check(t, 0, exchange{key: k("a"), get: "409 in_progress"})
+		require.Equal(t, idempotency.OutcomeLeaseLost, log.last().Outcome)
+	})
+}
+
 // A store that panics has failed, wherever it was called from.
 func TestStoreThatPanics(t *testing.T) {
 	for name, broken := range map[string]func(s *scriptedStore){
