@@ -24,8 +24,8 @@ type fleet struct {
 	links   []*link
 	servers []*server
 
-	mu   sync.Mutex // guards what follows
-	dead []string   // processes that were killed
+	mu     sync.Mutex               // guards what follows
+	killed map[string]time.Duration // when, by the name of the process
 }
 
 // A scenario is what happens in one history. All that is random about it
@@ -57,7 +57,8 @@ func startFleet(t *testing.T, s scenario) *fleet {
 	if s.load.plan != nil {
 		plan = s.load.plan(s.lease)
 	}
-	f := &fleet{epoch: time.Now(), lease: s.lease, redis: startRedis(t, s.redisArgs()...)}
+	f := &fleet{epoch: time.Now(), lease: s.lease, redis: startRedis(t, s.redisArgs()...),
+		killed: make(map[string]time.Duration)}
 	f.ledger = startLedger(t, f.epoch, plan)
 	for n := range replicas {
 		f.links = append(f.links, startLink(t, f.redis.addr))
@@ -83,12 +84,21 @@ func play(t *testing.T, s scenario) (history.History, schedule) {
 	// What goes on in the background has until the end of a lease.
 	pauseFor(t.Context(), s.lease)
 	c.sweep(s.settle, s.noneDied)
-	for _, server := range f.servers {
-		server.kill() // or rows would come while the history is judged
+	for n := range f.servers {
+		f.kill(n) // or rows would come while the history is judged
 	}
 	return history.History{
-		Lease: s.lease, NoneDied: s.noneDied, Dead: f.dead, Ops: c.all(), Rows: f.ledger.all(),
+		Lease: s.lease, NoneDied: s.noneDied, Killed: f.killed, Ops: c.all(), Rows: f.ledger.all(),
 	}, faults
+}
+
+// kill kills the nth process, which lived until the time that is noted.
+func (f *fleet) kill(n int) {
+	at := since(f.epoch)
+	name := f.servers[n].kill()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.killed[name] = at
 }
 
 // TestHistories plays histories and judges them. A failure prints its seed;
@@ -133,9 +143,9 @@ func describe(h history.History, faults schedule, r *history.Report) string {
 	}
 	return fmt.Sprintf("%d requests of %d keys (%d answers, %d of them replays; %d without an answer; %v), "+
 		"%d runs, %d effects, %d faults; runs after a release %d, after a lease %d; "+
-		"answers that were not kept %d, and then ran again %d; not judged %d",
+		"answers that were not kept %d, and then ran again %d",
 		len(h.Ops), r.Keys, r.Answers, r.Replays, unknown, codes, r.Runs, r.Effects, faults.count(),
-		r.AfterRelease, r.AfterLease, r.Unkept, r.UnkeptRuns, r.Unjudged)
+		r.AfterRelease, r.AfterLease, r.Unkept, r.UnkeptRuns)
 }
 
 // requireClean prints all that is known about a few keys that are not.

@@ -20,31 +20,39 @@ var (
 	_ idempotency.Watcher = (*journal)(nil)
 )
 
-// Acquire notes when the claim can have been made: not before the first call
-// whose answer is not known, if there was one. A renewal gets a row.
+// Acquire gets a row before the store can know of the claim, which this process
+// may not live to tell of, and one with what came of it. It notes when the claim
+// of a run can have been made: not before the first call whose answer is not
+// known, if there was one.
 func (j *journal) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
 	v := visitOf(ctx)
+	number := int(v.calls.Add(1))
+	j.replica.note(v, history.RowClaim, func(row *history.Row) { row.Call, row.Once = number, c.Once })
 	sent := j.replica.now()
 	rec, err := j.store.Acquire(ctx, key, c)
 	returned := j.replica.now()
-	v.mu.Lock()
-	if running := v.running; running {
-		v.mu.Unlock()
-		if err == nil && rec.State == idempotency.Acquired {
-			j.replica.note(v, history.RowRenew, func(row *history.Row) {
-				row.Run, row.Attempt = "", rec.Attempt
-				row.Sent, row.Returned, row.Once = sent, returned, c.Once
-			})
+	running := v.claimed(key, c.Token, sent, returned, err)
+	kind := history.RowClaimed
+	if running && err == nil && rec.State == idempotency.Acquired {
+		kind = history.RowRenew
+	}
+	j.replica.note(v, kind, func(row *history.Row) {
+		row.Call, row.Once, row.Sent, row.Returned = number, c.Once, sent, returned
+		if err != nil {
+			row.Err = err.Error()
+			return
 		}
-		return rec, err
-	}
-	defer v.mu.Unlock()
-	if !v.unclear {
-		v.sent = sent
-	}
-	v.unclear = v.unclear || err != nil
-	v.storeKey, v.token, v.returned = key, c.Token, returned
+		row.Attempt, row.State = rec.Attempt, stateName(rec.State)
+	})
 	return rec, err
+}
+
+// stateName is what a row calls a state.
+func stateName(state idempotency.State) string {
+	if state == idempotency.Acquired {
+		return history.StateAcquired
+	}
+	return state.String()
 }
 
 // Complete gets its row before the answer can go out.

@@ -86,15 +86,32 @@ func newReplica(config replicaConfig) http.Handler {
 
 // A visit is one request that has arrived at this process.
 type visit struct {
-	about history.Row // what every row of it says
+	calls atomic.Int64 // of Acquire
 
-	mu       sync.Mutex // guards what follows
+	mu       sync.Mutex  // guards what follows
+	about    history.Row // what every row of it says
 	running  bool
 	storeKey string
 	token    string
 	sent     time.Duration // since then the claim may have been made
 	unclear  bool          // a claim was sent, and its answer is not known
 	returned time.Duration
+}
+
+// claimed notes a call of Acquire. It is false as long as the handler has not
+// been called: later calls are renewals.
+func (v *visit) claimed(key, token string, sent, returned time.Duration, err error) (running bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.running {
+		return true
+	}
+	if !v.unclear {
+		v.sent = sent
+	}
+	v.unclear = v.unclear || err != nil
+	v.storeKey, v.token, v.returned = key, token, returned
+	return false
 }
 
 type visitKey struct{}
@@ -118,7 +135,9 @@ func (p *replica) now() time.Duration {
 
 // note writes a row about v.
 func (p *replica) note(v *visit, kind string, change func(*history.Row)) begun {
+	v.mu.Lock()
 	row := v.about
+	v.mu.Unlock()
 	row.Type = kind
 	if change != nil {
 		change(&row)
@@ -130,15 +149,20 @@ func (p *replica) note(v *visit, kind string, change func(*history.Row)) begun {
 func (p *replica) handle(w http.ResponseWriter, r *http.Request) {
 	e, _ := idempotency.FromContext(r.Context())
 	v := visitOf(r.Context())
-	payload, err := io.ReadAll(r.Body)
-	must(err)
+	body, err := io.ReadAll(r.Body)
+	if err != nil { // the client has hung up in the middle of it
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
 	v.mu.Lock()
 	v.running = true
 	v.mu.Unlock()
 	begun := p.note(v, history.RowBegin, func(row *history.Row) {
-		row.Payload, row.Attempt, row.Sent, row.Returned = string(payload), e.Attempt(), v.sent, v.returned
+		row.Payload, row.Attempt, row.Sent, row.Returned = string(body), e.Attempt(), v.sent, v.returned
 	})
+	v.mu.Lock()
 	v.about.Run, v.about.Attempt = begun.Run, e.Attempt()
+	v.mu.Unlock()
 	defer releaseAfterPanic(p, v)
 	h := &handling{replica: p, visit: v, execution: e, ctx: r.Context(), w: w}
 	for _, s := range begun.Plan {

@@ -165,10 +165,7 @@ func (f *fleet) strike(ctx context.Context, t *testing.T, lane string, fault fau
 		pauseFor(ctx, fault.For)
 		f.redis.signal(syscall.SIGCONT)
 	case fault.What == killProcess:
-		name := f.servers[n].kill()
-		f.mu.Lock()
-		f.dead = append(f.dead, name)
-		f.mu.Unlock()
+		f.kill(n)
 		pauseFor(ctx, fault.For)
 		if err := f.servers[n].start(); err != nil {
 			t.Error(err)

@@ -44,6 +44,8 @@ func (c *checker) checkAnswer(op Op) {
 		c.violate(Phantom, "request %s got an answer of %s, which gave none", op.ID, op.Run)
 	case r.end.Status != op.Status || r.end.Hash != op.Hash:
 		c.violate(Phantom, "request %s got %d %s, and %s had answered %d %s", op.ID, op.Status, op.Hash, r.Run, r.end.Status, r.end.Hash)
+	case op.End < r.end.At:
+		c.violate(Phantom, "request %s got the answer of %s, which had not ended", op.ID, op.Run)
 	case op.Replayed:
 	case r.Op != op.ID:
 		c.violate(Phantom, "request %s got the answer of %s, which is not marked as a replay", op.ID, r.Run)
@@ -95,18 +97,32 @@ func (c *checker) checkCode(op Op) {
 		}
 		c.violate(Code, "request %s got %s, but there is no other payload", op.ID, op.Code)
 	case "outcome_unknown":
-		if c.kind == Once {
-			return
+		if !c.mayBeUnknown(op) {
+			c.violate(Code, "request %s got %s, but there was no at-most-once claim whose lease can have been over", op.ID, op.Code)
 		}
-		for _, r := range c.runs {
-			if len(r.commits) > 0 && r.commits[0].At <= op.End {
-				return
-			}
-		}
-		c.violate(Code, "request %s got %s, but nobody called Commit", op.ID, op.Code)
 	default:
 		c.violate(Code, "request %s got %d %s", op.ID, op.Status, op.Code)
 	}
+}
+
+// mayBeUnknown reports whether an at-most-once claim can have been over when op
+// was answered: that of a run, by itself or because it has called Commit, or
+// one that was made and did not come to a run.
+func (c *checker) mayBeUnknown(op Op) bool {
+	ran := make(map[string]bool)
+	for _, r := range c.runs {
+		ran[r.Visit] = true
+		marked := c.kind == Once || len(r.commits) > 0 && r.commits[0].At <= op.End
+		if marked && !r.storedBefore(op.Start) && op.End >= r.held(op.Start)+c.Lease-tolerance {
+			return true
+		}
+	}
+	for _, k := range c.claims {
+		if c.kind == Once && !ran[k.visit] && op.End >= k.sent+c.Lease-tolerance {
+			return true
+		}
+	}
+	return false
 }
 
 // checkLater judges a request that was sent after an answer was stored.
@@ -130,7 +146,7 @@ func (c *checker) checkSweep() {
 			continue
 		}
 		asked[op.Replica] = true
-		if op.Lasting(c.noneDied) {
+		if op.Lasting(c.NoneDied) {
 			settled[op.Replica] = true
 		}
 	}

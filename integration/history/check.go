@@ -13,17 +13,20 @@ const (
 	RanAgain  = "ran again"       // a run was let in although an answer was stored, or after Commit
 	Twice     = "twice"           // an at-most-once key was let in again, or has two effects
 	Stale     = "stale owner"     // one that had lost the key stored its answer
+	TookBack  = "took back"       // one that had lost the key renewed its claim
 	Freed     = "freed"           // a key was freed though its run was final, or kept though it was not
 	Unstored  = "unstored"        // an answer went out that a retry cannot get
 	Answers   = "two answers"     // clients got answers of different runs
 	Phantom   = "phantom"         // an answer is not that of a run under this key
 	Payload   = "payload"         // a different payload ran, or got the answer
 	Attempt   = "attempt"         // attempts do not count upwards
-	GaveUp    = "gave up"         // a run was let in because its predecessor stopped storing its answer early
+	GaveUp    = "gave up"         // a run stopped storing its answer before its lease was over
+	Lost      = "lost to nobody"  // a run was told that its lease is lost, and nobody can have taken it
 	Forgotten = "forgotten"       // a stored answer was known, and later not
 	Code      = "unexpected code" // an error that nothing explains
 	Stuck     = "stuck"           // no answer, though all faults are over
 	Register  = "not linearizable"
+	Unjudged  = "not judged" // the search for a linearization was given up
 )
 
 // A Violation is what must not be.
@@ -44,9 +47,6 @@ type Report struct {
 	// Unkept counts answers that went out though the store had failed, as the
 	// promise allows, and UnkeptRuns those after which another run came.
 	Unkept, UnkeptRuns int
-	// Unjudged counts keys for which the search for a linearization was given
-	// up.
-	Unjudged int
 }
 
 // Kinds returns the kinds of violations found, each once.
@@ -72,6 +72,7 @@ func Check(h History) *Report {
 		c.countKey()
 		c.checkRuns()
 		c.checkPairs()
+		c.checkRenewals()
 		c.checkAnswers()
 		c.checkSweep()
 		c.checkRegister()
@@ -124,18 +125,22 @@ func (r *run) committed() (at time.Duration, ok bool) {
 
 // A checker judges one key.
 type checker struct {
-	key      string
-	kind     string
-	lease    time.Duration
-	noneDied bool
-	dead     []string
+	key  string
+	kind string
+	*History
 	ops      []Op
 	rows     []Row
 	runs     []*run
 	byID     map[string]*run
+	claims   []*claim
 	releases []Row
+	search   time.Duration // how long a linearization is searched for
 	report   *Report
 }
+
+// atMostOnce reports whether an effect must not be repeated even when a process
+// dies.
+func (c *checker) atMostOnce() bool { return c.kind == Once || c.kind == Commit }
 
 // split makes a checker for each key, in order of their names.
 func split(h History) []*checker {
@@ -143,7 +148,7 @@ func split(h History) []*checker {
 	of := func(key, kind string) *checker {
 		c := keys[key]
 		if c == nil {
-			c = &checker{key: key, kind: kind, lease: h.Lease, noneDied: h.NoneDied, dead: h.Dead, byID: make(map[string]*run)}
+			c = &checker{key: key, kind: kind, History: &h, byID: make(map[string]*run), search: searchTime}
 			keys[key] = c
 		}
 		return c
@@ -167,10 +172,11 @@ func split(h History) []*checker {
 
 // index makes runs of rows.
 func (c *checker) index() {
-	visits := make(map[string]*run)
+	visits, calls := make(map[string]*run), make(map[call]*claim)
 	slices.SortStableFunc(c.rows, func(a, b Row) int { return a.Seq - b.Seq })
 	for _, row := range c.rows {
 		r := visits[row.Visit]
+		c.indexClaim(calls, row)
 		switch {
 		case row.Type == RowBegin:
 			r = &run{Row: row}
@@ -207,6 +213,8 @@ func (r *run) storedUntil(t time.Duration) {
 		r.stored, r.storedBy = true, t
 	}
 }
+
+func (r *run) storedBefore(t time.Duration) bool { return r.stored && r.storedBy <= t }
 
 func (c *checker) countKey() {
 	c.report.Keys++

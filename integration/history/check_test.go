@@ -2,131 +2,9 @@ package history
 
 import (
 	"testing"
-	"time"
 
 	"github.com/stretchr/testify/require"
 )
-
-const (
-	ms    = time.Millisecond
-	lease = 100 * ms
-)
-
-// A tale is a history of one key that is told line by line. Times are in
-// milliseconds.
-type tale struct {
-	h    History
-	kind string
-}
-
-func told(kind string, lines ...func(*tale)) History {
-	t := &tale{h: History{Lease: lease}, kind: kind}
-	for _, line := range lines {
-		line(t)
-	}
-	return t.h
-}
-
-func (t *tale) row(at time.Duration, kind, run string, change func(*Row)) {
-	row := Row{Seq: len(t.h.Rows), At: at * ms, Type: kind, Key: "key", Kind: t.kind, Op: run, Visit: "visit-" + run}
-	if change != nil {
-		change(&row)
-	}
-	t.h.Rows = append(t.h.Rows, row)
-}
-
-func (t *tale) op(id string, from, to time.Duration, change func(*Op)) {
-	op := Op{ID: id, Key: "key", Kind: t.kind, Payload: "payload", Replica: "replica", Start: from * ms, End: to * ms}
-	change(&op)
-	t.h.Ops = append(t.h.Ops, op)
-}
-
-// runs is a run and its request, which has no answer unless told otherwise.
-// A run is named like its request.
-func runs(run string, attempt int, at time.Duration) func(*tale) {
-	return runsWith("payload", run, attempt, at)
-}
-
-func runsWith(payload, run string, attempt int, at time.Duration) func(*tale) {
-	return func(t *tale) {
-		t.op(run, at-1, at+1000, func(op *Op) { op.Err, op.Payload = "broken", payload })
-		t.row(at+1, RowBegin, run, func(r *Row) {
-			r.Run, r.Attempt, r.Payload, r.Sent, r.Returned = run, attempt, payload, (at-1)*ms, at*ms
-		})
-		t.row(at+2, RowEffect, run, nil)
-	}
-}
-
-func ends(run string, at time.Duration, status int) func(*tale) {
-	return func(t *tale) {
-		t.row(at, RowEnd, run, func(r *Row) { r.Status, r.Hash = status, "hash-"+run })
-	}
-}
-
-func panics(run string, at time.Duration) func(*tale) {
-	return func(t *tale) { t.row(at, RowEnd, run, func(r *Row) { r.Panic = true }) }
-}
-
-func commits(run string, at time.Duration) func(*tale) {
-	return func(t *tale) {
-		t.row(at, RowCommit, run, nil)
-		t.row(at, RowRenew, run, func(r *Row) { r.Sent, r.Returned, r.Once = (at-1)*ms, at*ms, true })
-	}
-}
-
-func renews(run string, at time.Duration) func(*tale) {
-	return func(t *tale) {
-		t.row(at, RowRenew, run, func(r *Row) { r.Sent, r.Returned = (at-1)*ms, at*ms })
-	}
-}
-
-func releases(run string, at time.Duration) func(*tale) {
-	return func(t *tale) { t.row(at, RowRelease, run, nil) }
-}
-
-func completes(run string, at time.Duration, err string) func(*tale) {
-	return func(t *tale) {
-		t.row(at, RowComplete, run, func(r *Row) { r.Sent, r.Returned, r.Err = (at-1)*ms, at*ms, err })
-	}
-}
-
-func dead(h History) History {
-	h.Dead = []string{""}
-	return h
-}
-
-func noneDied(h History) History {
-	h.NoneDied = true
-	return h
-}
-
-// first is the answer to the request of the run.
-func first(run string, at time.Duration, status int) func(*tale) {
-	return func(t *tale) {
-		for i := range t.h.Ops {
-			if op := &t.h.Ops[i]; op.ID == run {
-				op.Err, op.End, op.Status, op.Run, op.Hash = "", at*ms, status, run, "hash-"+run
-			}
-		}
-	}
-}
-
-// asks is another request, from at on.
-func asks(id string, at time.Duration, change func(*Op)) func(*tale) {
-	return func(t *tale) { t.op(id, at, at+2, change) }
-}
-
-func replay(run string, status int) func(*Op) {
-	return func(op *Op) { op.Status, op.Run, op.Hash, op.Replayed = status, run, "hash-"+run, true }
-}
-
-func refuses(code string) func(*Op) {
-	return func(op *Op) { op.Status, op.Code = 409, code }
-}
-
-func other(change func(*Op)) func(*Op) {
-	return func(op *Op) { op.Payload = "another"; change(op) }
-}
 
 // Each legal tale is one of the exceptions that the promise names, or of the
 // things that only look like one.
@@ -144,22 +22,43 @@ func TestLegalHistories(t *testing.T) {
 			runs("b", 2, 30), ends("b", 40, 201), completes("b", 41, ""), first("b", 42, 201)),
 		"and another payload took it": told(Plain, runs("a", 1, 10), ends("a", 20, 500), releases("a", 21),
 			runsWith("another", "b", 2, 30)),
-		"an at-most-once run that did nothing": told(Once, runs("a", 1, 10), func(t *tale) {
-			t.h.Rows = t.h.Rows[:len(t.h.Rows)-1] // no effect
-		}, ends("a", 20, 401), releases("a", 21), runs("b", 2, 30)),
-		"an at-most-once run died": told(Once, runs("a", 1, 10), asks("b", 200, refuses("outcome_unknown"))),
-		"and came back":            told(Once, append(whole, asks("b", 12, refuses("outcome_unknown")))...),
-		"a committed run died":     told(Plain, runs("a", 1, 10), commits("a", 13), asks("b", 200, refuses("outcome_unknown"))),
+		"an at-most-once run that did nothing": told(Once, runs("a", 1, 10), withoutEffect, ends("a", 20, 401), releases("a", 21), runs("b", 2, 30)),
+		"an at-most-once run died":             told(Once, runs("a", 1, 10), asks("b", 200, refuses("outcome_unknown"))),
+		"and came back": told(Once, runs("a", 1, 10), asks("b", 112, refuses("outcome_unknown")), ends("a", 120, 201),
+			completes("a", 125, ""), first("a", 130, 201)),
+		"an at-most-once claim came to nothing": told(Once, asks("b", 20, refuses("outcome_unknown")), asksStore("x", -90, "", "down")),
+		"nobody knows of a claim's process":     told(Once, asks("b", 120, refuses("outcome_unknown")), asked("x", 10)),
+		"a committed run died":                  told(Plain, runs("a", 1, 10), commits("a", 13), asks("b", 200, refuses("outcome_unknown"))),
 		"the store could not take an answer until the lease ended": told(Plain, runs("a", 1, 10), ends("a", 20, 201),
 			completes("a", 25, "down"), first("a", 30, 201), completes("a", 100, "down"), runs("b", 2, 115),
 			ends("b", 120, 201), completes("b", 121, ""), first("b", 122, 201), asks("c", 130, replay("b", 201))),
-		"or died before the lease ended": dead(told(Plain, runs("a", 1, 10), ends("a", 20, 201), completes("a", 25, "down"),
+		"or died before the lease ended": killed(50, told(Plain, runs("a", 1, 10), ends("a", 20, 201), completes("a", 25, "down"),
 			first("a", 30, 201), runs("b", 2, 115))),
 		"a stale owner is refused": told(Plain, runs("a", 1, 10), runs("b", 2, 110), ends("b", 120, 201), completes("b", 121, ""),
 			first("b", 122, 201), ends("a", 130, 201), completes("a", 131, ErrLeaseLost), asks("c", 140, replay("b", 201))),
 		"the key came back to its first owner": told(Plain, runs("a", 1, 10), runs("b", 2, 110), ends("b", 120, 500),
 			releases("b", 121), ends("a", 240, 201), completes("a", 241, ""), asks("c", 250, replay("a", 201))),
-		"a claim that came to nothing was given back": told(Plain, runs("a", 1, 10), releases("x", 115), runs("b", 1, 130)),
+		"and takes it again": told(Plain, runs("a", 1, 10), runs("b", 2, 110), ends("b", 120, 500), releases("b", 121),
+			renews("a", 130), ends("a", 140, 201), completes("a", 141, ""), asks("c", 250, replay("a", 201))),
+		"or the lease of the second ended too": told(Plain, runs("a", 1, 10), runs("b", 2, 110), renews("a", 215),
+			ends("a", 220, 201), completes("a", 221, ""), asks("c", 250, replay("a", 201))),
+		"a renewal that is slow, and in time": told(Plain, runs("a", 1, 10), renewsSlowly("a", 15, 120), runs("b", 2, 114)),
+		"or made before the key was freed": told(Plain, runs("a", 1, 10), renewsSlowly("a", 18, 30), ends("a", 20, 500),
+			releases("a", 21), runs("b", 2, 26)),
+		"or answered when the handler returns": told(Plain, runs("a", 1, 10), renews("a", 55), ends("a", 60, 201),
+			completes("a", 100, "down")),
+		"a claim that came to nothing was given back": told(Plain, runs("a", 1, 10), asksStore("x", 112, StateAcquired, ""),
+			releases("x", 115), runs("b", 3, 130)),
+		"and forgotten": told(Plain, runs("a", 1, 10), asksStore("x", 112, "", "down"), releases("x", 115), runs("b", 1, 220)),
+		"and another payload took the key": told(Plain, runs("a", 1, 10), asksStore("x", 112, "", "down"), releases("x", 115),
+			runsWith("another", "b", 3, 130)),
+		"somebody may have taken the key": told(Plain, runs("a", 1, 10), asked("x", 110), ends("a", 120, 201),
+			completes("a", 121, ErrLeaseLost)),
+		"and is told so before its lease is over": told(Plain, runs("a", 1, 10), asked("x", 12), ends("a", 20, 201),
+			completes("a", 31, ErrLeaseLost)),
+		"the payload of a large body is not known": told(Large, runs("a", 1, 10), runsWith("another", "b", 2, 110)),
+		"a committed failure is kept": told(Commit, runs("a", 1, 10), commits("a", 13),
+			endsWith("a", 20, func(r *Row) { r.Status, r.Committed, r.Discard = 500, true, true }), completes("a", 25, "")),
 		"a process died before it could tell of its store": told(Plain, runs("a", 1, 10), ends("a", 20, 201),
 			asks("b", 30, replay("a", 201))),
 	}
@@ -188,10 +87,10 @@ func TestBrokenHistories(t *testing.T) {
 		"at-most-once let in twice":      {told(Once, runs("a", 1, 10), runs("b", 2, 200)), []string{Twice}},
 		"a stale owner stores":           {told(Plain, runs("a", 1, 10), runs("b", 2, 110), ends("a", 120, 201), completes("a", 121, "")), []string{Stale}},
 		"a panic frees the key":          {told(Plain, runs("a", 1, 10), panics("a", 12), releases("a", 13), runs("b", 2, 20)), []string{Freed}},
-		"a final answer frees the key":   {told(Plain, runs("a", 1, 10), ends("a", 12, 201), releases("a", 13)), []string{Freed}},
+		"a final answer frees the key":   {told(Plain, runs("a", 1, 10), ends("a", 12, 201), releases("a", 13)), []string{Freed, GaveUp}},
 		"an answer is kept that is not":  {told(Plain, runs("a", 1, 10), ends("a", 12, 500), completes("a", 13, "")), []string{Freed}},
 		"sent before it was stored":      {told(Plain, runs("a", 1, 10), ends("a", 20, 201), first("a", 30, 201), completes("a", 40, "")), []string{Unstored}},
-		"sent though it was refused":     {told(Plain, runs("a", 1, 10), ends("a", 20, 201), completes("a", 25, ErrLeaseLost), first("a", 30, 201)), []string{Unstored}},
+		"sent though it was refused":     {told(Plain, runs("a", 1, 10), ends("a", 20, 201), asksStore("x", 24, "", "down"), completes("a", 25, ErrLeaseLost), first("a", 30, 201)), []string{Unstored}},
 		"an answer of nobody":            {told(Plain, with(asks("b", 40, replay("x", 201)))...), []string{Forgotten, Register, Phantom}},
 		"another body":                   {told(Plain, with(asks("b", 40, func(op *Op) { replay("a", 201)(op); op.Hash = "x" }))...), []string{Phantom}},
 		"another status":                 {told(Plain, with(asks("b", 40, replay("a", 200)))...), []string{Phantom}},
@@ -215,6 +114,154 @@ func TestBrokenHistories(t *testing.T) {
 			report := Check(row.h)
 			require.ElementsMatch(t, row.want, report.Kinds(), "%v\n%s", report.Violations, row.h.Lines("key"))
 		})
+	}
+}
+
+// Each rule of the judge is the only one that finds one of these.
+func TestEveryRule(t *testing.T) {
+	whole := []func(*tale){runs("a", 1, 10), ends("a", 20, 201), completes("a", 25, ""), first("a", 30, 201)}
+	with := func(more ...func(*tale)) []func(*tale) { return append(whole[:len(whole):len(whole)], more...) }
+	crash := func(r *Row) { r.Panic = true }
+	unknown := refuses("outcome_unknown")
+	rows := map[string]struct {
+		h    History
+		want []string
+	}{
+		// Runs.
+		"two effects in one run":                {told(Plain, runs("a", 1, 10), effects("a", 12)), []string{Twice}},
+		"two effects of at-most-once runs":      {told(Once, runs("a", 1, 10), ends("a", 20, 401), releases("a", 21), runs("b", 2, 30)), []string{Twice}},
+		"two effects after Commit failed":       {told(Commit, runs("a", 1, 10), runs("b", 2, 200)), []string{Twice}},
+		"at-most-once let in without an effect": {told(Once, runs("a", 1, 10), withoutEffect, runs("b", 2, 200)), []string{Twice}},
+		"the store was to keep a failure":       {told(Plain, runs("a", 1, 10), ends("a", 12, 500), completes("a", 13, "down")), []string{Freed}},
+		"a failure is replayed":                 {told(Plain, runs("a", 1, 10), ends("a", 12, 500), asks("b", 20, replay("a", 500))), []string{Freed}},
+		"freed while the handler runs":          {told(Plain, runs("a", 1, 10), releases("a", 13)), []string{Freed}},
+		"freed by a panic":                      {told(Plain, runs("a", 1, 10), panics("a", 12), releases("a", 13)), []string{Freed}},
+		"somebody else's release is not a's": {told(Plain, runs("a", 1, 10), asksStore("x", 30, "", "down"), releases("x", 50),
+			runs("b", 2, 60)), []string{Overlap}},
+		"nor that of an at-most-once key": {told(Once, runs("a", 1, 10), withoutEffect, asksStore("x", 130, "", "down"),
+			releases("x", 150), runs("b", 2, 160)), []string{Twice}},
+
+		// Payloads and attempts, when a release is no excuse.
+		"who was refused frees no key for others": {told(Plain, runs("a", 1, 10), asksStore("x", 112, "in progress", ""),
+			releases("x", 115), runsWith("another", "b", 3, 130)), []string{Payload}},
+		"nor does who came before": {told(Plain, asksStore("x", 5, StateAcquired, ""), runs("a", 1, 10), releases("x", 115),
+			runsWith("another", "b", 3, 130)), []string{Payload}},
+		"nor restarts attempts": {told(Plain, runs("a", 1, 10), asksStore("x", 112, "in progress", ""), releases("x", 115),
+			runs("b", 1, 220)), []string{Attempt}},
+		"attempts go on while the marker is there": {told(Plain, runs("a", 1, 10), ends("a", 20, 500), releases("a", 21),
+			runs("b", 1, 110)), []string{Attempt}},
+
+		// Storing.
+		"the store is not given the answer":     {told(Plain, runs("a", 1, 10), ends("a", 20, 201), runs("b", 2, 115)), []string{GaveUp}},
+		"and the process lives for long":        {killed(500, told(Plain, runs("a", 1, 10), ends("a", 20, 201))), []string{GaveUp}},
+		"it is tried once":                      {told(Plain, runs("a", 1, 10), ends("a", 20, 201), completes("a", 25, "down")), []string{GaveUp}},
+		"not until the end of a renewed lease":  {told(Plain, runs("a", 1, 10), renews("a", 50), ends("a", 80, 201), completes("a", 115, "down")), []string{GaveUp}},
+		"lost to nobody":                        {told(Plain, runs("a", 1, 10), ends("a", 90, 201), completes("a", 95, ErrLeaseLost)), []string{Lost}},
+		"and nobody tries again":                {told(Plain, runs("a", 1, 10), ends("a", 20, 201), completes("a", 25, ErrLeaseLost)), []string{Lost, GaveUp}},
+		"lost to who was refused":               {told(Plain, runs("a", 1, 10), asksStore("x", 22, "in progress", ""), ends("a", 90, 201), completes("a", 95, ErrLeaseLost)), []string{Lost}},
+		"lost to who came before":               {told(Plain, asksStore("x", 5, StateAcquired, ""), runs("a", 1, 10), ends("a", 90, 201), completes("a", 95, ErrLeaseLost)), []string{Lost}},
+		"lost to who came later":                {told(Plain, runs("a", 1, 10), ends("a", 90, 201), completes("a", 95, ErrLeaseLost), asked("x", 97)), []string{Lost}},
+		"stored while the marker of b is there": {told(Plain, runs("a", 1, 10), runs("b", 2, 110), ends("b", 120, 500), releases("b", 121), ends("a", 130, 201), completes("a", 150, "")), []string{Stale}},
+
+		"stored while b renews its claim": {told(Plain, runs("a", 1, 10), runs("b", 2, 110), asksStore("x", 112, "", "down"),
+			releases("x", 113), renews("b", 150), ends("a", 160, 201), completes("a", 225, "")), []string{Stale}},
+
+		// Renewals.
+		"who was let in too early renews": {told(Plain, runs("a", 1, 10), runs("b", 2, 90), renews("b", 95)), []string{Overlap}},
+		"an at-most-once claim is not taken back": {told(Once, runs("a", 1, 10), withoutEffect, ends("a", 20, 401),
+			releases("a", 21), runs("b", 2, 30), renews("a", 200)), []string{TookBack}},
+		"a stale owner renews":           {told(Plain, runs("a", 1, 10), runs("b", 2, 110), renews("a", 130)), []string{TookBack}},
+		"though the other had committed": {told(Plain, runs("a", 1, 10), runs("b", 2, 110), commits("b", 115), renews("a", 300)), []string{TookBack}},
+		"though the other is stored": {told(Plain, runs("a", 1, 10), runs("b", 2, 110), ends("b", 120, 201), completes("b", 121, ""),
+			renews("a", 300)), []string{TookBack}},
+		"sent before, answered after": {told(Plain, runs("a", 1, 10), renewsSlowly("a", 100, 130), runs("b", 2, 112)), []string{TookBack}},
+		"and then stores": {told(Plain, runs("a", 1, 10), renewsSlowly("a", 100, 130), runs("b", 2, 112), ends("a", 140, 201),
+			completes("a", 141, "")), []string{TookBack, Stale}},
+
+		// Answers.
+		"an answer of a run that crashed": {told(Plain, runs("a", 1, 10), first("a", 20, 201)), []string{Phantom}},
+		"an answer of a run that panicked": {told(Plain, runs("a", 1, 10), endsWith("a", 15, crash),
+			first("a", 20, 201)), []string{Phantom}},
+		"replayed before the run has ended": {told(Plain, runs("a", 1, 10), asks("b", 15, replay("a", 201)), ends("a", 20, 201),
+			completes("a", 25, ""), first("a", 30, 201)), []string{Phantom}},
+		"another payload is answered at once": {told(Plain, with(asks("b", 22, other(replay("a", 201))))...), []string{Payload}},
+		"another payload of a large body":     {told(Large, with(asks("b", 22, other(replay("a", 201))))...), []string{Payload}},
+		"the other payload came later": {told(Plain, runs("a", 1, 10), asks("b", 20, refuses("key_reused")),
+			asks("c", 40, other(refuses("in_progress")))), []string{Code}},
+		"a later answer that is no replay": {told(Plain, with(func(t *tale) {
+			t.op("a", 40, 50, func(op *Op) { replay("a", 201)(op); op.Replayed = false })
+		})...), []string{Forgotten}},
+		"one process is settled, another not": {told(Plain, with(asks("b", 40, sweeps("one", replay("a", 201))),
+			asks("c", 40, sweeps("two", refuses("store_unavailable"))))...), []string{Stuck}},
+
+		// Unknown outcomes.
+		"unknown while the lease runs":          {told(Once, runs("a", 1, 10), asks("b", 50, unknown)), []string{Code}},
+		"unknown while a renewed lease runs":    {told(Once, runs("a", 1, 10), renews("a", 80), asks("b", 120, unknown)), []string{Code}},
+		"unknown before Commit":                 {told(Plain, runs("a", 1, 10), asks("b", 200, unknown), commits("a", 205)), []string{Code}},
+		"unknown though it was stored":          {told(Once, with(asks("b", 200, unknown))...), []string{Code, Forgotten, Register}},
+		"unknown though no claim was made":      {told(Once, asksStore("x", 1, "in progress", ""), asks("b", 200, unknown)), []string{Code}},
+		"unknown while the lease of it runs":    {told(Once, asksStore("x", 10, "", "down"), asks("b", 50, unknown)), []string{Code}},
+		"unknown though it was no at-most-once": {told(Plain, asksStore("x", 10, "", "down"), asks("b", 200, unknown)), []string{Code}},
+	}
+	for name, row := range rows {
+		t.Run(name, func(t *testing.T) {
+			report := Check(row.h)
+			require.ElementsMatch(t, row.want, report.Kinds(), "%v\n%s", report.Violations, row.h.Lines("key"))
+		})
+	}
+}
+
+// What is final is kept, and nothing else is.
+func TestFinalAnswers(t *testing.T) {
+	for _, row := range []struct {
+		name, kind string
+		final      bool
+		change     func(*Row)
+	}{
+		{"401", Plain, false, func(r *Row) { r.Status = 401 }},
+		{"403", Plain, false, func(r *Row) { r.Status = 403 }},
+		{"407", Plain, false, func(r *Row) { r.Status = 407 }},
+		{"408", Plain, false, func(r *Row) { r.Status = 408 }},
+		{"425", Plain, false, func(r *Row) { r.Status = 425 }},
+		{"429", Plain, false, func(r *Row) { r.Status = 429 }},
+		{"500", Plain, false, func(r *Row) { r.Status = 500 }},
+		{"500 of an at-most-once run", Once, true, func(r *Row) { r.Status = 500 }},
+		{"401 of an at-most-once run", Once, false, func(r *Row) { r.Status = 401 }},
+		{"404", Plain, true, func(r *Row) { r.Status = 404 }},
+		{"500 after Commit", Plain, true, func(r *Row) { r.Status, r.Committed = 500, true }},
+		{"Discard", Plain, false, func(r *Row) { r.Discard = true }},
+		{"Discard after Commit", Plain, true, func(r *Row) { r.Discard, r.Committed = true, true }},
+		{"panic", Plain, false, func(r *Row) { r.Panic = true }},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			run := []func(*tale){runs("a", 1, 10), endsWith("a", 20, row.change)}
+			kept := Check(told(row.kind, append(run[:2:2], completes("a", 25, ""))...))
+			freed := Check(told(row.kind, append(run[:2:2], releases("a", 25))...))
+			if row.final {
+				require.Empty(t, kept.Violations)
+				require.Equal(t, []string{Freed, GaveUp}, freed.Kinds())
+				return
+			}
+			require.Equal(t, []string{Freed}, kept.Kinds())
+			if row.name != "panic" { // which neither keeps nor frees
+				require.Empty(t, freed.Violations)
+			}
+		})
+	}
+}
+
+// A history that is too much for the search is not taken for a good one.
+func TestUnjudged(t *testing.T) {
+	var lines []func(*tale)
+	for range 40 { // in any order, and none of them helps
+		lines = append(lines, func(t *tale) { t.op("x", 1, 1000, refuses("in_progress")) })
+	}
+	lines = append(lines, runs("a", 1, 10), ends("a", 20, 201), runs("b", 2, 115), ends("b", 120, 201),
+		asks("c", 130, replay("a", 201)), asks("d", 140, replay("b", 201)))
+	for _, c := range split(told(Plain, lines...)) {
+		c.report, c.search = new(Report), 10*ms
+		c.checkRegister()
+		require.Equal(t, []string{Unjudged}, c.report.Kinds())
 	}
 }
 

@@ -17,6 +17,7 @@ const (
 	Plain  = "plain"  // runs again when its process dies
 	Once   = "once"   // Options.AtMostOnce
 	Commit = "commit" // every handler calls Commit before its effect
+	Large  = "large"  // like Plain, with bodies over Options.MaxBufferedBody
 )
 
 // An Op is one request of a client. Times are since the history began.
@@ -40,6 +41,8 @@ type Op struct {
 
 // Types of rows.
 const (
+	RowClaim    = "claim"    // the store is about to be asked for the key, by a request or by a renewal
+	RowClaimed  = "claimed"  // what it said; RowRenew if a renewal succeeded
 	RowBegin    = "begin"    // a handler has been called
 	RowEffect   = "effect"   // it has done what must not be done twice
 	RowCommit   = "commit"   // it is about to call Commit
@@ -67,7 +70,9 @@ type Row struct {
 
 	Sent, Returned time.Duration
 
-	Err       string // of RowComplete; ErrLeaseLost, or anything else
+	Call      int    // of RowClaim and what came of it: which call of the visit
+	State     string // of RowClaimed, if there is no Err
+	Err       string // of RowClaimed and RowComplete; ErrLeaseLost, or anything else
 	Once      bool   // of RowRenew
 	Panic     bool   // of RowEnd, like what follows
 	Discard   bool
@@ -80,6 +85,10 @@ type Row struct {
 // leave open what became of the call.
 const ErrLeaseLost = "lease lost"
 
+// StateAcquired is the State of a row for idempotency.Acquired. All others say
+// that the key was not given.
+const StateAcquired = "acquired"
+
 // A History is what Check judges. Records must have outlived it (TTL), and the
 // store must not have lost any.
 type History struct {
@@ -89,8 +98,8 @@ type History struct {
 	// no outcome stays unknown.
 	NoneDied bool
 
-	// Dead are the processes that were killed.
-	Dead []string
+	// Killed says when processes were killed. They lived until then.
+	Killed map[string]time.Duration
 
 	Ops  []Op
 	Rows []Row
@@ -116,6 +125,8 @@ func (r Row) String() string {
 		s += fmt.Sprintf(", store call %.3f-%.3f", r.Sent.Seconds(), r.Returned.Seconds())
 	}
 	switch {
+	case r.Type == RowClaimed && r.Err == "":
+		s += ", " + r.State
 	case r.Type == RowBegin:
 		s += ", payload " + r.Payload
 	case r.Type == RowEnd && r.Panic:

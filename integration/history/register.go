@@ -64,10 +64,10 @@ func (c *checker) checkRegister() {
 			add(answers, op.Run, op.Start, op.End)
 		}
 	}
-	switch porcupine.CheckOperationsTimeout(register, steps, searchTime) {
+	switch porcupine.CheckOperationsTimeout(register, steps, c.search) {
 	case porcupine.Illegal:
 		c.violate(Register, "no order of %d claims and answers makes a register that is written once", len(steps))
 	case porcupine.Unknown:
-		c.report.Unjudged++
+		c.violate(Unjudged, "no order of %d claims and answers was found within %v", len(steps), c.search)
 	}
 }

@@ -2,7 +2,6 @@ package history
 
 import (
 	"fmt"
-	"slices"
 	"time"
 )
 
@@ -19,17 +18,30 @@ func (c *checker) checkRuns() {
 		if r.effects > 1 {
 			c.violate(Twice, "%s has %d effects", r.Run, r.effects)
 		}
-		if len(r.completes) > 0 && !r.final() {
-			c.violate(Freed, "the answer of %s, which is not final, was kept", r.Run)
-		}
+		c.checkStoring(r)
 	}
 	for _, row := range c.releases {
 		if r := visits[row.Visit]; r != nil && (r.end == nil || r.end.Panic || r.final()) {
 			c.violate(Freed, "%s freed the key", r.Run)
 		}
 	}
-	if c.kind != Plain && effects > 1 {
+	if c.atMostOnce() && effects > 1 {
 		c.violate(Twice, "%d effects under an at-most-once key", effects)
+	}
+}
+
+// checkStoring judges what a run did to have its answer stored.
+func (c *checker) checkStoring(r *run) {
+	if len(r.completes) > 0 && !r.final() {
+		c.violate(Freed, "the answer of %s, which is not final, was kept", r.Run)
+	}
+	for _, row := range r.completes {
+		if row.Err == ErrLeaseLost && !c.lostTo(r, row.Returned) {
+			c.violate(Lost, "%s lost its lease between %v and %v, and nobody can have taken the key", r.Run, r.Sent, row.Returned)
+		}
+	}
+	if end, gaveUp := c.gaveUp(r); gaveUp {
+		c.violate(GaveUp, "%s had until %v to store its answer", r.Run, end)
 	}
 }
 
@@ -62,10 +74,11 @@ func (c *checker) checkPairs() {
 	}
 	for i := 1; i < len(c.runs); i++ {
 		a, b := c.runs[i-1], c.runs[i]
-		switch _, freed := c.freed(a, b.Returned); {
-		case c.kind == Plain && freed:
+		switch {
+		case c.atMostOnce():
+		case c.freed(a, b.Returned, 0):
 			c.report.AfterRelease++
-		case c.kind == Plain:
+		default:
 			c.report.AfterLease++
 		}
 	}
@@ -77,57 +90,40 @@ func (c *checker) add(v *Violation) {
 	}
 }
 
-// freed returns a call that may have freed the key between the claim of a and
-// until, and whether it was a's own. A claim that did not come to a run is
-// given back too, and may have taken the key over before.
-func (c *checker) freed(a *run, until time.Duration) (own, anybodys bool) {
-	for _, row := range c.releases {
-		if row.Visit == a.Visit && row.At <= until {
-			own = true
-		}
-		if row.At >= a.Sent && row.At <= until {
-			anybodys = true
-		}
-	}
-	return own, anybodys
-}
-
 // judgePair judges b, whose claim came after that of a. Between both:
 //
 //   - a has freed the key, or its lease was over. That is counted from the last
 //     renewal that was made before b's claim for certain;
 //   - a's lease being over does not count when the key is at-most-once;
 //   - a has not stored its answer. It may do so later only if the key has come
-//     back to it: b has freed it, and a renewed its claim then, or the marker
-//     that b left had expired;
-//   - if a had an answer, it has tried to store it until then;
-//   - the payload is the same, unless the key was freed.
+//     back to it;
+//   - the payload is the same, unless the key was freed, or the store cannot
+//     know it: the claim of a large body has none;
+//   - attempts count upwards, unless the key was freed for so long that the
+//     store has forgotten it.
 func (c *checker) judgePair(a, b *run) *Violation {
 	violate := func(kind, format string, args ...any) *Violation {
 		return &Violation{kind, c.key, fmt.Sprintf("%s, then %s: ", a.Run, b.Run) + fmt.Sprintf(format, args...)}
 	}
-	own, anybody := c.freed(a, b.Returned)
+	own := c.freedItself(a, b.Returned)
 	if at, ok := a.committed(); ok && b.Sent >= at {
 		return violate(RanAgain, "the first had committed")
 	}
-	if a.stored && b.Sent >= a.storedBy {
+	if a.storedBefore(b.Sent) {
 		return violate(RanAgain, "the answer of the first was stored")
 	}
 	if !own && c.kind == Once {
 		return violate(Twice, "an at-most-once key was let in again")
 	}
 	held := a.held(b.Sent)
-	if !own && b.Returned < held+c.lease-tolerance {
-		return violate(Overlap, "%v after the claim or its renewal, of a lease of %v", b.Returned-held, c.lease)
+	if !own && b.Returned < held+c.Lease-tolerance {
+		return violate(Overlap, "%v after the claim or its renewal, of a lease of %v", b.Returned-held, c.Lease)
 	}
-	if a.Payload != b.Payload && !anybody {
+	if a.Payload != b.Payload && c.kind != Large && !c.freed(a, b.Returned, 0) {
 		return violate(Payload, "payload %q, then %q", a.Payload, b.Payload)
 	}
-	if b.Attempt <= a.Attempt && !anybody {
+	if b.Attempt <= a.Attempt && !c.freed(a, b.Returned, c.marker()) {
 		return violate(Attempt, "attempt %d, then %d", a.Attempt, b.Attempt)
-	}
-	if c.gaveUp(a, held+c.lease) {
-		return violate(GaveUp, "the first had until %v to store its answer", held+c.lease)
 	}
 	if a.stored && !c.returned(a, b) {
 		return violate(Stale, "the first stored its answer after the second was let in")
@@ -147,28 +143,34 @@ func (r *run) held(until time.Duration) time.Duration {
 	return held
 }
 
-// gaveUp reports whether a run that could not store its answer stopped trying
-// long before its lease ended, though its process lived. It tries for the last
-// time when the lease ends.
-func (c *checker) gaveUp(r *run, end time.Duration) bool {
-	if r.stored || len(r.completes) == 0 || slices.Contains(c.dead, r.Process) {
-		return false
+// gaveUp reports whether a run that had to store its answer, and could not,
+// stopped trying long before its lease ended, though its process lived. It tries
+// for the last time when the lease ends. Only who may have lost the key to
+// somebody else may stop when told so.
+//
+// A renewal that comes back when the handler returns may be too late to count.
+func (c *checker) gaveUp(r *run) (end time.Duration, gaveUp bool) {
+	if r.stored || !r.final() {
+		return 0, false
+	}
+	end = r.Sent
+	for _, row := range r.renewals {
+		if row.At <= r.end.At-c.Lease/8 {
+			end = max(end, row.Sent)
+		}
+	}
+	end += c.Lease
+	if killed, ok := c.Killed[r.Process]; ok && killed <= end+longestTry*c.Lease {
+		return end, false
 	}
 	for _, row := range r.completes {
-		if row.Err == ErrLeaseLost || row.Returned >= end-c.lease/4 {
-			return false
+		if row.Err == ErrLeaseLost && c.lostTo(r, row.Returned) || row.Returned >= end-c.Lease/4 {
+			return end, false
 		}
 	}
-	return true
+	return end, true
 }
 
-// returned reports whether the key may have come back to a, after b claimed it.
-func (c *checker) returned(a, b *run) bool {
-	for _, row := range a.renewals {
-		if row.Returned >= b.Sent {
-			return true
-		}
-	}
-	_, freed := c.freed(b, a.storedBy)
-	return freed
-}
+// longestTry is for how many leases a try may go on that began when the lease
+// ended: its process may be stopped in the middle of it.
+const longestTry = 3
