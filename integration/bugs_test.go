@@ -3,8 +3,9 @@ package integration
 import (
 	"context"
 	"errors"
+	"io"
 	"net/http"
-	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -12,6 +13,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/integration/history"
 )
 
 // Bugs that a server process can be started with. The checker has to find each
@@ -35,14 +37,20 @@ const (
 	neverEndsLeases     = "leases do not end"
 	losesReleases       = "keys are not freed"
 	restartsAttempts    = "every attempt is the first"
+	losesLeases         = "every other Complete is told that the lease is lost"
+	takesBack           = "a stale owner's renewal is accepted"
+	overwritesAnswers   = "Complete overwrites the answer of another run"
+	readsLate           = "what was running is taken to be running for a while"
 
 	// In the middleware.
 	releasesAfterPanic = "a panic frees the key"
 	releasesAnswers    = "final answers free the key"
 	sendsUnstored      = "answers are sent, and not stored"
+	dropsAnswers       = "every other answer is taken for that of a stale owner"
 	givesUp            = "a failed Complete is not tried again"
 	keepsFailures      = "what is not final is stored"
 	marksNoReplays     = "replays are not marked"
+	comparesNoBodies   = "large bodies are not compared"
 )
 
 // plant returns the store, broken as bug says.
@@ -50,102 +58,7 @@ func plant(bug string, client *redis.Client, store *idempotency.RedisStore) idem
 	if bug == "" {
 		return store
 	}
-	return &brokenStore{RedisStore: store, bug: bug, client: client}
-}
-
-// A brokenStore is a RedisStore with a bug. Watch is that of the RedisStore.
-type brokenStore struct {
-	*idempotency.RedisStore
-	bug    string
-	client *redis.Client
-	calls  atomic.Int64
-
-	mu     sync.Mutex // guards what follows
-	values map[string][]byte
-}
-
-func (s *brokenStore) forget(ctx context.Context, key string) { s.client.Del(ctx, "idem:"+key) }
-
-// every is true for every nth call.
-func (s *brokenStore) every(n int64) bool { return s.calls.Add(1)%n == 0 }
-
-func (s *brokenStore) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
-	fingerprint := c.Fingerprint
-	switch s.bug {
-	case dropsCommits:
-		c.Once = false
-	case endsLeasesEarly:
-		c.Lease /= 4
-	case neverEndsLeases:
-		c.Lease = c.TTL
-	case ignoresFingerprints:
-		c.Fingerprint = nil
-	}
-	rec, err := s.RedisStore.Acquire(ctx, key, c)
-	switch {
-	case err != nil && s.bug == acquiresWhenDown:
-		return idempotency.Record{State: idempotency.Acquired, Attempt: 1}, nil
-	case err != nil:
-		return rec, err
-	case rec.State == idempotency.Abandoned && s.bug == takesOnceOver,
-		rec.State == idempotency.InProgress && s.bug == ignoresInProgress && s.every(2):
-		s.forget(ctx, key)
-		return s.RedisStore.Acquire(ctx, key, c)
-	case rec.State == idempotency.Acquired && s.bug == forgetsClaims:
-		s.forget(ctx, key)
-	case rec.State == idempotency.Acquired && s.bug == restartsAttempts:
-		rec.Attempt = 1
-	case rec.State == idempotency.Completed && s.bug == forgetsAtTimes && s.every(4):
-		return idempotency.Record{State: idempotency.InProgress, Remaining: time.Minute}, nil
-	case rec.State == idempotency.Completed && s.bug == ignoresFingerprints:
-		rec.Fingerprint = fingerprint
-	case rec.State == idempotency.Completed:
-		rec.Value = s.spoil(key, rec.Value)
-	}
-	return rec, err
-}
-
-func (s *brokenStore) spoil(key string, value []byte) []byte {
-	switch s.bug {
-	case spoilsValues:
-		value = slices.Clone(value)
-		value[len(value)-2] ^= 1
-	case truncatesValues:
-		value = value[:len(value)-1]
-	case answersForOthers:
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if s.values == nil {
-			s.values = make(map[string][]byte)
-		}
-		s.values[key] = value
-		for _, other := range s.values {
-			return other
-		}
-	}
-	return value
-}
-
-func (s *brokenStore) Complete(ctx context.Context, key, token string, r idempotency.Result) error {
-	if s.bug == forgetsRecords {
-		return s.Release(ctx, key, token)
-	}
-	err := s.RedisStore.Complete(ctx, key, token, r)
-	switch {
-	case errors.Is(err, idempotency.ErrLeaseLost) && s.bug == completesAnything:
-		s.forget(ctx, key)
-		return s.RedisStore.Complete(ctx, key, token, r)
-	case s.bug == hidesFailures:
-		return nil
-	}
-	return err
-}
-
-func (s *brokenStore) Release(ctx context.Context, key, token string) error {
-	if s.bug == losesReleases {
-		return nil
-	}
-	return s.RedisStore.Release(ctx, key, token)
+	return newBrokenStore(bug, client, store)
 }
 
 // plantAbove returns what the middleware asks, broken as bug says: a bug in the
@@ -158,6 +71,7 @@ type brokenCaller struct {
 	*journal
 	bug   string
 	fails sync.Map // tokens
+	calls atomic.Int64
 }
 
 func (s *brokenCaller) Complete(ctx context.Context, key, token string, r idempotency.Result) error {
@@ -166,6 +80,9 @@ func (s *brokenCaller) Complete(ctx context.Context, key, token string, r idempo
 		return nil
 	case releasesAnswers:
 		return s.journal.Release(ctx, key, token)
+	}
+	if s.bug == dropsAnswers && s.calls.Add(1)%2 == 0 {
+		return idempotency.ErrLeaseLost
 	}
 	if s.bug == givesUp && s.failed(token) {
 		return errors.New("as before")
@@ -198,6 +115,17 @@ func releaseAfterPanic(p *replica, v *visit) {
 		_ = p.store.Release(context.Background(), v.storeKey, v.token)
 		panic(crash)
 	}
+}
+
+// hideBody shows the middleware the same body in all requests under Large keys,
+// and the handler the right one.
+func hideBody(bug string, v *visit, r *http.Request) {
+	if bug != comparesNoBodies || v.about.Kind != history.Large {
+		return
+	}
+	v.body, _ = io.ReadAll(r.Body)
+	r.Body = io.NopCloser(strings.NewReader(strings.Repeat(" ", 3*maxBufferedBody)))
+	r.ContentLength = 3 * maxBufferedBody
 }
 
 // withoutMarks takes the mark of replays away.

@@ -28,7 +28,7 @@ type workload struct {
 }
 
 var mixedLoad = workload{
-	clients: 16, groups: 4, ahead: 4, kinds: []string{history.Plain, history.Once, history.Plain, history.Commit},
+	clients: 16, groups: 4, ahead: 4, kinds: []string{history.Plain, history.Once, history.Large, history.Commit},
 	variant: 12, hangUp: 12, pause: 40 * time.Millisecond,
 }
 
@@ -113,7 +113,7 @@ func (c *crowd) ask(op history.Op, s *server, timeout time.Duration) (_ history.
 	defer cancel()
 	// The reader can be read again, so Go's Transport sends the request a second
 	// time by itself when an idle connection breaks.
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, address+"/"+op.Kind, strings.NewReader(op.Payload))
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, address+"/"+op.Kind, strings.NewReader(bodyOf(op.Kind, op.Payload)))
 	must(err)
 	req.Header.Set("Idempotency-Key", op.Key)
 	req.Header.Set(opHeader, op.ID)

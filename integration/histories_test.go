@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -70,8 +71,15 @@ func startFleet(t *testing.T, s scenario) *fleet {
 	return f
 }
 
+// places are for fleets that play at the same time: each is five processes, and
+// what they do is about time. So two cores have one, however many tests go test
+// runs in parallel.
+var places = make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2))
+
 // play returns the history of a scenario.
 func play(t *testing.T, s scenario) (history.History, schedule) {
+	places <- struct{}{}
+	defer func() { <-places }()
 	f := startFleet(t, s)
 	c := newCrowd(f, s.seed, s.load)
 	faults := newSchedule(s.seed, replicas, s.length, s.lease, s.mix)

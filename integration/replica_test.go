@@ -2,6 +2,8 @@ package integration
 
 import (
 	"context"
+	"crypto/aes"
+	"crypto/cipher"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
@@ -74,19 +76,45 @@ func newReplica(config replicaConfig) http.Handler {
 	p.store = plant(config.Bug, client, idempotency.NewRedisStore(client, nil))
 	store := plantAbove(config.Bug, &journal{store: p.store, replica: p})
 	mux := http.NewServeMux()
-	for _, kind := range []string{history.Plain, history.Once, history.Commit} {
-		protect := idempotency.Middleware(store, &idempotency.Options{
+	for _, kind := range []string{history.Plain, history.Large, history.Once, history.Commit} {
+		opts := &idempotency.Options{
 			Lease: config.Lease, Wait: config.Wait, AtMostOnce: kind == history.Once,
-			TTL: time.Hour, MaxExecution: 5 * time.Second,
-		})
+			TTL: time.Hour, MaxExecution: 5 * time.Second, MaxBufferedBody: maxBufferedBody,
+		}
+		if kind == history.Once || kind == history.Commit {
+			opts.AEAD = newAEAD()
+		}
+		protect := idempotency.Middleware(store, opts)
 		mux.Handle("/"+kind, p.enter(kind, protect(http.HandlerFunc(p.handle))))
 	}
 	return mux
 }
 
+// maxBufferedBody is Options.MaxBufferedBody of the server processes.
+const maxBufferedBody = 1 << 10
+
+// newAEAD returns what all processes seal records with.
+func newAEAD() cipher.AEAD {
+	block, err := aes.NewCipher([]byte("a key that all of them have, 32."))
+	must(err)
+	aead, err := cipher.NewGCM(block)
+	must(err)
+	return aead
+}
+
+// bodyOf is the body of a request. One under a Large key is longer than what the
+// middleware reads before it claims the key.
+func bodyOf(kind, payload string) string {
+	if kind != history.Large {
+		return payload
+	}
+	return payload + strings.Repeat(" ", 3*maxBufferedBody)
+}
+
 // A visit is one request that has arrived at this process.
 type visit struct {
 	calls atomic.Int64 // of Acquire
+	body  []byte       // that was hidden from the middleware on purpose
 
 	mu       sync.Mutex  // guards what follows
 	about    history.Row // what every row of it says
@@ -125,6 +153,7 @@ func (p *replica) enter(kind string, next http.Handler) http.Handler {
 			Key: r.Header.Get("Idempotency-Key"), Kind: kind, Op: r.Header.Get(opHeader), Process: p.config.Name,
 			Visit: fmt.Sprintf("%s-%d", p.config.Name, p.visits.Add(1)),
 		}}
+		hideBody(p.config.Bug, v, r)
 		next.ServeHTTP(withoutMarks(p.config.Bug, w), r.WithContext(context.WithValue(r.Context(), visitKey{}, v)))
 	})
 }
@@ -154,11 +183,14 @@ func (p *replica) handle(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
+	if v.body != nil {
+		body = v.body
+	}
 	v.mu.Lock()
 	v.running = true
 	v.mu.Unlock()
 	begun := p.note(v, history.RowBegin, func(row *history.Row) {
-		row.Payload, row.Attempt, row.Sent, row.Returned = string(body), e.Attempt(), v.sent, v.returned
+		row.Payload, row.Attempt, row.Sent, row.Returned = strings.TrimSpace(string(body)), e.Attempt(), v.sent, v.returned
 	})
 	v.mu.Lock()
 	v.about.Run, v.about.Attempt = begun.Run, e.Attempt()

@@ -1,0 +1,151 @@
+package integration
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+
+	"github.com/go-idempotency/idempotency"
+)
+
+// A brokenStore is a RedisStore with a bug. Watch is that of the RedisStore.
+type brokenStore struct {
+	*idempotency.RedisStore
+	bug    string
+	client *redis.Client
+	calls  atomic.Int64
+	owners sync.Map // tokens that have got their key
+
+	mu     sync.Mutex // guards what follows
+	values map[string][]byte
+	late   map[string]time.Time // keys that are running until then
+}
+
+func newBrokenStore(bug string, client *redis.Client, store *idempotency.RedisStore) *brokenStore {
+	return &brokenStore{
+		RedisStore: store, bug: bug, client: client, values: make(map[string][]byte), late: make(map[string]time.Time),
+	}
+}
+
+func (s *brokenStore) forget(ctx context.Context, key string) { s.client.Del(ctx, "idem:"+key) }
+
+// every is true for every nth call.
+func (s *brokenStore) every(n int64) bool { return s.calls.Add(1)%n == 0 }
+
+func (s *brokenStore) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+	fingerprint := c.Fingerprint
+	switch s.bug {
+	case dropsCommits:
+		c.Once = false
+	case endsLeasesEarly:
+		c.Lease /= 4
+	case neverEndsLeases:
+		c.Lease = c.TTL
+	case ignoresFingerprints:
+		c.Fingerprint = nil
+	}
+	rec, err := s.RedisStore.Acquire(ctx, key, c)
+	if err == nil && s.bug == takesBack {
+		return s.takeBack(ctx, key, c, rec)
+	}
+	switch {
+	case err != nil && s.bug == acquiresWhenDown:
+		return idempotency.Record{State: idempotency.Acquired, Attempt: 1}, nil
+	case err != nil:
+		return rec, err
+	case rec.State == idempotency.Abandoned && s.bug == takesOnceOver,
+		rec.State == idempotency.InProgress && s.bug == ignoresInProgress && s.every(2):
+		s.forget(ctx, key)
+		return s.RedisStore.Acquire(ctx, key, c)
+	case rec.State == idempotency.Acquired && s.bug == forgetsClaims:
+		s.forget(ctx, key)
+	case rec.State == idempotency.Acquired && s.bug == restartsAttempts:
+		rec.Attempt = 1
+	case rec.State == idempotency.Completed && s.bug == forgetsAtTimes && s.every(4):
+		return idempotency.Record{State: idempotency.InProgress, Remaining: time.Minute}, nil
+	case s.bug == readsLate && s.isLate(key, rec.State):
+		return idempotency.Record{State: idempotency.InProgress, Remaining: time.Minute}, nil
+	case rec.State == idempotency.Completed && s.bug == ignoresFingerprints:
+		rec.Fingerprint = fingerprint
+	case rec.State == idempotency.Completed:
+		rec.Value = s.spoil(key, rec.Value)
+	}
+	return rec, err
+}
+
+// takeBack gives the key to whoever has had it.
+func (s *brokenStore) takeBack(ctx context.Context, key string, c idempotency.Claim, rec idempotency.Record) (idempotency.Record, error) {
+	_, owner := s.owners.Load(c.Token)
+	if owner && rec.State != idempotency.Acquired {
+		s.forget(ctx, key)
+		return s.RedisStore.Acquire(ctx, key, c)
+	}
+	if rec.State == idempotency.Acquired {
+		s.owners.Store(c.Token, true)
+	}
+	return rec, nil
+}
+
+func (s *brokenStore) isLate(key string, state idempotency.State) bool {
+	const while = 300 * time.Millisecond
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, ok := s.late[key]; !ok && state == idempotency.InProgress {
+		s.late[key] = time.Now().Add(while)
+	}
+	return state == idempotency.Completed && time.Now().Before(s.late[key])
+}
+
+func (s *brokenStore) spoil(key string, value []byte) []byte {
+	switch s.bug {
+	case spoilsValues:
+		value = slices.Clone(value)
+		value[len(value)-2] ^= 1
+	case truncatesValues:
+		value = value[:len(value)-1]
+	case answersForOthers:
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.values[key] = value
+		for _, other := range s.values {
+			return other
+		}
+	}
+	return value
+}
+
+func (s *brokenStore) Complete(ctx context.Context, key, token string, r idempotency.Result) error {
+	if s.bug == forgetsRecords {
+		return s.Release(ctx, key, token)
+	}
+	if s.bug == losesLeases && s.every(2) {
+		return idempotency.ErrLeaseLost
+	}
+	err := s.RedisStore.Complete(ctx, key, token, r)
+	switch {
+	case errors.Is(err, idempotency.ErrLeaseLost) &&
+		(s.bug == completesAnything || s.bug == overwritesAnswers && s.isCompleted(ctx, key)):
+		s.forget(ctx, key)
+		return s.RedisStore.Complete(ctx, key, token, r)
+	case s.bug == hidesFailures:
+		return nil
+	}
+	return err
+}
+
+func (s *brokenStore) isCompleted(ctx context.Context, key string) bool {
+	cell, err := s.client.Get(ctx, "idem:"+key).Bytes()
+	return err == nil && len(cell) > 2 && cell[2] == 'D'
+}
+
+func (s *brokenStore) Release(ctx context.Context, key, token string) error {
+	if s.bug == losesReleases {
+		return nil
+	}
+	return s.RedisStore.Release(ctx, key, token)
+}
