@@ -79,6 +79,13 @@ func (s *server) address() string {
 	return s.url
 }
 
+// current returns the process and its address.
+func (s *server) current() (process, address string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.config.Name, s.url
+}
+
 // kill ends the process, even one that is stopped, without a chance to finish
 // anything. It returns the name of the process.
 func (s *server) kill() string {

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -15,22 +16,38 @@ import (
 // A soakLedger counts effects. It remembers a key for two turns, which are
 // longer than records live.
 type soakLedger struct {
-	addr string
+	addr  string
+	lease time.Duration
 
 	mu       sync.Mutex // guards what follows
-	effects  map[string]string
-	previous map[string]string
+	effects  map[string]soakEffect
+	previous map[string]soakEffect
+	answered map[string]bool // runs whose answer a client has
+	before   map[string]bool // the same, of the last turn
 	dead     map[string]bool // processes
+	outages  []redisOutage   // of Redis that the promise names
 	total    int
-	again    int      // runs again after a process was killed, of keys that may
-	double   []string // what must not be
+	again    map[string]string // keys that ran again and may, by their first run
+	double   []string          // what must not be
 }
 
-func startSoakLedger(t *testing.T) *soakLedger {
+// A soakEffect is the last run that had the effect of a key, and when the first
+// had it.
+type soakEffect struct {
+	run string
+	at  time.Time
+}
+
+type redisOutage struct{ from, to time.Time }
+
+func startSoakLedger(t *testing.T, lease time.Duration) *soakLedger {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = listener.Close() })
-	l := &soakLedger{addr: listener.Addr().String(), effects: make(map[string]string), dead: make(map[string]bool)}
+	l := &soakLedger{
+		addr: listener.Addr().String(), lease: lease, effects: make(map[string]soakEffect),
+		answered: make(map[string]bool), dead: make(map[string]bool), again: make(map[string]string),
+	}
 	go func() {
 		for {
 			conn, err := listener.Accept()
@@ -49,24 +66,44 @@ func startSoakLedger(t *testing.T) *soakLedger {
 	return l
 }
 
+func (l *soakLedger) effectLocked(key string) (effect soakEffect, ok bool) {
+	if effect, ok = l.effects[key]; !ok {
+		effect, ok = l.previous[key]
+	}
+	return effect, ok
+}
+
 // add judges an effect: a second one is legal if the process of the first was
-// killed and the key is not at-most-once.
+// killed before anybody had its answer, and the key is not at-most-once. An
+// answer that somebody has was stored before.
 func (l *soakLedger) add(key, run string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.total++
-	first, ok := l.effects[key]
-	if !ok {
-		first, ok = l.previous[key]
-	}
+	first, ok := l.effectLocked(key)
+	plain := strings.HasPrefix(key, history.Plain)
 	switch {
 	case !ok:
-		l.effects[key] = run
-	case strings.HasPrefix(key, history.Plain) && l.dead[processOf(first)]:
-		l.again++
-		l.effects[key] = run
+		l.effects[key] = soakEffect{run, time.Now()}
+	case plain && l.dead[processOf(first.run)] && !l.answered[first.run] && !l.before[first.run]:
+		l.again[first.run] = key
+		l.effects[key] = soakEffect{run, first.at}
+	case plain && l.lostLocked(first.at):
+		l.effects[key] = soakEffect{run, first.at}
 	default:
-		l.double = append(l.double, key+": "+first+", "+run)
+		l.double = append(l.double, key+": "+first.run+", "+run)
+	}
+}
+
+// answer notes that a client has the answer of a run. It may learn of it after
+// the key ran again.
+func (l *soakLedger) answer(run string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.answered[run] = true
+	if key, ok := l.again[run]; ok {
+		delete(l.again, run)
+		l.double = append(l.double, key+": ran again after the answer of "+run)
 	}
 }
 
@@ -85,15 +122,93 @@ func (l *soakLedger) isDead(process string) bool {
 	return l.dead[process]
 }
 
+// isDeadOwner reports whether the key's effect was in a process that was killed.
+func (l *soakLedger) isDeadOwner(key string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	effect, ok := l.effectLocked(key)
+	return ok && l.dead[processOf(effect.run)]
+}
+
+// away notes that Redis was down. An answer that could not be stored until its
+// lease ended may be lost, which takes about a lease.
+func (l *soakLedger) away(from, to time.Time) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if to.Sub(from) > l.lease/2 {
+		l.outages = append(l.outages, redisOutage{from, to})
+	}
+}
+
+func (l *soakLedger) lostLocked(at time.Time) bool {
+	for _, o := range l.outages {
+		if at.After(o.from.Add(-l.lease)) && at.Before(o.to) {
+			return true
+		}
+	}
+	return false
+}
+
+// mayBeLost reports whether Redis was down for as long as the key's lease ran.
+func (l *soakLedger) mayBeLost(key string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	effect, ok := l.effectLocked(key)
+	return ok && l.lostLocked(effect.at)
+}
+
 // turn forgets what is two turns old.
 func (l *soakLedger) turn() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.previous, l.effects = l.effects, make(map[string]string)
+	l.previous, l.effects = l.effects, make(map[string]soakEffect)
+	l.before, l.answered = l.answered, make(map[string]bool)
 }
 
 func (l *soakLedger) counts() (total, again int, double []string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.total, l.again, l.double
+	return l.total, len(l.again), l.double
+}
+
+// The death of a process is an excuse for a second effect only as long as nobody
+// has the answer of the first.
+func TestSoakLedger(t *testing.T) {
+	const first, second = "redis-0.1-1", "redis-1.1-7"
+	for name, row := range map[string]struct {
+		key      string
+		happens  func(l *soakLedger)
+		twice    bool
+		happened int // runs again that may
+	}{
+		"a plain key, killed":    {"plain-1", func(l *soakLedger) { l.bury("redis-0.1") }, false, 1},
+		"a plain key, alive":     {"plain-1", func(*soakLedger) {}, true, 0},
+		"answered, then killed":  {"plain-1", func(l *soakLedger) { l.answer(first); l.bury("redis-0.1") }, true, 0},
+		"another run is killed":  {"plain-1", func(l *soakLedger) { l.bury("redis-1.1") }, true, 0},
+		"an at-most-once key":    {"once-1", func(l *soakLedger) { l.bury("redis-0.1") }, true, 0},
+		"forgotten in the turns": {"plain-1", func(l *soakLedger) { l.turn(); l.turn() }, false, 0},
+		"Redis was away for long": {"plain-1", func(l *soakLedger) {
+			l.away(time.Now().Add(-time.Minute), time.Now().Add(time.Minute))
+		}, false, 0},
+		"Redis was away for a moment": {"plain-1", func(l *soakLedger) {
+			l.away(time.Now().Add(-time.Millisecond), time.Now().Add(time.Millisecond))
+		}, true, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := startSoakLedger(t, time.Second)
+			l.add(row.key, first)
+			row.happens(l)
+			l.add(row.key, second)
+			total, again, double := l.counts()
+			require.Equal(t, 2, total)
+			require.Equal(t, row.happened, again)
+			require.Equal(t, row.twice, len(double) > 0, "%q", double)
+			if again > 0 { // the client is slower than the second run
+				l.answer(first)
+				_, again, double = l.counts()
+				require.Zero(t, again)
+				require.NotEmpty(t, double)
+			}
+		})
+	}
 }

@@ -23,8 +23,11 @@ type soakLoad struct {
 	ttl    time.Duration
 	rate   float64 // requests a second
 	began  time.Time
-	sent   atomic.Int64
+	paced  atomic.Int64 // requests that were due
+	sent   atomic.Int64 // and had a process to be sent to
 	keys   atomic.Int64
+
+	patience time.Duration // with a key that has no lasting answer
 
 	mu      sync.Mutex // guards what follows
 	answers map[string]int
@@ -32,18 +35,25 @@ type soakLoad struct {
 	old     []soakKey
 }
 
-// A soakKey is one whose answer is known.
+// A soakKey is one that requests are sent under.
 type soakKey struct {
-	key, kind, run string
-	at             time.Time
-	servers        []*server
+	key, kind string
+	servers   []*server
+	asked     *sync.Map // processes that gave no lasting answer
+
+	first soakReply // once it is known
+	at    time.Time
 }
 
 // A soakReply is an answer, or why there is none.
 type soakReply struct {
-	what string // for counting
-	run  string // of an answer of the handler's
+	what    string // for counting
+	run     string // of an answer of the handler's
+	lasting string // what all other lasting answers have to be; "" if it is none
 }
+
+// unknown is the lasting answer when nobody knows what became of a run.
+const unknown = "outcome_unknown"
 
 // run works until ctx ends.
 func (l *soakLoad) run(ctx context.Context, workers int) {
@@ -61,7 +71,7 @@ func (l *soakLoad) run(ctx context.Context, workers int) {
 
 // pace keeps to the rate.
 func (l *soakLoad) pace(ctx context.Context) {
-	due := time.Duration(float64(l.sent.Add(1)) / l.rate * float64(time.Second))
+	due := time.Duration(float64(l.paced.Add(1)) / l.rate * float64(time.Second))
 	if wait := due - time.Since(l.began); wait > 0 {
 		pauseFor(ctx, wait)
 	}
@@ -73,46 +83,58 @@ func (l *soakLoad) work(ctx context.Context) {
 	if rand.IntN(3) == 0 {
 		servers = l.stores[1]
 	}
-	k := soakKey{kind: history.Plain, servers: servers}
+	k := soakKey{kind: history.Plain, servers: servers, asked: new(sync.Map)}
 	if rand.IntN(2) == 0 {
 		k.kind = history.Once
 	}
-	k.key = fmt.Sprintf("%s-%d", k.kind, l.keys.Add(1))
-	switch n := rand.IntN(100); {
-	case n < 15:
-		l.ask(ctx, soakKey{kind: k.kind, servers: servers}, "payload", false)
-	case n < 35:
+	n := rand.IntN(100)
+	if n < 15 {
+		l.ask(ctx, k, "payload", false)
+		return
+	}
+	if n < 35 {
 		l.replayOld(ctx)
-	case n < 50:
-		var crowd sync.WaitGroup
-		runs := make([]string, 4)
-		for i := range runs {
-			crowd.Go(func() { runs[i] = l.insist(ctx, k, false) })
+		return
+	}
+	k.key = fmt.Sprintf("%s-%d", k.kind, l.keys.Add(1))
+	if n < 50 {
+		l.storm(ctx, k)
+		return
+	}
+	k.first = l.insist(ctx, k, n < 52)
+	k.at = time.Now()
+	l.same(k, l.insist(ctx, k, false))
+	if k.first.lasting == "" || k.first.lasting == unknown {
+		return
+	}
+	if n < 65 {
+		if reply := l.ask(ctx, k, "another payload", false); reply.run != "" {
+			l.blame("%s: another payload got the answer of %s", k.key, reply.run)
 		}
-		crowd.Wait()
-		for _, run := range runs {
-			l.same(k, runs[0], run)
-		}
-	default:
-		if k.run = l.insist(ctx, k, n < 52); k.run == "" {
-			return
-		}
-		k.at = time.Now()
-		l.same(k, k.run, l.insist(ctx, k, false))
-		if n < 65 {
-			if reply := l.ask(ctx, k, "another payload", false); reply.run != "" {
-				l.blame("%s: another payload got the answer of %s", k.key, reply.run)
-			}
-		}
-		l.keep(k)
+	}
+	l.keep(k)
+}
+
+// storm sends four requests at a time.
+func (l *soakLoad) storm(ctx context.Context, k soakKey) {
+	var crowd sync.WaitGroup
+	replies := make([]soakReply, 4)
+	for i := range replies {
+		crowd.Go(func() { replies[i] = l.insist(ctx, k, false) })
+	}
+	crowd.Wait()
+	k.first = replies[0]
+	for _, reply := range replies {
+		l.same(k, reply)
 	}
 }
 
-// same wants two answers under a key to be one, as far as they are known. The
-// answer of a process that was killed may not have been kept.
-func (l *soakLoad) same(k soakKey, first, second string) {
-	if first != "" && second != "" && first != second && !l.ledger.isDead(processOf(first)) {
-		l.blame("%s: answers of %s and %s", k.key, first, second)
+// same wants two lasting answers under a key to be one. An answer that goes out
+// was stored before, so not even the death of its process is an excuse.
+func (l *soakLoad) same(k soakKey, second soakReply) {
+	known := k.first.lasting != "" && second.lasting != ""
+	if known && k.first.lasting != second.lasting && !l.ledger.mayBeLost(k.key) {
+		l.blame("%s: answers %s, and then %s", k.key, k.first.lasting, second.lasting)
 	}
 }
 
@@ -143,37 +165,59 @@ func (l *soakLoad) replayOld(ctx context.Context) {
 	}
 	l.mu.Unlock()
 	if k.key != "" && time.Since(k.at) < l.ttl/2 {
-		l.same(k, k.run, l.insist(ctx, k, false))
+		l.same(k, l.insist(ctx, k, false))
 	}
 }
 
-// insist asks until there is an answer that lasts, and returns the run that
-// made it.
-func (l *soakLoad) insist(ctx context.Context, k soakKey, fail bool) string {
-	for try := 0; try < 100 && ctx.Err() == nil; try++ {
+// insist asks until there is an answer that lasts, also when the soak is over
+// meanwhile: all faults are healed then.
+func (l *soakLoad) insist(ctx context.Context, k soakKey, fail bool) soakReply {
+	ctx = context.WithoutCancel(ctx)
+	seen := make(map[string]int)
+	for began := time.Now(); time.Since(began) < l.patience; {
 		reply := l.ask(ctx, k, "payload", fail)
-		if reply.run != "" || reply.what == "outcome_unknown" {
-			return reply.run
+		if reply.lasting == unknown && !l.mayBeUnknown(k) {
+			l.blame("%s: outcome_unknown, and no process of it was killed", k.key)
 		}
+		if reply.lasting != "" {
+			return reply
+		}
+		seen[reply.what]++
 		pauseFor(ctx, time.Duration(rand.Int64N(int64(100*time.Millisecond))))
 	}
-	return ""
+	l.blame("%s: no lasting answer within %v, but %v", k.key, l.patience, seen)
+	return soakReply{}
+}
+
+// mayBeUnknown reports whether an at-most-once key may have lost its process:
+// the one that had its effect, or one that may have claimed it and never said.
+func (l *soakLoad) mayBeUnknown(k soakKey) bool {
+	dead := k.kind == history.Once && (l.ledger.isDeadOwner(k.key) || l.ledger.mayBeLost(k.key))
+	k.asked.Range(func(process, _ any) bool {
+		dead = dead || k.kind == history.Once && l.ledger.isDead(process.(string))
+		return !dead
+	})
+	return dead
 }
 
 func (l *soakLoad) ask(ctx context.Context, k soakKey, payload string, fail bool) soakReply {
 	l.pace(ctx)
-	reply := l.send(k, payload, fail)
+	process, address := k.servers[rand.IntN(len(k.servers))].current()
+	reply := soakReply{what: "no process"}
+	if address != "" {
+		l.sent.Add(1)
+		reply = l.send(address, k, payload, fail)
+	}
+	if reply.lasting == "" {
+		k.asked.Store(process, true)
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.answers[reply.what]++
 	return reply
 }
 
-func (l *soakLoad) send(k soakKey, payload string, fail bool) soakReply {
-	address := k.servers[rand.IntN(len(k.servers))].address()
-	if address == "" {
-		return soakReply{what: "no process"}
-	}
+func (l *soakLoad) send(address string, k soakKey, payload string, fail bool) soakReply {
 	req, err := http.NewRequest(http.MethodPost, address+"/"+k.kind, strings.NewReader(payload))
 	must(err)
 	if k.key != "" {
@@ -194,19 +238,35 @@ func (l *soakLoad) send(k soakKey, payload string, fail bool) soakReply {
 	if resp.Header.Get("Content-Type") == "application/problem+json" {
 		var problem struct{ Code string }
 		must(json.Unmarshal(body, &problem))
+		if problem.Code == unknown {
+			return soakReply{what: unknown, lasting: unknown}
+		}
 		return soakReply{what: problem.Code}
 	}
+	return l.judge(k, resp, string(body))
+}
+
+// judge makes a reply of a handler's answer, and wants it to be whole.
+func (l *soakLoad) judge(k soakKey, resp *http.Response, body string) soakReply {
 	reply := soakReply{what: "first", run: resp.Header.Get(runHeader)}
+	failed := resp.StatusCode == http.StatusInternalServerError
+	if !strings.Contains(reply.run, "-") || body != soakBody(reply.run) || !failed && resp.StatusCode != http.StatusCreated {
+		l.blame("%s: a damaged answer of %q: %d, %d bytes", k.key, reply.run, resp.StatusCode, len(body))
+		return soakReply{what: "damaged"}
+	}
+	reply.lasting = fmt.Sprintf("%d of %s, body %s", resp.StatusCode, reply.run, hashOf(body))
 	switch {
 	case k.key == "":
 		return soakReply{what: "unkeyed"}
-	case resp.StatusCode == http.StatusInternalServerError:
-		reply.what = "failed as asked"
-		if k.kind == history.Once {
-			reply.run = "failed-" // this is its answer
-		}
+	case failed && k.kind == history.Plain:
+		reply.what, reply.lasting = "failed as asked", ""
 	case resp.Header.Get("Idempotent-Replayed") != "":
 		reply.what = "replayed"
+	case failed:
+		reply.what = "failed as asked"
+	}
+	if reply.lasting != "" {
+		l.ledger.answer(reply.run)
 	}
 	return reply
 }

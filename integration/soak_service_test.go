@@ -1,7 +1,9 @@
 package integration
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -9,6 +11,8 @@ import (
 	"net/http"
 	"os"
 	"runtime"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -30,6 +34,43 @@ const (
 // attempt.
 const failHeader = "Fail"
 
+// Bugs that a soak is started with on purpose.
+const (
+	soakStoreDown    = "the store is down"
+	soakSpoils       = "the end of each stored answer is overwritten"
+	soakRunsTwice    = "every twentieth replay runs the handler"
+	soakForgetsTimes = "every twentieth stored answer is forgotten"
+)
+
+// A brokenSoakStore is a store with a bug.
+type brokenSoakStore struct {
+	idempotency.Store
+	bug   string
+	calls atomic.Int64
+}
+
+func (s *brokenSoakStore) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+	if s.bug == soakStoreDown {
+		return idempotency.Record{}, errors.New("down")
+	}
+	rec, err := s.Store.Acquire(ctx, key, c)
+	if err != nil || rec.State != idempotency.Completed {
+		return rec, err
+	}
+	switch {
+	case s.bug == soakSpoils:
+		rec.Value = slices.Clone(rec.Value)
+		for i := max(0, len(rec.Value)-100); i < len(rec.Value); i++ {
+			rec.Value[i] = 'x'
+		}
+	case s.bug == soakRunsTwice && s.calls.Add(1)%20 == 0:
+		return idempotency.Record{State: idempotency.Acquired, Attempt: 2}, nil
+	case s.bug == soakForgetsTimes && s.calls.Add(1)%20 == 0:
+		return idempotency.Record{State: idempotency.Abandoned}, nil
+	}
+	return rec, nil
+}
+
 // newSoakService returns the service of a soak. It tells its effects to a
 // ledger as lines on one connection: there are thousands a second.
 func newSoakService(config replicaConfig) http.Handler {
@@ -43,6 +84,9 @@ func newSoakService(config replicaConfig) http.Handler {
 		store = idempotency.NewRedisStore(redis.NewClient(&redis.Options{
 			Addr: config.Redis, ContextTimeoutEnabled: true, PoolSize: 64,
 		}), nil)
+	}
+	if config.Bug != "" {
+		store = &brokenSoakStore{Store: store, bug: config.Bug}
 	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("/stats", func(w http.ResponseWriter, _ *http.Request) {
@@ -64,20 +108,34 @@ type soakHandler struct {
 	ledger net.Conn
 }
 
+// soakBody is the answer of a run. Clients know what it has to be.
+func soakBody(run string) string {
+	size := 200
+	if numberOf(run)%32 == 0 {
+		size = 16 << 10
+	}
+	line := run + "\n"
+	return strings.Repeat(line, size/len(line)+1)
+}
+
+// numberOf returns which run of its process it is.
+func numberOf(run string) (n int64) {
+	n, _ = strconv.ParseInt(run[strings.LastIndexByte(run, '-')+1:], 10, 64)
+	return n
+}
+
 // ServeHTTP reads the body, has an effect, and answers with what names it.
 func (h *soakHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	_, _ = io.Copy(io.Discard, r.Body)
-	size := 200
 	run := fmt.Sprintf("%s-%d", h.name, h.runs.Add(1))
-	if e, ok := idempotency.FromContext(r.Context()); ok {
-		if e.Attempt() == 1 && r.Header.Get(failHeader) != "" {
-			w.WriteHeader(http.StatusInternalServerError)
-			return
-		}
-		switch h.runs.Load() % 32 {
-		case 0:
-			size = 16 << 10
-		case 1, 2: // some work, so that a kill finds somebody in the middle of it
+	status := http.StatusCreated
+	e, keyed := idempotency.FromContext(r.Context())
+	switch {
+	case !keyed:
+	case e.Attempt() == 1 && r.Header.Get(failHeader) != "":
+		status = http.StatusInternalServerError
+	default:
+		if n := numberOf(run) % 32; n == 1 || n == 2 { // some work, so that a kill finds somebody in the middle of it
 			defer pauseFor(r.Context(), 100*time.Millisecond)
 		}
 		h.mu.Lock()
@@ -86,8 +144,8 @@ func (h *soakHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		must(err)
 	}
 	w.Header().Set(runHeader, run)
-	w.WriteHeader(http.StatusCreated)
-	_, _ = io.WriteString(w, strings.Repeat("x", size))
+	w.WriteHeader(status)
+	_, _ = io.WriteString(w, soakBody(run))
 }
 
 // A sample is what a server process needs.
