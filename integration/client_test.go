@@ -149,6 +149,10 @@ func (c *crowd) receive(req *http.Request, op *history.Op) {
 	op.Run, op.Hash = resp.Header.Get(runHeader), hashOf(string(body))
 }
 
+// patienceOfSweep is how long all keys may take. A machine that is busy with
+// other things for a while is no violation.
+const patienceOfSweep = 2 * time.Minute
+
 // sweep asks every process for every key, when all faults are over, until it
 // gives an answer that lasts, or the limit for a key is over. When it has taken
 // long, the other keys are asked for once.
@@ -159,7 +163,7 @@ func (c *crowd) sweep(limit time.Duration, noneDied bool) {
 		sweepers.Go(func() {
 			for op := range keys {
 				for _, s := range c.fleet.servers {
-					c.settle(op, s, min(limit, patience-time.Since(began)), noneDied)
+					c.settle(op, s, min(limit, patienceOfSweep-time.Since(began)), noneDied)
 				}
 			}
 		})
@@ -176,13 +180,14 @@ func (c *crowd) sweep(limit time.Duration, noneDied bool) {
 }
 
 func (c *crowd) settle(op history.Op, s *server, limit time.Duration, noneDied bool) {
-	id := op.ID
+	id, pause := op.ID, c.fleet.lease/10
 	for try, began := 0, time.Now(); try == 0 || time.Since(began) < limit; try++ {
 		op.ID = fmt.Sprintf("%s/%s/%d", id, s.name, try)
 		if got, _ := c.ask(op, s, patienceOfClient); got.Lasting(noneDied) {
 			return
 		}
-		pauseFor(context.Background(), c.fleet.lease/10)
+		pauseFor(context.Background(), pause)
+		pause = min(2*pause, time.Second) // each try may leave work to a store that has too much
 	}
 }
 

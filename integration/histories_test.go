@@ -117,7 +117,7 @@ func TestHistories(t *testing.T) {
 		t.Run(fmt.Sprintf("seed %d", seed), func(t *testing.T) {
 			leases := []choice[time.Duration]{{1, 300 * time.Millisecond}, {1, 500 * time.Millisecond}, {1, 900 * time.Millisecond}}
 			s := scenario{
-				seed: seed, length: 6 * time.Second, settle: patience, mix: allFaults, load: mixedLoad,
+				seed: seed, length: 6 * time.Second, settle: patienceOfSweep, mix: allFaults, load: mixedLoad,
 				lease: choose(newRand(seed, "lease"), leases),
 			}
 			h, faults := play(t, s)

@@ -46,7 +46,7 @@ func created() step { return step{Do: doAnswer, Status: 201} }
 // what plan says.
 func targeted(mix faultMix, kinds []string, plan func(time.Duration) planner) scenario {
 	return scenario{
-		length: 1500 * time.Millisecond, lease: 200 * time.Millisecond, settle: patience, mix: mix,
+		length: 1500 * time.Millisecond, lease: 200 * time.Millisecond, settle: patienceOfSweep, mix: mix,
 		load: workload{clients: 12, groups: 3, ahead: 3, kinds: kinds, pause: 20 * time.Millisecond, plan: plan},
 	}
 }

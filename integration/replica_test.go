@@ -79,7 +79,7 @@ func newReplica(config replicaConfig) http.Handler {
 	for _, kind := range []string{history.Plain, history.Large, history.Once, history.Commit} {
 		opts := &idempotency.Options{
 			Lease: config.Lease, Wait: config.Wait, AtMostOnce: kind == history.Once,
-			TTL: time.Hour, MaxExecution: 5 * time.Second, MaxBufferedBody: maxBufferedBody,
+			TTL: time.Hour, MaxExecution: maxExecution, MaxBufferedBody: maxBufferedBody,
 		}
 		if kind == history.Once || kind == history.Commit {
 			opts.AEAD = newAEAD()
@@ -90,8 +90,13 @@ func newReplica(config replicaConfig) http.Handler {
 	return mux
 }
 
-// maxBufferedBody is Options.MaxBufferedBody of the server processes.
-const maxBufferedBody = 1 << 10
+// Options of the server processes. For as long as MaxExecution a process tries
+// to store, or to give back, what is at-most-once: a machine may be busy for so
+// long that no call of the store comes back in time.
+const (
+	maxExecution    = time.Minute
+	maxBufferedBody = 1 << 10
+)
 
 // newAEAD returns what all processes seal records with.
 func newAEAD() cipher.AEAD {
