@@ -23,7 +23,7 @@ var (
 	kills  = faultMix{process: []choice[faultKind]{{1, killProcess}}, pause: 400 * time.Millisecond}
 	cuts   = faultMix{link: []choice[faultKind]{{1, breakLink}, {1, muteLink}}, pause: 300 * time.Millisecond}
 	lags   = faultMix{link: []choice[faultKind]{{1, slowLink}}, pause: 150 * time.Millisecond}
-	delays = faultMix{link: lags.link, pause: 300 * time.Millisecond, delay: 200 * time.Millisecond}
+	delays = faultMix{link: lags.link, pause: lags.pause, delay: 200 * time.Millisecond}
 	outage = faultMix{redis: []choice[faultKind]{{1, killProcess}}, pause: 200 * time.Millisecond}
 )
 
