@@ -73,10 +73,7 @@ func TestLegalHistories(t *testing.T) {
 func TestBrokenHistories(t *testing.T) {
 	whole := []func(*tale){runs("a", 1, 10), ends("a", 20, 201), completes("a", 25, ""), first("a", 30, 201)}
 	with := func(more ...func(*tale)) []func(*tale) { return append(whole[:len(whole):len(whole)], more...) }
-	rows := map[string]struct {
-		h    History
-		want []string
-	}{
+	requireKinds(t, map[string]broken{
 		"let in while the lease runs":    {told(Plain, runs("a", 1, 10), runs("b", 2, 90)), []string{Overlap}},
 		"let in after a renewal":         {told(Plain, runs("a", 1, 10), renews("a", 50), runs("b", 2, 120)), []string{Overlap}},
 		"let in at the same time":        {told(Plain, runs("a", 1, 10), runs("b", 1, 10)), []string{Overlap}},
@@ -108,7 +105,16 @@ func TestBrokenHistories(t *testing.T) {
 		"unknown, though none died":      {noneDied(told(Once, runs("a", 1, 10), asks("b", 200, func(op *Op) { refuses("outcome_unknown")(op); op.Sweep = true }))), []string{Stuck}},
 		"answers of two runs": {told(Plain, runs("a", 1, 10), ends("a", 20, 201), runs("b", 2, 115), ends("b", 120, 201),
 			asks("c", 130, replay("b", 201)), asks("d", 130, replay("a", 201))), []string{Register, Stale, Answers}},
-	}
+	})
+}
+
+// A broken is a history and the kinds of violations that are in it.
+type broken struct {
+	h    History
+	want []string
+}
+
+func requireKinds(t *testing.T, rows map[string]broken) {
 	for name, row := range rows {
 		t.Run(name, func(t *testing.T) {
 			report := Check(row.h)
@@ -117,17 +123,10 @@ func TestBrokenHistories(t *testing.T) {
 	}
 }
 
-// Each rule of the judge is the only one that finds one of these.
-func TestEveryRule(t *testing.T) {
-	whole := []func(*tale){runs("a", 1, 10), ends("a", 20, 201), completes("a", 25, ""), first("a", 30, 201)}
-	with := func(more ...func(*tale)) []func(*tale) { return append(whole[:len(whole):len(whole)], more...) }
-	crash := func(r *Row) { r.Panic = true }
-	unknown := refuses("outcome_unknown")
-	rows := map[string]struct {
-		h    History
-		want []string
-	}{
-		// Runs.
+// Each rule of the judge is the only one that finds one of the histories of the
+// three tests that follow.
+func TestRulesOfRuns(t *testing.T) {
+	requireKinds(t, map[string]broken{
 		"two effects in one run":                {told(Plain, runs("a", 1, 10), effects("a", 12)), []string{Twice}},
 		"two effects of at-most-once runs":      {told(Once, runs("a", 1, 10), ends("a", 20, 401), releases("a", 21), runs("b", 2, 30)), []string{Twice}},
 		"two effects after Commit failed":       {told(Commit, runs("a", 1, 10), runs("b", 2, 200)), []string{Twice}},
@@ -150,8 +149,11 @@ func TestEveryRule(t *testing.T) {
 			runs("b", 1, 220)), []string{Attempt}},
 		"attempts go on while the marker is there": {told(Plain, runs("a", 1, 10), ends("a", 20, 500), releases("a", 21),
 			runs("b", 1, 110)), []string{Attempt}},
+	})
+}
 
-		// Storing.
+func TestRulesOfStoring(t *testing.T) {
+	requireKinds(t, map[string]broken{
 		"the store is not given the answer":     {told(Plain, runs("a", 1, 10), ends("a", 20, 201), runs("b", 2, 115)), []string{GaveUp}},
 		"and the process lives for long":        {killed(500, told(Plain, runs("a", 1, 10), ends("a", 20, 201))), []string{GaveUp}},
 		"it is tried once":                      {told(Plain, runs("a", 1, 10), ends("a", 20, 201), completes("a", 25, "down")), []string{GaveUp}},
@@ -177,8 +179,15 @@ func TestEveryRule(t *testing.T) {
 		"sent before, answered after": {told(Plain, runs("a", 1, 10), renewsSlowly("a", 100, 130), runs("b", 2, 112)), []string{TookBack}},
 		"and then stores": {told(Plain, runs("a", 1, 10), renewsSlowly("a", 100, 130), runs("b", 2, 112), ends("a", 140, 201),
 			completes("a", 141, "")), []string{TookBack, Stale}},
+	})
+}
 
-		// Answers.
+func TestRulesOfAnswers(t *testing.T) {
+	whole := []func(*tale){runs("a", 1, 10), ends("a", 20, 201), completes("a", 25, ""), first("a", 30, 201)}
+	with := func(more ...func(*tale)) []func(*tale) { return append(whole[:len(whole):len(whole)], more...) }
+	crash := func(r *Row) { r.Panic = true }
+	unknown := refuses("outcome_unknown")
+	requireKinds(t, map[string]broken{
 		"an answer of a run that crashed": {told(Plain, runs("a", 1, 10), first("a", 20, 201)), []string{Phantom}},
 		"an answer of a run that panicked": {told(Plain, runs("a", 1, 10), endsWith("a", 15, crash),
 			first("a", 20, 201)), []string{Phantom}},
@@ -202,13 +211,7 @@ func TestEveryRule(t *testing.T) {
 		"unknown though no claim was made":      {told(Once, asksStore("x", 1, "in progress", ""), asks("b", 200, unknown)), []string{Code}},
 		"unknown while the lease of it runs":    {told(Once, asksStore("x", 10, "", "down"), asks("b", 50, unknown)), []string{Code}},
 		"unknown though it was no at-most-once": {told(Plain, asksStore("x", 10, "", "down"), asks("b", 200, unknown)), []string{Code}},
-	}
-	for name, row := range rows {
-		t.Run(name, func(t *testing.T) {
-			report := Check(row.h)
-			require.ElementsMatch(t, row.want, report.Kinds(), "%v\n%s", report.Violations, row.h.Lines("key"))
-		})
-	}
+	})
 }
 
 // What is final is kept, and nothing else is.
