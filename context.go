@@ -19,7 +19,7 @@ type handlerContext struct {
 
 	mu    sync.Mutex // guards what follows
 	inner context.Context
-	asked bool // the handler has looked
+	asked bool // somebody wanted to know of its end
 	stop  context.CancelCauseFunc
 	ended bool
 }
@@ -29,11 +29,19 @@ type handlerContext struct {
 func (c *handlerContext) within() context.Context {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.asked = true
 	if c.inner == nil {
 		c.makeLocked()
 	}
 	return c.inner
+}
+
+// watched is within for who wants to know of the end.
+func (c *handlerContext) watched() context.Context {
+	inner := c.within()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.asked = true
+	return inner
 }
 
 // hasEnded reports whether the handler can have seen the end of its context.
@@ -85,10 +93,10 @@ func (c *handlerContext) String() string { return "idempotency.handlerContext" }
 func (c *handlerContext) Deadline() (time.Time, bool) { return c.request.Deadline() }
 
 // Done implements context.Context.
-func (c *handlerContext) Done() <-chan struct{} { return c.within().Done() }
+func (c *handlerContext) Done() <-chan struct{} { return c.watched().Done() }
 
 // Err implements context.Context.
-func (c *handlerContext) Err() error { return c.within().Err() }
+func (c *handlerContext) Err() error { return c.watched().Err() }
 
 // Value implements context.Context.
 func (c *handlerContext) Value(key any) any {

@@ -41,8 +41,8 @@ type Event struct {
 	// Attempt is that of the execution. Zero: there was none.
 	Attempt int
 
-	// Status is what the client was sent; zero after a panic, when the handler
-	// ran unprotected, and when it is left to outer middleware.
+	// Status is what the client was sent; zero after a panic, and when the handler
+	// ran unprotected.
 	Status int
 
 	// Duration is the time in the middleware and the handler. Waited is the

@@ -32,8 +32,8 @@ type executionKey struct{}
 // FromContext returns the Execution that a handler runs in. It is false when
 // the request carries no key, or the middleware is not there.
 func FromContext(ctx context.Context) (*Execution, bool) {
-	e, ok := ctx.Value(executionKey{}).(*Execution)
-	return e, ok
+	e, _ := ctx.Value(executionKey{}).(*Execution)
+	return e, e != nil
 }
 
 // covers reports whether the execution, or one that it is part of, is that of the
@@ -131,10 +131,14 @@ func (e *Execution) Discard() {
 // through is what the retry finds out.
 //
 // Begin a transaction with the context of the request, which is cancelled when
-// the handler is done, so that nothing can leave it open. Attach only what the
-// store knows how to end, and not with [Options.FailOpen]: nobody ends what is
-// attached to an unprotected run. A handler that panics ends its transaction
-// itself, with a deferred Rollback.
+// the handler is done, so that nothing can leave it open. When the handler
+// returns without an answer after that context has ended, the store is not asked
+// to commit: the transaction is rolled back and the key freed, or, after Commit
+// and with [Options.AtMostOnce], left to its context.
+//
+// Attach only what the store knows how to end, and not with [Options.FailOpen]:
+// nobody ends what is attached to an unprotected run. A handler that panics ends
+// its transaction itself, with a deferred Rollback.
 func (e *Execution) Attach(v any) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -148,6 +152,13 @@ func (e *Execution) Attachment() any {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return e.attachment
+}
+
+// detach takes what was attached away from the store.
+func (e *Execution) detach() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.attachment = nil
 }
 
 // end is called when the handler has returned, or panicked.
@@ -171,7 +182,7 @@ type lease struct {
 	renewing bool
 	stopped  bool
 	taken    bool // another owner was seen
-	freed    bool // the run has given the key back
+	freed    bool // the run is not to have the key any more
 }
 
 // start begins to keep the lease that c has claimed.
@@ -225,7 +236,7 @@ func (l *lease) renewOnce(sent time.Time) {
 	defer l.mu.Unlock()
 	l.renewing = false
 	if l.stopped {
-		l.lateLocked(rec, err)
+		l.lateLocked(rec, err, l.call.isOnce())
 		return
 	}
 	switch {
@@ -252,13 +263,13 @@ func (l *lease) loseLocked() {
 	l.call.warn("a lease was taken over", ErrLeaseLost)
 }
 
-// extended tells the lease what a claim made outside of its timer came to.
+// extended tells the lease what a Commit came to.
 func (l *lease) extended(sent time.Time, rec Record, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
 	case l.stopped:
-		l.lateLocked(rec, err)
+		l.lateLocked(rec, err, true)
 	case err != nil:
 	case rec.State == Acquired:
 		l.extendLocked(sent)
@@ -269,16 +280,16 @@ func (l *lease) extended(sent time.Time, rec Record, err error) {
 
 // lateLocked takes the answer to a renewal that was still on its way when the
 // lease was stopped. If the key was freed meanwhile, and someone else has come
-// and gone, it may have claimed the key for nobody.
-func (l *lease) lateLocked(rec Record, err error) {
+// and gone, it may have claimed the key for nobody; once says whether for good.
+func (l *lease) lateLocked(rec Record, err error, once bool) {
 	if err == nil && rec.State != Acquired {
 		l.taken = true
 	} else if l.freed {
-		l.call.giveBack(l.call.isOnce())
+		l.call.giveBack(once)
 	}
 }
 
-// free is called before the key is freed.
+// free is called before the key is freed, or when it is lost.
 func (l *lease) free() {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -17,7 +17,7 @@ import (
 // givesUp returns without a word when its context ends, as handlers do.
 func givesUp(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }
 
-// withDeadline is middleware that answers for a handler that was too late.
+// withDeadline is middleware that answers for a handler that has not.
 func withDeadline(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		ctx, cancel := context.WithTimeout(r.Context(), time.Second)
@@ -46,7 +46,7 @@ func TestHandlerThatGivesUp(t *testing.T) {
 		must(execution(r).Commit(r.Context()))
 		givesUp(w, r)
 	}
-	const unknown = "409 outcome_unknown"
+	const unknown, undone = "409 outcome_unknown", "503 store_unavailable"
 	for name, row := range map[string]struct {
 		outer   func(http.Handler) http.Handler
 		opts    idempotency.Options
@@ -54,18 +54,21 @@ func TestHandlerThatGivesUp(t *testing.T) {
 		first   string
 		retry   string
 	}{
-		"deadline outside":                      {outer: withDeadline, first: "504 ", retry: unknown},
-		"deadline outside, at most once":        {outer: withDeadline, opts: idempotency.Options{AtMostOnce: true}, first: "504 ", retry: unknown},
+		"deadline outside":                      {outer: withDeadline, first: unknown, retry: unknown},
+		"deadline outside, at most once":        {outer: withDeadline, opts: idempotency.Options{AtMostOnce: true}, first: unknown, retry: unknown},
 		"MaxExecution":                          {first: unknown, retry: unknown},
 		"MaxExecution, at most once":            {opts: idempotency.Options{AtMostOnce: true}, first: unknown, retry: unknown},
 		"MaxExecution, sealed":                  {opts: idempotency.Options{AEAD: newAEAD(t, 1)}, first: unknown, retry: unknown},
 		"MaxExecution, after Commit":            {handler: commits, first: unknown, retry: unknown},
-		"the client hangs up":                   {outer: hangingUp, opts: idempotency.Options{CancelOnDisconnect: true}, first: "200 ", retry: unknown},
+		"the client hangs up":                   {outer: hangingUp, opts: idempotency.Options{CancelOnDisconnect: true}, first: unknown, retry: unknown},
 		"the client hangs up on a patient one":  {outer: hangingUp, handler: lasting(2 * time.Second), first: "201 charge 1", retry: "replay 201 charge 1"},
 		"the context has ended and was not met": {handler: func(http.ResponseWriter, *http.Request) { time.Sleep(time.Hour) }, first: "200 ", retry: "replay 200 "},
 		"TimeoutHandler outside": {outer: func(next http.Handler) http.Handler { return http.TimeoutHandler(next, time.Second, "too late") },
-			first: "503 too late", retry: unknown},
-		"Discard": {outer: withDeadline, first: "504 ", retry: "504 ", handler: func(w http.ResponseWriter, r *http.Request) {
+			first: "503 too late", retry: unknown, handler: func(w http.ResponseWriter, r *http.Request) {
+				givesUp(w, r)
+				time.Sleep(time.Millisecond)
+			}},
+		"Discard": {outer: withDeadline, first: undone, retry: undone, handler: func(w http.ResponseWriter, r *http.Request) {
 			execution(r).Discard()
 			givesUp(w, r)
 		}},
@@ -89,7 +92,7 @@ func TestHandlerThatGivesUp(t *testing.T) {
 				time.Sleep(time.Minute)
 				retry, _ := describe(t, c.do(c.request(exchange{key: k("a")})))
 				require.Equal(t, row.retry, retry)
-				if row.retry != "504 " {
+				if row.retry != undone {
 					require.Equal(t, 1, c.runs())
 				}
 			})
@@ -97,32 +100,56 @@ func TestHandlerThatGivesUp(t *testing.T) {
 	}
 }
 
-// What a handler that gives up has attached is rolled back, and the key is free.
+// What a handler that gives up has attached is not committed.
 func TestHandlerThatGivesUpItsTransaction(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		var called []string
-		store := &observedStore{idempotency.NewMemoryStore(), func(_ context.Context, method string) { called = append(called, method) }}
-		log := new(eventLog)
-		c := newAPI(store, &idempotency.Options{OnEvent: log.add}, func(w http.ResponseWriter, r *http.Request) {
-			execution(r).Attach("a transaction")
-			givesUp(w, r)
+	for name, row := range map[string]struct {
+		atMostOnce, commit bool
+		get                string
+		called             []string
+		outcome            idempotency.Outcome
+	}{
+		"rolled back, and the key freed": {false, false, "503 store_unavailable", []string{"Acquire", "Release a transaction"}, idempotency.OutcomeReleased},
+		"at most once":                   {true, false, "409 outcome_unknown", []string{"Acquire", "Complete"}, idempotency.OutcomeOutcomeUnknown},
+		"after Commit":                   {false, true, "409 outcome_unknown", []string{"Acquire", "Acquire", "Complete"}, idempotency.OutcomeOutcomeUnknown},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var called []string
+				store := &observedStore{idempotency.NewMemoryStore(), func(ctx context.Context, method string) {
+					if e, ok := idempotency.FromContext(ctx); ok && method != "Acquire" && e.Attachment() != nil {
+						method += " " + e.Attachment().(string)
+					}
+					called = append(called, method)
+				}}
+				log := new(eventLog)
+				c := newAPI(store, &idempotency.Options{OnEvent: log.add, AtMostOnce: row.atMostOnce}, func(w http.ResponseWriter, r *http.Request) {
+					execution(r).Attach("a transaction")
+					if row.commit {
+						must(execution(r).Commit(r.Context()))
+					}
+					givesUp(w, r)
+				})
+				c.handler = withDeadline(c.handler)
+				c.check(t, 0, exchange{key: k("a"), get: row.get})
+				require.Equal(t, row.called, called)
+				require.Equal(t, row.outcome, log.last().Outcome)
+				require.ErrorIs(t, log.last().Err, context.DeadlineExceeded)
+			})
 		})
-		c.handler = withDeadline(c.handler)
-		c.check(t, 0, exchange{key: k("a"), get: "504 "})
-		require.Equal(t, []string{"Acquire", "Release"}, called)
-		require.Equal(t, idempotency.OutcomeReleased, log.last().Outcome)
-	})
+	}
 }
 
-func TestEventOfAHandlerThatGivesUp(t *testing.T) {
+// Who reads a value of the context does not learn of its end: not the handler,
+// nor a store that does so while the lease is renewed.
+func TestHandlerThatReadsAValueAndFinishes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		log := new(eventLog)
-		c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{OnEvent: log.add}, givesUp)
-		c.check(t, 0, exchange{key: k("inside"), get: "409 outcome_unknown"})
-		c.handler = withDeadline(c.handler)
-		c.check(t, 1, exchange{key: k("outside"), get: "504 "})
-		require.Equal(t, []string{"outcome_unknown 409", "outcome_unknown 0"}, log.all())
-		require.ErrorIs(t, log.last().Err, context.DeadlineExceeded)
+		store := &observedStore{idempotency.NewMemoryStore(), func(ctx context.Context, _ string) { _ = ctx.Value(tenantKey{}) }}
+		c := newAPI(store, &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
+			_ = r.Context().Value(tenantKey{})
+			time.Sleep(time.Hour)
+		})
+		c.check(t, 0, exchange{key: k("a"), get: "200 "})
+		c.check(t, 1, exchange{key: k("a"), get: "replay 200 "})
 	})
 }
 
@@ -145,7 +172,7 @@ func TestAnswersToALargeBodyThatBreaksOff(t *testing.T) {
 	}{
 		"done":                       {false, answers(201), "201 ", "409 response_not_stored", 201},
 		"not done":                   {false, answers(400), "400 ", "400 ", 0},
-		"no word":                    {false, answers(0), "200 ", "200 ", 0},
+		"no word":                    {false, answers(0), "400 body_incomplete", "200 ", 0},
 		"at most once, not done":     {true, answers(400), "400 ", "replay 400 ", 0},
 		"at most once, without word": {true, answers(0), "409 outcome_unknown", "409 outcome_unknown", 0},
 	} {
@@ -159,6 +186,26 @@ func TestAnswersToALargeBodyThatBreaksOff(t *testing.T) {
 			if row.original > 0 {
 				c.check(t, 2, exchange{key: k("a"), body: upload(600, 'y'), get: "422 key_reused"})
 			}
+		})
+	}
+}
+
+// It must be the handler that says so, in what goes out.
+func TestConflictIsFinal(t *testing.T) {
+	for name, handler := range map[string]http.HandlerFunc{
+		"outer middleware says when to come again": func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusConflict) },
+		"it is said too late": func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(http.StatusConflict)
+			w.Header().Set("Retry-After", "1")
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, handler)
+			if strings.HasPrefix(name, "outer") {
+				c.handler = around("Retry-After", "1")(c.handler)
+			}
+			c.check(t, 0, exchange{key: k("a"), get: "409 "})
+			c.check(t, 1, exchange{key: k("a"), get: "replay 409 "})
 		})
 	}
 }

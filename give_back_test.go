@@ -277,3 +277,63 @@ func TestAttachAfterTheHandlerReturned(t *testing.T) {
 	c.check(t, 0, exchange{key: k("a"), get: "200 "})
 	require.EqualValues(t, 1, s.completed.Load())
 }
+
+// A Commit that failed may still arrive when its run has lost the key, and the
+// one that took it over has freed it.
+func TestCommitThatArrivesAfterTheKeyWasLost(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &scriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+		down := false
+		s.acquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+			if !down {
+				return s.MemoryStore.Acquire(ctx, key, c)
+			}
+			if c.Once {
+				time.AfterFunc(time.Minute, func() { _, _ = s.MemoryStore.Acquire(context.Background(), key, c) })
+			}
+			return idempotency.Record{}, errors.New("down")
+		}
+		c := newAPI(s, &idempotency.Options{Wait: idempotency.NoWait}, func(w http.ResponseWriter, r *http.Request) {
+			if run(r) == 1 {
+				down = true
+				require.Error(t, execution(r).Commit(r.Context()))
+				time.Sleep(40 * time.Second) // until it has another owner
+				w.WriteHeader(http.StatusCreated)
+				return
+			}
+			down = false
+			w.WriteHeader(http.StatusServiceUnavailable)
+		})
+		time.AfterFunc(35*time.Second, func() {
+			down = false
+			c.check(t, 1, exchange{key: k("a"), get: "503 "})
+		})
+		c.check(t, 0, exchange{key: k("a"), get: "409 in_progress"})
+		time.Sleep(2 * time.Minute)
+		c.check(t, 2, exchange{key: k("a"), get: "503 "})
+	})
+}
+
+// What one middleware gives back has nothing to do with the execution of one
+// around it.
+func TestGivingBackInsideOfAnother(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &scriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+		s.acquire = func(int, context.Context, string, idempotency.Claim) (idempotency.Record, error) {
+			return idempotency.Record{}, errors.New("down")
+		}
+		s.release = func(ctx context.Context, key, token string) error {
+			_, ok := idempotency.FromContext(ctx)
+			require.False(t, ok)
+			return s.MemoryStore.Release(ctx, key, token)
+		}
+		inner := idempotency.Middleware(s, &idempotency.Options{Scope: func(*http.Request) string { return "inner" }})(http.NotFoundHandler())
+		c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+			execution(r).Attach("the outer transaction")
+			inner.ServeHTTP(w, r)
+			time.Sleep(time.Minute)
+		})
+		c.check(t, 0, exchange{key: k("a"), get: "503 store_unavailable"})
+		require.NotZero(t, s.released.Load())
+	})
+}

@@ -1,6 +1,7 @@
 package idempotency_test
 
 import (
+	"context"
 	"net/http"
 	"sync"
 	"testing"
@@ -45,6 +46,31 @@ func wrapped(template outerWriter) func(http.Handler) http.Handler {
 			next.ServeHTTP(&outer, r)
 		})
 	}
+}
+
+// An outerHook is what middleware around this one shares with the handler.
+type outerHook struct {
+	header http.Header         // of the outer ResponseWriter
+	inner  http.ResponseWriter // that of the handler
+}
+
+type outerHookKey struct{}
+
+func hookOf(w *probe) *outerHook { return w.request.Context().Value(outerHookKey{}).(*outerHook) }
+
+// hooked is middleware that sets headers while the handler runs, or when the
+// header goes out, on the ResponseWriter of the handler.
+func hooked(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		hook := &outerHook{header: w.Header()}
+		w.Header().Set("X-Outer", "old")
+		outer := &outerWriter{ResponseWriter: w, onSend: func(http.Header) {
+			if hook.inner != nil {
+				hook.inner.Header().Set("X-Before", "1")
+			}
+		}}
+		next.ServeHTTP(outer, r.WithContext(context.WithValue(r.Context(), outerHookKey{}, hook)))
+	})
 }
 
 // noFlush has the method and cannot do it.
@@ -105,6 +131,30 @@ func TestRecorderUnderOtherWriters(t *testing.T) {
 				w.flush()
 			},
 			replay: []edit{on(2, length)}},
+		{name: "headers that are set meanwhile", outer: hooked,
+			handler: func(w *probe) {
+				h := hookOf(w).header
+				h.Set("X-Outer", "new")
+				h.Add("X-Meanwhile", "1")
+				w.write("hello")
+			},
+			replay: []edit{set("X-Outer", "old"), remove("X-Meanwhile")}},
+		{name: "a header that is set when all goes out", outer: hooked,
+			handler: func(w *probe) {
+				hookOf(w).inner = w.ResponseWriter
+				w.WriteHeader(201)
+			},
+			replay: []edit{remove("X-Before")}},
+		{name: "a write of nothing", outer: fallback, handler: func(w *probe) { w.write("") }},
+		{name: "a write of nothing and a trailer",
+			handler: func(w *probe) {
+				w.set("Trailer", "X-T")
+				w.write("")
+				w.set("X-T", "1")
+			}},
+		{name: "a flush of nothing", outer: fallback,
+			handler: func(w *probe) { w.flush() },
+			replay:  []edit{length}},
 		{name: "a flush that is not supported",
 			outer: func(next http.Handler) http.Handler {
 				return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { next.ServeHTTP(&noFlush{w}, r) })

@@ -396,7 +396,7 @@ func (s *storedResponse) replay(w http.ResponseWriter) {
 	applyFields(h, s.fields)
 	h["Idempotent-Replayed"] = s.replayed
 	announceTrailers(h, s.trailers)
-	// What was flushed without a body has a header before its trailers.
+	// Without a body, trailers would become headers.
 	if !s.implicit || len(s.body) == 0 && len(s.trailers) > 0 {
 		w.WriteHeader(s.status)
 	}

@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -25,7 +26,9 @@ type recorder struct {
 	w      http.ResponseWriter
 	proto  int         // major version of HTTP
 	limit  int64       // how much of the body is kept
-	header http.Header // the handler's; that of w is as outer middleware left it until it is sent
+	header http.Header // the handler's; that of w is for outer middleware until it is sent
+	outer  http.Header // what outer middleware had set at the beginning
+	sent   atomic.Bool // the handler's header is no more than that of w
 	room   headerRoom
 
 	mu          sync.Mutex // guards what follows, against goroutines the handler leaves behind
@@ -53,7 +56,7 @@ func (r *recorder) init(w http.ResponseWriter, proto int, limit int64) {
 	// A map of its own: the header of w is written to when the response goes
 	// out, and a goroutine that flushes must not meet one that sets a trailer.
 	if outer := w.Header(); len(outer) > 0 {
-		r.header = outer.Clone()
+		r.header, r.outer = outer.Clone(), outer.Clone()
 	} else {
 		r.header = make(http.Header)
 	}
@@ -65,8 +68,14 @@ type headerRoom struct {
 	values [4]string
 }
 
-// Header implements http.ResponseWriter.
-func (r *recorder) Header() http.Header { return r.header }
+// Header implements http.ResponseWriter. When the response goes out, who asks is
+// outer middleware that was handed this writer, to be called before that.
+func (r *recorder) Header() http.Header {
+	if r.sent.Load() {
+		return r.w.Header()
+	}
+	return r.header
+}
 
 // WriteHeader implements http.ResponseWriter.
 func (r *recorder) WriteHeader(status int) {
@@ -90,20 +99,24 @@ func (r *recorder) WriteHeader(status int) {
 func (r *recorder) informLocked(status int) {
 	h := r.w.Header()
 	before := h.Clone()
-	applyFields(h, new(headerRoom).difference(before, r.header))
+	applyFields(h, new(headerRoom).difference(r.outer, r.header))
 	sent := h.Clone()
 	r.w.WriteHeader(status)
 	changed := new(headerRoom).difference(sent, h)
 	clear(h)
 	maps.Copy(h, before)
-	applyFields(h, changed)
-	applyFields(r.header, changed)
+	if r.outer == nil {
+		r.outer = make(http.Header)
+	}
+	for _, header := range []http.Header{h, r.header, r.outer} {
+		applyFields(header, changed)
+	}
 }
 
 // writeHeaderLocked fixes the status and the header, as net/http does.
 func (r *recorder) writeHeaderLocked(status int) {
 	r.wroteHeader, r.status = true, status
-	r.fields = r.room.difference(r.w.Header(), r.header)
+	r.fields = r.room.difference(r.outer, r.header)
 	if declared := r.header["Content-Length"]; len(declared) > 0 && declared[0] != "" {
 		n, err := strconv.ParseInt(declared[0], 10, 64)
 		if err != nil || n < 0 {
@@ -164,6 +177,11 @@ func (room *headerRoom) difference(base, header http.Header) []headerField {
 		}
 	}
 	return fields
+}
+
+// sets reports whether the handler has set a header that goes out.
+func (r *recorder) sets(name string) bool {
+	return slices.ContainsFunc(r.fields, func(f headerField) bool { return f.name == name && len(f.values) > 0 })
 }
 
 // Write implements http.ResponseWriter. As long as the response is kept it does
@@ -357,7 +375,11 @@ func (r *recorder) send() {
 		r.streaming = true
 		applyFields(h, r.fields)
 		announceTrailers(h, r.trailers)
+		r.sent.Store(true)
 		r.sendLocked()
+		if r.implicit && !r.silent && r.body.size == 0 {
+			_, _ = r.w.Write(nil) // as the handler did
+		}
 	}
 	applyFields(h, r.trailers)
 	r.body.free()
@@ -384,8 +406,8 @@ func (r *recorder) encode(scratch, digest []byte, keep func(name string) bool, w
 		chunks, parts = chunks[:1], slices.Clone(chunks[1:])
 	}
 	status := r.status
-	if r.implicit {
-		status = implicitStatus
+	if r.implicit && (r.silent || r.body.size > 0) {
+		status = implicitStatus // not after a Write of nothing or a Flush, which are not repeated
 	}
 	return encodeResponse(scratch, status, digest, r.fields, r.trailers, r.body.size, chunks), parts
 }

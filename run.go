@@ -65,9 +65,11 @@ func (c *call) settle(ctx context.Context) {
 	digest, broken := c.body.finish()
 	c.recorder.finish()
 	c.gaveUp = c.recorder.silent && (broken || c.context.hasEnded())
-	if c.gaveUp {
-		c.awaitDeadline()
-		discarded = discarded || attached // what it did is rolled back with its transaction
+	if c.gaveUp && attached && !committed && !c.opts.AtMostOnce {
+		discarded = true // what it did is rolled back with its transaction
+	} else if c.gaveUp {
+		attached = false // a half of it must not be kept
+		c.execution.detach()
 	}
 	if committed || !discarded && c.isFinal(broken) {
 		notStored := c.encode(digest, broken && !committed && !c.opts.AtMostOnce)
@@ -76,20 +78,17 @@ func (c *call) settle(ctx context.Context) {
 	}
 	end, taken := c.lease.stop()
 	err := c.release(ctx, end)
-	if taken || !time.Now().Before(end) {
+	switch {
+	case taken || !time.Now().Before(end):
 		c.withhold(OutcomeLeaseLost, c.problem(ErrInProgress, ErrLeaseLost))
-		return
-	}
-	c.gaveUp = false // there is no harm in that
-	c.send(OutcomeReleased, err)
-}
-
-// awaitDeadline lets the context of the request end, if it is time: that of the
-// handler may have done so a moment earlier, and outer middleware asks for it.
-func (c *call) awaitDeadline() {
-	ctx := c.r.Context()
-	if deadline, ok := ctx.Deadline(); ok && !time.Now().Before(deadline) {
-		sleepUntil(ctx, nil, time.Second)
+	case c.gaveUp && broken:
+		c.withhold(OutcomeReleased, c.problem(ErrBodyIncomplete, err))
+	case c.gaveUp:
+		p := c.problem(ErrStoreUnavailable, context.Cause(&c.context))
+		p.Detail = "This attempt was given up, and what it did was undone. Repeat it later with the same key."
+		c.withhold(OutcomeReleased, p)
+	default:
+		c.send(OutcomeReleased, err)
 	}
 }
 
@@ -110,7 +109,7 @@ func (c *call) isFinal(broken bool) bool {
 // make the request run again.
 func (c *call) shouldStore() (final bool) {
 	if c.opts.ShouldStore == nil {
-		return isFinalStatus(c.recorder.status, c.recorder.header, c.opts.AtMostOnce)
+		return isFinalStatus(c.recorder.status, c.opts.AtMostOnce) && !c.saysWhenToComeAgain()
 	}
 	final = true
 	defer c.contain("ShouldStore")
@@ -118,18 +117,21 @@ func (c *call) shouldStore() (final bool) {
 }
 
 // isFinalStatus is the default of Options.ShouldStore. What is not final says
-// that nothing was done yet, or not for this client. A conflict with Retry-After
-// is what this package answers while another request is running: the handler may
-// be a proxy to a service that has it too.
-func isFinalStatus(status int, h http.Header, atMostOnce bool) bool {
+// that nothing was done yet, or not for this client.
+func isFinalStatus(status int, atMostOnce bool) bool {
 	switch status {
-	case http.StatusConflict:
-		return h.Get("Retry-After") == ""
 	case http.StatusUnauthorized, http.StatusForbidden, http.StatusProxyAuthRequired,
 		http.StatusRequestTimeout, http.StatusTooEarly, http.StatusTooManyRequests:
 		return false
 	}
 	return status < 500 || atMostOnce
+}
+
+// saysWhenToComeAgain reports whether the response is a conflict with
+// Retry-After. That is what this package answers while another request is
+// running, and the handler may be a proxy to a service that has it too.
+func (c *call) saysWhenToComeAgain() bool {
+	return c.recorder.status == http.StatusConflict && c.recorder.sets("Retry-After")
 }
 
 // keep stores the response. When the store fails, the client gets it all the
@@ -152,6 +154,7 @@ func (c *call) keep(ctx context.Context, notStored error, committed, attached bo
 		c.result = Result{} // a context that outlives the request would keep it
 		c.send(OutcomeExecuted, notStored)
 	case errors.Is(err, ErrLeaseLost) || taken && (rolledBack || !committed):
+		c.abandon()
 		c.withhold(OutcomeLeaseLost, c.problem(ErrInProgress, err))
 	case rolledBack || attached:
 		p := c.problem(ErrStoreUnavailable, err)
@@ -226,32 +229,28 @@ func (c *call) release(ctx context.Context, end time.Time) error {
 		end = c.backgroundEnd(end, c.isOnce())
 		c.persistLater(ctx, end, "freeing a key failed, it stays claimed until its lease ends", (*call).free)
 	}
-	if c.uncertain.Load() {
-		c.giveBack(c.isOnce()) // a command whose answer was lost may still arrive
-	}
+	c.abandon()
 	return err
 }
 
-// send lets the response go out.
+// abandon is for a run that has lost or freed its key: a claim whose answer was
+// lost may still arrive.
+func (c *call) abandon() {
+	c.lease.free()
+	if c.uncertain.Load() {
+		c.giveBack(c.isOnce())
+	}
+}
+
+// send lets the response go out. In the place of a handler that gave up it says
+// that nobody knows what it came to.
 func (c *call) send(outcome Outcome, err error) {
 	if c.gaveUp {
-		c.sendUnknown()
+		c.withhold(OutcomeOutcomeUnknown, c.problem(ErrOutcomeUnknown, context.Cause(&c.context)))
 		return
 	}
 	c.recorder.send()
 	c.report(outcome, c.recorder.status, err)
-}
-
-// sendUnknown answers in the place of a handler that gave up. When the context of
-// the request has ended as well, whoever ended it outside has the say.
-func (c *call) sendUnknown() {
-	p := c.problem(ErrOutcomeUnknown, context.Cause(&c.context))
-	if c.r.Context().Err() == nil {
-		c.withhold(OutcomeOutcomeUnknown, p)
-		return
-	}
-	c.recorder.drop()
-	c.report(OutcomeOutcomeUnknown, 0, p)
 }
 
 // withhold answers with p instead of the handler's response. What was already
