@@ -190,8 +190,14 @@ func TestAnswersToALargeBodyThatBreaksOff(t *testing.T) {
 	}
 }
 
-// It must be the handler that says so, in what goes out.
+// It must be the handler that says so, in what goes out, and of a conflict.
 func TestConflictIsFinal(t *testing.T) {
+	accepted := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Retry-After", "1")
+		w.WriteHeader(http.StatusAccepted)
+	})
+	accepted.check(t, 0, exchange{key: k("a"), get: "202 "})
+	accepted.check(t, 1, exchange{key: k("a"), get: "replay 202 "})
 	for name, handler := range map[string]http.HandlerFunc{
 		"outer middleware says when to come again": func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusConflict) },
 		"it is said too late": func(w http.ResponseWriter, _ *http.Request) {
