@@ -32,6 +32,14 @@
 #define COMMITS_LATE 0
 #endif
 
+/* A command that comes when nobody waits for it any more may make a claim that
+ * nobody is there to end. */
+#if defined(SHOW_LATE_CLAIM) || defined(SHOW_UNKNOWN_WITHOUT_A_RUN)
+#define EXCUSED 0
+#else
+#define EXCUSED orphaned
+#endif
+
 #define TOKENS (OWNERS * TRIES)
 #define PROBE (TOKENS + 1) /* the token of one more request, when all is over */
 
@@ -41,6 +49,10 @@ bit body[OWNERS + 1]; /* what a request is for */
 #define BODY(t_) body[(t_ - 1) / TRIES]
 
 #include "store.pml"
+
+/* A renewal (1), or a Commit (2), that is on its way when its run frees the key:
+ * of the handler's goroutines, which need not have ended when it returns. */
+byte straggler[TOKENS + 1];
 
 /* Commands that nobody waits for any more. */
 bit late_claim[TOKENS + 1];
@@ -56,6 +68,20 @@ bit releasing[TOKENS + 1];
 #define RENEWS true
 #else
 #define RENEWS holder == t
+#endif
+
+/* The owner's own clock says that the lease runs. */
+#ifdef BUG_LEASE_FROM_THE_REPLY
+#define IN_TIME true
+#else
+#define IN_TIME LEASED(t)
+#endif
+
+/* What Complete is called with. */
+#ifdef BUG_COMPLETE_OF_ANOTHER_REQUEST
+#define RESULT(t_) (1 - BODY(t_))
+#else
+#define RESULT(t_) BODY(t_)
 #endif
 
 #define OR_CRASH :: d_step { crashes > 0; crashes-- }; goto crashed
@@ -80,8 +106,8 @@ inline acquire(o_) {
 
 inline complete() {
 	if
-	:: d_step { true; store_complete(t, BODY(t)) }
-	:: d_step { faults > 0; faults--; store_complete(t, BODY(t)); res = unknown }
+	:: d_step { true; store_complete(t, RESULT(t)) }
+	:: d_step { faults > 0; faults--; store_complete(t, RESULT(t)); res = unknown }
 	:: d_step { faults > 0; faults--; late_complete[t] = 1; res = unknown }
 	OR_CRASH
 	fi
@@ -100,10 +126,10 @@ inline release() {
  * the command, so it does not count on one that the store has ended. */
 inline hold() {
 	if
-#ifndef BUG_LEASE_FROM_THE_REPLY
-	:: state != claimed || tok != t || !running
-#endif
-	:: else -> assert(ALONE(t)); holder = t
+	:: IN_TIME ->
+		assert(ALONE(t)); /* never two owners count on a lease */
+		holder = t
+	:: else
 	fi
 }
 
@@ -114,69 +140,106 @@ inline drop() {
 	fi
 }
 
+/* Nobody is there any more to end the claim of t, if it has one. */
+inline leave() {
+	orphaned = orphaned || state == claimed && tok == t && !served
+}
+
+/* The handler is called. Between the look at the clock and the first line of
+ * the handler time passes in which the lease may end; that is a step of Clock
+ * behind this one. What the code can promise is that it did not call a handler
+ * whose lease was over when it looked. */
+inline start() {
+	hold();
+	assert(holder == t); /* a handler starts only with the lease */
+	NOTE_START(t)
+	served = served || tok == t;
+#ifdef BUG_GIVES_A_RUNNING_CLAIM_BACK
+	releasing[t] = uncertain;
+#endif
+	res = 0; late = 0
+}
+
+/* An answer goes out that the handler made. */
+inline send() {
+	assert(res == unknown || record == t || OLD(t)); /* stored before sent */
+	assert(res != unknown || !seen || committed)     /* no answer that is not stored, after another owner was seen */
+}
+
+/* A renewal or a Commit found that another owner has the key, or had it. */
+inline lose() {
+#ifdef BUG_IGNORES_A_LATE_ANSWER
+	taken = taken || holder == t;
+#else
+	taken = 1;
+#endif
+	seen = 1;
+	drop()
+}
+
 /* The tries of one client, and the middleware that serves them. A try begins
  * when the one before has an answer or has failed; a client that does not wait
  * so long is two owners. */
 proctype Owner(byte i) {
 	byte t = i * TRIES; /* this try, and its token */
 	mtype:answer res;
-	bit uncertain, committed, ran, taken;
+	bit late;      /* the answer to a claim came when its lease was over */
+	bit uncertain; /* a claim may come, or have come, that the owner does not know of */
+	bit committed, ran, taken;
+	bit seen;      /* a ghost: what taken has to be */
 
 again:
 	atomic {
-		res = 0; uncertain = 0; committed = 0; ran = 0; taken = 0;
+		res = 0; late = 0; uncertain = 0; committed = 0; ran = 0; taken = 0; seen = 0;
 		if
 		:: t == (i + 1) * TRIES -> goto finished
 		:: else -> t++
 		fi
 	}
 
-claiming: /* and claiming again, for as long as it waits */
+claiming: /* and claiming again, when it was late, and for as long as it waits */
 	acquire(ONCE);
 	if
 	:: res == unknown -> uncertain = 1; acquire(ONCE)
 	:: else
 	fi;
 	if
-	:: atomic { res == acquired -> hold(); goto executing }
-	:: atomic { res == replay -> goto again } /* answered with what store_acquire found */
-	:: atomic { res == in_progress -> res = 0; goto claiming }
+#ifdef BUG_RUNS_AFTER_ITS_LEASE
+	:: atomic { res == acquired -> start(); goto executing }
+#else
+	:: atomic { res == acquired && IN_TIME -> start(); goto executing }
+#endif
+	:: atomic { res == acquired && !IN_TIME && !late -> late = 1; res = 0; goto claiming }
+	:: atomic { res == acquired && !IN_TIME && late -> releasing[t] = 1; goto again }
+	:: atomic { res == replay -> goto again }
+	:: atomic { res == in_progress -> res = 0; late = 0; goto claiming }
 #ifdef BUG_RUNS_WITHOUT_A_CLAIM
-	:: res == unknown -> goto executing
+	:: atomic { res == unknown -> res = 0; goto executing }
 #endif
 #ifdef BUG_KEEPS_AN_UNCERTAIN_CLAIM
 	:: atomic { res != acquired && res != replay -> goto again }
 #else
-	:: atomic { res != acquired && res != replay -> releasing[t] = uncertain; goto again } /* refused */
+	:: atomic { res != acquired && res != replay -> releasing[t] = uncertain; goto again }
 #endif
 	OR_CRASH
 	fi;
 
 executing:
-	atomic {
-		NOTE_START(t)
-		served = served || tok == t;
-#ifdef BUG_GIVES_A_RUNNING_CLAIM_BACK
-		releasing[t] = uncertain;
-#endif
-		res = 0; uncertain = 0
-	}
-handler:
 	do
-	:: RENEWS -> /* while it has the lease; the command comes later */
+	:: RENEWS ->
 		atomic {
 			acquire(ONCE || committed);
 			if
 			:: res == acquired -> hold()
-			:: res == unknown
-			:: else -> drop(); taken = 1
+			:: res == unknown -> uncertain = 1
+			:: else -> lose()
 			fi;
 			served = served || state == claimed && tok == t;
 			res = 0
 		}
 	:: atomic { COMMITS && !committed && ran == COMMITS_LATE -> acquire(1) };
 		if
-		:: res == unknown -> acquire(1)
+		:: res == unknown -> uncertain = 1; acquire(1)
 		:: else
 		fi;
 		atomic {
@@ -186,35 +249,43 @@ handler:
 #ifdef BUG_COMMITS_REGARDLESS
 			:: else -> committed = 1
 #else
-			:: else -> drop(); taken = 1
+			:: else -> lose()
 #endif
 			fi;
 			served = served || state == claimed && tok == t;
 			res = 0
 		}
 	:: d_step {
-		!ran && (committed || !COMMITS || COMMITS_LATE) -> ran = 1; /* it charges */
-		assert(!charged || !(ONCE || COMMITS && !COMMITS_LATE) || OLD(t)); /* at most once */
-		charged = charged || !OLD(t)
+		!ran && (committed || !COMMITS || COMMITS_LATE) -> ran = 1;
+		assert(!charged || OLD(t)); /* an effect that is at-most-once happens once */
+		charged = charged || (ONCE || COMMITS && !COMMITS_LATE) && !OLD(t)
 	}
-	:: ran -> goto keeping /* a final answer; */
-	:: !ran && !committed -> goto freeing /* one that says that nothing was done, */
+	:: atomic { ran -> ran = 0; uncertain = 0; goto keeping }
+	:: atomic { !ran && !committed -> taken = 0; seen = 0; goto freeing }
 #ifdef BUG_RELEASES_AFTER_COMMIT
 	:: committed -> goto freeing
 #else
-	:: !ran && committed -> goto keeping /* which makes no difference after Commit; */
+	:: atomic { !ran && committed -> uncertain = 0; goto keeping }
 #endif
-	:: atomic { crashes > 0; crashes--; drop(); goto again } /* or a panic */
+	:: atomic { crashes > 0; crashes--; drop(); goto again }
 	OR_CRASH
 	od;
 
 freeing:
-	atomic { drop(); release() };
+	atomic {
+		drop();
+		if
+		:: true
+		:: faults > 0 -> faults--; straggler[t] = 1
+		:: COMMITS && faults > 0 -> faults--; straggler[t] = 2
+		fi;
+		release()
+	};
 	if
 	:: res == unknown -> release()
 	:: else
 	fi;
-	atomic { releasing[t] = (res == unknown); goto again }
+	atomic { releasing[t] = releasing[t] || res == unknown || uncertain; goto again }
 
 keeping:
 	complete();
@@ -224,18 +295,19 @@ keeping:
 	fi;
 	atomic {
 		if
+		:: res == done -> send(); drop()
+		:: res == lost ->
 #ifdef BUG_ANSWERS_AFTER_A_LOST_LEASE
-		:: res == lost || res == done -> assert(record == t || OLD(t)); drop()
-#else
-		:: res == done -> assert(record == t || OLD(t)); drop() /* stored before sent */
-		:: res == lost -> drop() /* the client is told to ask again */
+			send();
 #endif
+			drop()
+		:: res == unknown && (!taken || committed) ->
+			send(); completing[t] = 1
+		:: res == unknown && taken && !committed ->
 #ifdef BUG_A_STALE_OWNER_ANSWERS
-		:: res == unknown -> assert(!taken || committed); completing[t] = 1
-#else
-		:: res == unknown && (!taken || committed) -> completing[t] = 1 /* the client has its answer all the same */
-		:: res == unknown && taken && !committed -> drop() /* or is told to ask again, when another owner was seen */
+			send();
 #endif
+			drop()
 		fi;
 		goto again
 	}
@@ -243,7 +315,13 @@ keeping:
 crashed:
 	atomic {
 		drop(); completing[t] = 0; releasing[t] = 0;
-		orphaned = orphaned || ONCE && !served;
+		if
+		:: straggler[t] == 1 -> late_claim[t] = 1
+		:: straggler[t] == 2 -> late_commit[t] = 1
+		:: else
+		fi;
+		straggler[t] = 0;
+		leave();
 		goto again
 	}
 
@@ -266,11 +344,21 @@ finished:
 
 inline late_acquire(o_) {
 	store_acquire(t, BODY(t), o_);
-	if
-	:: res == acquired && !served -> orphaned = orphaned || ONCE
-	:: else
-	fi
+	leave()
 }
+
+/* A renewal or a Commit arrives after its run has tried to free the key. */
+inline straggle() {
+	store_acquire(t, BODY(t), ONCE || straggler[t] == 2);
+	straggler[t] = 0
+}
+
+/* The run frees the key once more. */
+#ifdef BUG_FORGETS_A_STRAGGLER
+#define FREES_AGAIN
+#else
+#define FREES_AGAIN releasing[t] = 1;
+#endif
 
 /* What goes on under a token beside its request and after it. */
 proctype Wire(byte t) {
@@ -279,15 +367,31 @@ proctype Wire(byte t) {
 end:	do
 	LATE(late_claim, late_acquire(ONCE))
 	LATE(late_commit, late_acquire(1))
-	LATE(late_complete, store_complete(t, BODY(t)))
+	LATE(late_complete, store_complete(t, RESULT(t)))
 	LATE(late_release, store_release(t))
-	REPEAT(completing, store_complete(t, BODY(t)); drop(), late_complete)
+	:: d_step { straggler[t] != 0 ->
+		straggle();
+		if
+		:: res == acquired -> FREES_AGAIN res = 0
+		:: else -> res = 0
+		fi
+	}
+	:: d_step { straggler[t] != 0 && faults > 0 -> faults--;
+		straggle(); FREES_AGAIN res = 0
+	}
+	:: d_step { straggler[t] != 0 && faults > 0 -> faults--;
+		if
+		:: straggler[t] == 2 -> late_commit[t] = 1
+		:: else -> late_claim[t] = 1
+		fi;
+		straggler[t] = 0; FREES_AGAIN
+	}
+	REPEAT(completing, store_complete(t, RESULT(t)); drop(), late_complete)
 	REPEAT(releasing, store_release(t), late_release)
-	/* Both end when the time is over for which the store was down, or when the
-	 * process dies. */
+	/* Both end when the store was down for all of the time, or the process dies. */
 	:: d_step { completing[t] && holder != t -> completing[t] = 0 }
 	:: d_step { completing[t] && crashes > 0 -> crashes--; completing[t] = 0; drop() }
-	:: d_step { releasing[t] -> releasing[t] = 0; orphaned = orphaned || ONCE }
+	:: d_step { releasing[t] -> releasing[t] = 0; leave() }
 	od
 }
 
@@ -323,7 +427,7 @@ end:	do
 		ttls > 0 && (state == completed && holder != tok || state == claimed && !running) -> ttls--;
 #endif
 		state = absent; tok = 0; fingerprint = 0; once = 0; running = 0;
-		record = 0; claimer = 0; may_take = 0; pledge = 0; bound = 0; request = 0; charged = 0; served = 0;
+		record = 0; may_take = 1; pledge = 0; bound = 0; request = 0; charged = 0; served = 0; orphaned = 0;
 		n = 1;
 		do
 		:: n > TOKENS -> break
@@ -347,13 +451,9 @@ proctype Probe() {
 
 	timeout;
 	d_step {
+		assert(state != claimed || served || EXCUSED || OLD(tok)); /* no claim is left that nobody was served for */
 		store_acquire(PROBE, fingerprint, ONCE);
-		assert(res == acquired || res == replay ||
-#ifdef SHOW_UNKNOWN_WITHOUT_A_RUN
-			res == abandoned && (COMMITS || ONCE && (served || OLD(tok))))
-#else
-			res == abandoned && (COMMITS || ONCE && (served || orphaned || OLD(tok))))
-#endif
+		assert(res == acquired || res == replay || res == abandoned && (ONCE || COMMITS) && (served || EXCUSED || OLD(tok))) /* no key is stuck */
 	}
 }
 

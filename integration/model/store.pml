@@ -5,7 +5,9 @@
  *
  * A ghost is no part of the protocol: the operations never read it. Ghosts
  * write down the history that the promise is about.
- */
+ *
+ * The comment behind an assertion is the promise that it stands for, under the
+ * name that README.md and check know it by. */
 
 mtype:cell = { absent, claimed, completed, released };
 mtype:answer = { acquired, in_progress, replay, mismatch, abandoned, lost, done, unknown };
@@ -19,11 +21,10 @@ bit running;     /* the lease */
 /* Ghosts. The end of a TTL resets what is about the key. */
 byte holder;     /* who counts on the lease: its lease.end is to come */
 byte record;     /* the stored response */
-byte claimer;    /* who took the key last */
-bit may_take;    /* and something has happened since that lets another have it */
+bit may_take = 1; /* nobody has taken the key, or something has happened since that lets another have it */
 bit pledge;      /* a handler was told that it committed */
 bit served;      /* a handler was called for the present claim */
-bit orphaned;    /* a claim was made, or left, that nobody is there to end */
+bit orphaned;    /* the present claim was made, or left, and nobody is there to end it */
 bit bound;       /* the key belongs to a request: */
 bit request;     /* this one */
 byte marker;     /* who freed the key, for one lease from then on */
@@ -39,9 +40,8 @@ byte since[TOKENS + 2];  /* 1: the token has claimed; 2: before a TTL ended */
 #define OLD(t_) 0
 #define ISSUE(t_)
 #endif
-#if defined(SHOW_LATE_CLAIM) || defined(BUG_RENEWAL_OF_A_STALE_OWNER)
+#ifdef BUG_RENEWAL_OF_A_STALE_OWNER
 bit started[TOKENS + 2];
-bit given_back[TOKENS + 2]; /* a claim that was never served */
 #define NOTE_START(t_) started[t_] = 1;
 #else
 #define NOTE_START(t_)
@@ -52,40 +52,45 @@ bit given_back[TOKENS + 2]; /* a claim that was never served */
 
 /* A claim that is no renewal. */
 inline claim(t_, f_, o_) {
-	assert(ALONE(t_));
-	assert(record == 0);                 /* after Complete nobody runs, */
-	assert(claimer == 0 || may_take);    /* nor without a reason, */
-	assert(!bound || request == f_);     /* nor a different request, */
-	assert(marker != t_);                /* nor who has freed the key */
-#ifdef SHOW_LATE_CLAIM
-	assert(!given_back[t_]);
-#endif
+	assert(ALONE(t_));                /* nobody takes a key whose owner counts on its lease */
+	assert(record == 0);              /* nobody takes a key whose response is stored */
+	assert(may_take);                /* a handler runs again only for a reason */
+	assert(!bound || request == f_);  /* a different request does not get the key */
+	assert(marker != t_);             /* who freed a key does not have it again while its marker is there */
 	ISSUE(t_)
-	claimer = t_; may_take = 0; served = 0; bound = 1; request = f_; marker = 0;
+	may_take = 0; served = 0; orphaned = 0; bound = 1; request = f_; marker = 0;
 	state = claimed; tok = t_; fingerprint = f_; once = o_; running = 1;
 	res = acquired
 }
 
+/* The store says that the lease of t_ runs. */
+#define LEASED(t_) (state == claimed && tok == t_ && running)
+
 /* Store.Acquire, row by row. */
 inline store_acquire(t_, f_, o_) {
 	if
-	:: state == absent -> claim(t_, f_, o_)
+	:: state == absent ->
+		claim(t_, f_, o_)
 #ifndef BUG_LATE_CLAIM_RESURRECTS
-	:: state == released && tok == t_ -> res = lost
-	:: state == released && tok != t_ -> claim(t_, f_, o_)
+	:: state == released && tok == t_ ->
+		res = lost
+	:: state == released && tok != t_ ->
+		claim(t_, f_, o_)
 #else
 	:: state == released -> claim(t_, f_, o_)
 #endif
 #ifndef BUG_TAKES_OVER_ANOTHER_REQUEST
-	:: state == claimed && fingerprint != f_ -> res = mismatch
+	:: state == claimed && fingerprint != f_ ->
+		res = mismatch
 #endif
 #ifndef BUG_REPLAYS_TO_ANOTHER_REQUEST
-	:: state == completed && fingerprint != f_ -> res = mismatch
+	:: state == completed && fingerprint != f_ ->
+		res = mismatch
 #endif
 	:: else ->
 		if
 		:: state == completed ->
-			assert(tok == record && fingerprint == f_); /* the answer to this very request */
+			assert(tok == record && fingerprint == f_); /* a request is answered with its own stored response */
 			res = replay
 #ifdef BUG_RENEWAL_OF_A_STALE_OWNER
 		:: state == claimed && (tok == t_ || started[t_]) ->
@@ -102,25 +107,28 @@ inline store_acquire(t_, f_, o_) {
 		:: else ->
 			if
 #ifndef BUG_TAKES_A_RUNNING_LEASE
-			:: running -> res = in_progress
+			:: running ->
+				res = in_progress
 #endif
 #ifndef BUG_TAKES_A_ONCE_CLAIM
-			:: !running && once -> res = abandoned
+			:: !running && once ->
+				res = abandoned
 #endif
 #ifdef BUG_NO_TAKE_OVER
 			:: !running && !once -> res = in_progress
 #endif
-			:: else -> claim(t_, f_, o_)
+			:: else ->
+				claim(t_, f_, o_)
 			fi
 		fi
 	fi
 }
 
 inline write(t_, f_) {
-	assert(ALONE(t_));
-	assert(record == 0 || record == t_); /* one response, and never another */
-	assert(!bound || request == f_);
-	record = t_; bound = 1; request = f_; marker = 0;
+	assert(ALONE(t_));                   /* nobody stores a response while another counts on its lease */
+	assert(record == 0 || record == t_); /* a stored response is never overwritten */
+	assert(!bound || request == f_);     /* a response is stored for the request that has the key */
+	record = t_; bound = 1; request = f_; marker = 0; served = 0; orphaned = 0;
 	state = completed; tok = t_; fingerprint = f_; once = 0; running = 0;
 	res = done
 }
@@ -128,25 +136,31 @@ inline write(t_, f_) {
 /* Store.Complete. */
 inline store_complete(t_, f_) {
 	if
-	:: state == completed && tok == t_ -> res = done
-	:: state == absent || state == claimed && tok == t_ -> write(t_, f_)
+	:: state == completed && tok == t_ ->
+		res = done
+#ifdef BUG_COMPLETE_WRITES_NOTHING
+	:: state == absent || state == claimed && tok == t_ -> res = done
+#else
+	:: state == absent ->
+		write(t_, f_)
+	:: state == claimed && tok == t_ ->
+		write(t_, f_)
+#endif
 #ifdef BUG_COMPLETE_WITHOUT_TOKEN
 	:: state == claimed && tok != t_ -> write(t_, f_)
 #endif
 #ifdef BUG_COMPLETE_OVERWRITES
 	:: state == completed && tok != t_ -> write(t_, f_)
 #endif
-	:: else -> res = lost
+	:: else ->
+		res = lost
 	fi
 }
 
 inline free(t_) {
-	assert(holder == 0); /* nobody's run is robbed of its lease, not even t_'s, */
-	assert(record == 0); /* and no response is thrown away */
-	may_take = 1; bound = 0; request = 0; marker = t_;
-#ifdef SHOW_LATE_CLAIM
-	given_back[t_] = !started[t_];
-#endif
+	assert(holder == 0); /* nobody's running claim is freed, not even its own */
+	assert(record == 0); /* no stored response is thrown away */
+	may_take = 1; bound = 0; request = 0; marker = t_; served = 0; orphaned = 0;
 	fingerprint = 0; once = 0; running = 0;
 #ifdef BUG_NO_MARKER
 	state = absent; tok = 0
@@ -158,7 +172,10 @@ inline free(t_) {
 /* Store.Release. */
 inline store_release(t_) {
 	if
-	:: state == absent || state == claimed && tok == t_ -> free(t_)
+	:: state == absent ->
+		free(t_)
+	:: state == claimed && tok == t_ ->
+		free(t_)
 #ifdef BUG_RELEASE_WITHOUT_TOKEN
 	:: state == claimed && tok != t_ -> free(t_)
 #endif
