@@ -193,81 +193,81 @@ again:
 		res = 0; late = 0; uncertain = 0; committed = 0; ran = 0; taken = 0; seen = 0;
 		if
 		:: t == (i + 1) * TRIES -> goto finished
-		:: else -> t++
+		:: else -> t++ /* step: a try begins, under a new token */
 		fi
 	}
 
 claiming: /* and claiming again, when it was late, and for as long as it waits */
-	acquire(ONCE);
+	acquire(ONCE); /* step: claiming, asks for the key */
 	if
-	:: res == unknown -> uncertain = 1; acquire(ONCE)
+	:: res == unknown -> uncertain = 1; acquire(ONCE) /* step: claiming, once more when the answer is lost */
 	:: else
 	fi;
 	if
 #ifdef BUG_RUNS_AFTER_ITS_LEASE
 	:: atomic { res == acquired -> start(); goto executing }
 #else
-	:: atomic { res == acquired && IN_TIME -> start(); goto executing }
+	:: atomic { res == acquired && IN_TIME -> start(); goto executing } /* step: claiming, has the key */
 #endif
-	:: atomic { res == acquired && !IN_TIME && !late -> late = 1; res = 0; goto claiming }
-	:: atomic { res == acquired && !IN_TIME && late -> releasing[t] = 1; goto again }
-	:: atomic { res == replay -> goto again }
-	:: atomic { res == in_progress -> res = 0; late = 0; goto claiming }
+	:: atomic { res == acquired && !IN_TIME && !late -> late = 1; res = 0; goto claiming } /* step: claiming, once more when it was late */
+	:: atomic { res == acquired && !IN_TIME && late -> releasing[t] = 1; goto again } /* step: claiming, refuses when it was late again */
+	:: atomic { res == replay -> goto again } /* step: claiming, replays */
+	:: atomic { res == in_progress -> res = 0; late = 0; goto claiming } /* step: claiming, waits */
 #ifdef BUG_RUNS_WITHOUT_A_CLAIM
 	:: atomic { res == unknown -> res = 0; goto executing }
 #endif
 #ifdef BUG_KEEPS_AN_UNCERTAIN_CLAIM
 	:: atomic { res != acquired && res != replay -> goto again }
 #else
-	:: atomic { res != acquired && res != replay -> releasing[t] = uncertain; goto again }
+	:: atomic { res != acquired && res != replay -> releasing[t] = uncertain; goto again } /* step: claiming, refuses */
 #endif
 	OR_CRASH
 	fi;
 
 executing:
 	do
-	:: RENEWS ->
+	:: RENEWS -> /* step: renewing, while it has the lease; the command comes later */
 		atomic {
 			acquire(ONCE || committed);
 			if
-			:: res == acquired -> hold()
-			:: res == unknown -> uncertain = 1
-			:: else -> lose()
+			:: res == acquired -> hold() /* step: renewing, has it longer */
+			:: res == unknown -> uncertain = 1 /* step: renewing, does not know, and tries again */
+			:: else -> lose() /* step: renewing, finds another owner, though its lease ended meanwhile */
 			fi;
 			served = served || state == claimed && tok == t;
 			res = 0
 		}
-	:: atomic { COMMITS && !committed && ran == COMMITS_LATE -> acquire(1) };
+	:: atomic { COMMITS && !committed && ran == COMMITS_LATE -> acquire(1) }; /* step: committing, marks the claim */
 		if
-		:: res == unknown -> uncertain = 1; acquire(1)
+		:: res == unknown -> uncertain = 1; acquire(1) /* step: committing, once more when the answer is lost */
 		:: else
 		fi;
 		atomic {
 			if
-			:: res == acquired -> hold(); committed = 1; pledge = pledge || !OLD(t)
-			:: res == unknown
+			:: res == acquired -> hold(); committed = 1; pledge = pledge || !OLD(t) /* step: committing, has committed */
+			:: res == unknown /* step: committing, does not know, and promises nothing */
 #ifdef BUG_COMMITS_REGARDLESS
 			:: else -> committed = 1
 #else
-			:: else -> lose()
+			:: else -> lose() /* step: committing, finds another owner */
 #endif
 			fi;
 			served = served || state == claimed && tok == t;
 			res = 0
 		}
 	:: d_step {
-		!ran && (committed || !COMMITS || COMMITS_LATE) -> ran = 1;
+		!ran && (committed || !COMMITS || COMMITS_LATE) -> ran = 1; /* step: executing, has its effect */
 		assert(!charged || OLD(t)); /* an effect that is at-most-once happens once */
 		charged = charged || (ONCE || COMMITS && !COMMITS_LATE) && !OLD(t)
 	}
-	:: atomic { ran -> ran = 0; uncertain = 0; goto keeping }
-	:: atomic { !ran && !committed -> taken = 0; seen = 0; goto freeing }
+	:: atomic { ran -> ran = 0; uncertain = 0; goto keeping } /* step: executing, returns a final answer */
+	:: atomic { !ran && !committed -> taken = 0; seen = 0; goto freeing } /* step: executing, returns an answer that says that nothing was done */
 #ifdef BUG_RELEASES_AFTER_COMMIT
 	:: committed -> goto freeing
 #else
-	:: atomic { !ran && committed -> uncertain = 0; goto keeping }
+	:: atomic { !ran && committed -> uncertain = 0; goto keeping } /* step: executing, which makes no difference after Commit */
 #endif
-	:: atomic { crashes > 0; crashes--; drop(); goto again }
+	:: atomic { crashes > 0; crashes--; drop(); goto again } /* step: executing, panics */
 	OR_CRASH
 	od;
 
@@ -276,34 +276,35 @@ freeing:
 		drop();
 		if
 		:: true
-		:: faults > 0 -> faults--; straggler[t] = 1
-		:: COMMITS && faults > 0 -> faults--; straggler[t] = 2
+		:: faults > 0 -> faults--; straggler[t] = 1 /* step: releasing, while a renewal is on its way */
+		:: COMMITS && faults > 0 -> faults--; straggler[t] = 2 /* step: releasing, while a Commit is on its way */
 		fi;
-		release()
+		release() /* step: releasing, frees the key */
 	};
 	if
-	:: res == unknown -> release()
+	:: res == unknown -> release() /* step: releasing, once more when the answer is lost */
 	:: else
 	fi;
+	/* step: releasing, goes on in the background */
 	atomic { releasing[t] = releasing[t] || res == unknown || uncertain; goto again }
 
 keeping:
-	complete();
+	complete(); /* step: completing, stores the answer */
 	if
-	:: res == unknown -> complete()
+	:: res == unknown -> complete() /* step: completing, once more when the answer is lost */
 	:: else
 	fi;
 	atomic {
 		if
-		:: res == done -> send(); drop()
-		:: res == lost ->
+		:: res == done -> send(); drop() /* step: completing, sends what is stored */
+		:: res == lost -> /* step: completing, withholds what could not be stored */
 #ifdef BUG_ANSWERS_AFTER_A_LOST_LEASE
 			send();
 #endif
 			drop()
-		:: res == unknown && (!taken || committed) ->
+		:: res == unknown && (!taken || committed) -> /* step: completing, sends when the store fails, and goes on in the background */
 			send(); completing[t] = 1
-		:: res == unknown && taken && !committed ->
+		:: res == unknown && taken && !committed -> /* step: completing, withholds when the store fails and another owner was seen */
 #ifdef BUG_A_STALE_OWNER_ANSWERS
 			send();
 #endif
@@ -313,7 +314,7 @@ keeping:
 	}
 
 crashed:
-	atomic {
+	atomic { /* step: the process dies */
 		drop(); completing[t] = 0; releasing[t] = 0;
 		if
 		:: straggler[t] == 1 -> late_claim[t] = 1
@@ -331,16 +332,16 @@ finished:
 
 /* A late command comes; or a copy of it does; or it never comes. */
 #define LATE(flag, op) \
-	:: d_step { flag[t] -> flag[t] = 0; op; res = 0 } \
-	:: d_step { flag[t] && faults > 0 -> faults--; op; res = 0 } \
-	:: flag[t] -> flag[t] = 0
+	:: d_step { flag[t] -> flag[t] = 0; op; res = 0 } /* step: late, a command comes */ \
+	:: d_step { flag[t] && faults > 0 -> faults--; op; res = 0 } /* step: late, it comes twice */ \
+	:: flag[t] -> flag[t] = 0 /* step: late, it never comes */
 
 /* A repetition in the background is answered; or its reply is lost; or it comes
  * late. */
 #define REPEAT(flag, op, late) \
-	:: d_step { flag[t] -> flag[t] = 0; op; res = 0 } \
-	:: d_step { flag[t] && faults > 0 -> faults--; op; res = 0 } \
-	:: d_step { flag[t] && faults > 0 -> faults--; late[t] = 1 }
+	:: d_step { flag[t] -> flag[t] = 0; op; res = 0 } /* step: background, is answered */ \
+	:: d_step { flag[t] && faults > 0 -> faults--; op; res = 0 } /* step: background, goes on when the answer is lost */ \
+	:: d_step { flag[t] && faults > 0 -> faults--; late[t] = 1 } /* step: background, goes on when the command is late */
 
 inline late_acquire(o_) {
 	store_acquire(t, BODY(t), o_);
@@ -372,14 +373,14 @@ end:	do
 	:: d_step { straggler[t] != 0 ->
 		straggle();
 		if
-		:: res == acquired -> FREES_AGAIN res = 0
-		:: else -> res = 0
+		:: res == acquired -> FREES_AGAIN res = 0 /* step: straggling, has made a claim, or renewed it */
+		:: else -> res = 0 /* step: straggling, has changed nothing */
 		fi
 	}
-	:: d_step { straggler[t] != 0 && faults > 0 -> faults--;
+	:: d_step { straggler[t] != 0 && faults > 0 -> faults--; /* step: straggling, the answer is lost */
 		straggle(); FREES_AGAIN res = 0
 	}
-	:: d_step { straggler[t] != 0 && faults > 0 -> faults--;
+	:: d_step { straggler[t] != 0 && faults > 0 -> faults--; /* step: straggling, the command comes when nobody waits for it any more */
 		if
 		:: straggler[t] == 2 -> late_commit[t] = 1
 		:: else -> late_claim[t] = 1
@@ -389,9 +390,9 @@ end:	do
 	REPEAT(completing, store_complete(t, RESULT(t)); drop(), late_complete)
 	REPEAT(releasing, store_release(t), late_release)
 	/* Both end when the store was down for all of the time, or the process dies. */
-	:: d_step { completing[t] && holder != t -> completing[t] = 0 }
-	:: d_step { completing[t] && crashes > 0 -> crashes--; completing[t] = 0; drop() }
-	:: d_step { releasing[t] -> releasing[t] = 0; leave() }
+	:: d_step { completing[t] && holder != t -> completing[t] = 0 } /* step: background, stores no longer than the lease */
+	:: d_step { completing[t] && crashes > 0 -> crashes--; completing[t] = 0; drop() } /* step: background, the process dies while it stores */
+	:: d_step { releasing[t] -> releasing[t] = 0; leave() } /* step: background, frees no longer than it makes sense */
 	od
 }
 
@@ -403,7 +404,7 @@ end:	do
 	/* A lease is over: by its owner's own clock and then by the store's, which
 	 * began to count later, when the command came. */
 	:: d_step {
-		state == claimed && running -> running = 0;
+		state == claimed && running -> running = 0; /* step: a lease is over */
 		may_take = may_take || !(ONCE || pledge);
 		if
 		:: holder == tok -> holder = 0
@@ -412,7 +413,7 @@ end:	do
 	}
 	/* One lease has passed since the key was freed. */
 	:: d_step {
-		marker != 0 -> marker = 0;
+		marker != 0 -> marker = 0; /* step: a marker is over */
 		if
 		:: state == released -> state = absent; tok = 0
 		:: else
@@ -426,7 +427,7 @@ end:	do
 #else
 		ttls > 0 && (state == completed && holder != tok || state == claimed && !running) -> ttls--;
 #endif
-		state = absent; tok = 0; fingerprint = 0; once = 0; running = 0;
+		state = absent; tok = 0; fingerprint = 0; once = 0; running = 0; /* step: a TTL is over */
 		record = 0; may_take = 1; pledge = 0; bound = 0; request = 0; charged = 0; served = 0; orphaned = 0;
 		n = 1;
 		do

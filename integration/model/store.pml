@@ -7,7 +7,9 @@
  * write down the history that the promise is about.
  *
  * The comment behind an assertion is the promise that it stands for, under the
- * name that README.md and check know it by. */
+ * name that README.md and check know it by. A comment "step: ..." names a branch
+ * that README.md maps to the lines that implement it.
+ */
 
 mtype:cell = { absent, claimed, completed, released };
 mtype:answer = { acquired, in_progress, replay, mismatch, abandoned, lost, done, unknown };
@@ -69,33 +71,33 @@ inline claim(t_, f_, o_) {
 /* Store.Acquire, row by row. */
 inline store_acquire(t_, f_, o_) {
 	if
-	:: state == absent ->
+	:: state == absent -> /* step: acquire, absent */
 		claim(t_, f_, o_)
 #ifndef BUG_LATE_CLAIM_RESURRECTS
-	:: state == released && tok == t_ ->
+	:: state == released && tok == t_ -> /* step: acquire, released under this token */
 		res = lost
-	:: state == released && tok != t_ ->
+	:: state == released && tok != t_ -> /* step: acquire, released */
 		claim(t_, f_, o_)
 #else
 	:: state == released -> claim(t_, f_, o_)
 #endif
 #ifndef BUG_TAKES_OVER_ANOTHER_REQUEST
-	:: state == claimed && fingerprint != f_ ->
+	:: state == claimed && fingerprint != f_ -> /* step: acquire, claimed for a different request */
 		res = mismatch
 #endif
 #ifndef BUG_REPLAYS_TO_ANOTHER_REQUEST
-	:: state == completed && fingerprint != f_ ->
+	:: state == completed && fingerprint != f_ -> /* step: acquire, completed for a different request */
 		res = mismatch
 #endif
 	:: else ->
 		if
-		:: state == completed ->
+		:: state == completed -> /* step: acquire, completed */
 			assert(tok == record && fingerprint == f_); /* a request is answered with its own stored response */
 			res = replay
 #ifdef BUG_RENEWAL_OF_A_STALE_OWNER
 		:: state == claimed && (tok == t_ || started[t_]) ->
 #else
-		:: state == claimed && tok == t_ ->
+		:: state == claimed && tok == t_ -> /* step: acquire, claimed under this token */
 #endif
 			running = 1; tok = t_;
 #ifdef BUG_RENEWAL_UNSETS_ONCE
@@ -107,17 +109,17 @@ inline store_acquire(t_, f_, o_) {
 		:: else ->
 			if
 #ifndef BUG_TAKES_A_RUNNING_LEASE
-			:: running ->
+			:: running -> /* step: acquire, claimed and the lease runs */
 				res = in_progress
 #endif
 #ifndef BUG_TAKES_A_ONCE_CLAIM
-			:: !running && once ->
+			:: !running && once -> /* step: acquire, claimed with Once and the lease is over */
 				res = abandoned
 #endif
 #ifdef BUG_NO_TAKE_OVER
 			:: !running && !once -> res = in_progress
 #endif
-			:: else ->
+			:: else -> /* step: acquire, claimed and the lease is over */
 				claim(t_, f_, o_)
 			fi
 		fi
@@ -136,14 +138,14 @@ inline write(t_, f_) {
 /* Store.Complete. */
 inline store_complete(t_, f_) {
 	if
-	:: state == completed && tok == t_ ->
+	:: state == completed && tok == t_ -> /* step: complete, completed under this token */
 		res = done
 #ifdef BUG_COMPLETE_WRITES_NOTHING
 	:: state == absent || state == claimed && tok == t_ -> res = done
 #else
-	:: state == absent ->
+	:: state == absent -> /* step: complete, absent */
 		write(t_, f_)
-	:: state == claimed && tok == t_ ->
+	:: state == claimed && tok == t_ -> /* step: complete, claimed under this token */
 		write(t_, f_)
 #endif
 #ifdef BUG_COMPLETE_WITHOUT_TOKEN
@@ -152,7 +154,7 @@ inline store_complete(t_, f_) {
 #ifdef BUG_COMPLETE_OVERWRITES
 	:: state == completed && tok != t_ -> write(t_, f_)
 #endif
-	:: else ->
+	:: else -> /* step: complete, released or of another owner */
 		res = lost
 	fi
 }
@@ -172,9 +174,9 @@ inline free(t_) {
 /* Store.Release. */
 inline store_release(t_) {
 	if
-	:: state == absent ->
+	:: state == absent -> /* step: release, absent */
 		free(t_)
-	:: state == claimed && tok == t_ ->
+	:: state == claimed && tok == t_ -> /* step: release, claimed under this token */
 		free(t_)
 #ifdef BUG_RELEASE_WITHOUT_TOKEN
 	:: state == claimed && tok != t_ -> free(t_)
@@ -182,7 +184,7 @@ inline store_release(t_) {
 #ifdef BUG_RELEASE_FREES_A_RECORD
 	:: state == completed -> free(t_)
 #endif
-	:: else
+	:: else /* step: release, completed, released or of another owner */
 	fi;
 	res = done
 }
