@@ -253,6 +253,9 @@ func (c *call) persistLater(ctx context.Context, end time.Time, failure string, 
 			}
 			if isFinal(err) || last {
 				c.warn(failure, err)
+				if errors.Is(err, ErrLeaseLost) {
+					c.abandon()
+				}
 				return
 			}
 		}

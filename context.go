@@ -103,6 +103,11 @@ func (c *handlerContext) Value(key any) any {
 	if key == (executionKey{}) {
 		return c.execution
 	}
+	if _, ok := key.(*int); ok {
+		// By such a key context.Cause looks for the cause, before Go 1.26 without
+		// asking for Err.
+		return c.watched().Value(key)
+	}
 	return c.within().Value(key)
 }
 

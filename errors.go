@@ -40,7 +40,8 @@ var (
 	ErrRecordUnreadable = errors.New("idempotency: stored record unreadable")
 
 	// ErrBodyIncomplete: 400, the request body broke off before the request
-	// could be told from others under the key. The handler did not run.
+	// could be told from others under the key, and the handler did not run; or
+	// the handler met the end of a large one and returned without an answer.
 	ErrBodyIncomplete = errors.New("idempotency: request body incomplete")
 
 	// ErrBodyTooLarge: 413, the request body is over MaxBufferedBody and a
@@ -49,7 +50,9 @@ var (
 	ErrBodyTooLarge = errors.New("idempotency: request body too large")
 
 	// ErrStoreUnavailable: 503, the store failed before the handler ran, or
-	// did not commit the transaction that the handler attached.
+	// did not commit the transaction that the handler attached; or the handler
+	// returned without an answer when its context had ended, and what it did was
+	// discarded or rolled back.
 	ErrStoreUnavailable = errors.New("idempotency: store unavailable")
 )
 

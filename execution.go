@@ -132,9 +132,10 @@ func (e *Execution) Discard() {
 //
 // Begin a transaction with the context of the request, which is cancelled when
 // the handler is done, so that nothing can leave it open. When the handler
-// returns without an answer after that context has ended, the store is not asked
-// to commit: the transaction is rolled back and the key freed, or, after Commit
-// and with [Options.AtMostOnce], left to its context.
+// returns without an answer after that context has ended, or a large body has
+// broken off, the store is not asked to commit: the transaction is rolled back and
+// the key freed, or, after Commit and with [Options.AtMostOnce], left to its
+// context.
 //
 // Attach only what the store knows how to end, and not with [Options.FailOpen]:
 // nobody ends what is attached to an unprotected run. A handler that panics ends
@@ -282,18 +283,21 @@ func (l *lease) extended(sent time.Time, rec Record, err error) {
 // lease was stopped. If the key was freed meanwhile, and someone else has come
 // and gone, it may have claimed the key for nobody; once says whether for good.
 func (l *lease) lateLocked(rec Record, err error, once bool) {
-	if err == nil && rec.State != Acquired {
-		l.taken = true
-	} else if l.freed {
+	seen := err == nil && rec.State != Acquired
+	l.taken = l.taken || seen
+	// Of two tries the first may still arrive.
+	if l.freed && (!seen || l.call.uncertain.Load()) {
 		l.call.giveBack(once)
 	}
 }
 
-// free is called before the key is freed, or when it is lost.
-func (l *lease) free() {
+// free is called before the key is freed, or when it is lost. It reports whether
+// it is for the first time.
+func (l *lease) free() (first bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.freed = true
+	first, l.freed = !l.freed, true
+	return first
 }
 
 // stop ends the renewals. It returns the end of the lease and whether another

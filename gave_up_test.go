@@ -2,6 +2,7 @@ package idempotency_test
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -68,6 +69,11 @@ func TestHandlerThatGivesUp(t *testing.T) {
 				givesUp(w, r)
 				time.Sleep(time.Millisecond)
 			}},
+		"context.Cause says so": {outer: withDeadline, first: unknown, retry: unknown, handler: func(_ http.ResponseWriter, r *http.Request) {
+			for context.Cause(r.Context()) == nil {
+				time.Sleep(time.Second)
+			}
+		}},
 		"Discard": {outer: withDeadline, first: undone, retry: undone, handler: func(w http.ResponseWriter, r *http.Request) {
 			execution(r).Discard()
 			givesUp(w, r)
@@ -137,6 +143,23 @@ func TestHandlerThatGivesUpItsTransaction(t *testing.T) {
 			})
 		})
 	}
+}
+
+// What could not be rolled back is not said to be.
+func TestHandlerThatGivesUpWhileTheStoreIsDown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		down, log := errors.New("down"), new(eventLog)
+		s := &scriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+		s.release = func(context.Context, string, string) error { return down }
+		c := newAPI(s, &idempotency.Options{OnEvent: log.add}, func(w http.ResponseWriter, r *http.Request) {
+			execution(r).Attach("a transaction")
+			givesUp(w, r)
+		})
+		c.check(t, 0, exchange{key: k("a"), get: "503 store_unavailable",
+			detail: "Whether the request was processed is not known. Repeat it later with the same key to find out."})
+		require.ErrorIs(t, log.last().Err, down)
+		time.Sleep(time.Hour)
+	})
 }
 
 // Who reads a value of the context does not learn of its end: not the handler,

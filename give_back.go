@@ -60,7 +60,7 @@ func (g *giveBack) try() {
 		g.after(max(g.opts.Lease, absentMarker) + g.pause)
 	case err == nil:
 		g.calm.end()
-	case !now.Before(g.end):
+	case err != errNotNow && !now.Before(g.end):
 		g.calm.end()
 		g.giveUp(err)
 	default:
@@ -69,7 +69,10 @@ func (g *giveBack) try() {
 		if err == errNotNow { // at another time than all the others
 			pause = pause/2 + rand.N(pause/2+1)
 		}
-		g.after(min(pause, g.end.Sub(now)))
+		if now.Before(g.end) {
+			pause = min(pause, g.end.Sub(now))
+		}
+		g.after(pause)
 	}
 }
 

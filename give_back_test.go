@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"runtime"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -75,10 +76,12 @@ func TestClaimThatArrivesAfterItsRun(t *testing.T) {
 	for name, row := range map[string]struct {
 		store func(s *scriptedStore)
 		first func(r *http.Request)
+		alone bool // no other run comes and goes meanwhile
 	}{
 		"a renewal": {
 			func(s *scriptedStore) { s.late(2, 300*time.Millisecond) },
 			func(*http.Request) { time.Sleep(10*time.Second + 100*time.Millisecond) },
+			false,
 		},
 		"a Commit": {
 			func(s *scriptedStore) { s.late(2, 300*time.Millisecond) },
@@ -87,6 +90,7 @@ func TestClaimThatArrivesAfterItsRun(t *testing.T) {
 				go func() { _ = e.Commit(ctx) }()
 				time.Sleep(time.Millisecond)
 			},
+			false,
 		},
 		"a first try": {
 			func(s *scriptedStore) {
@@ -100,6 +104,25 @@ func TestClaimThatArrivesAfterItsRun(t *testing.T) {
 				}
 			},
 			func(*http.Request) {},
+			false,
+		},
+		"the first of two tries of a Commit": {
+			func(s *scriptedStore) {
+				s.acquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+					if n == 2 {
+						time.AfterFunc(40*time.Second, func() { _, _ = s.MemoryStore.Acquire(context.Background(), key, c) })
+						<-ctx.Done()
+						return idempotency.Record{}, ctx.Err()
+					}
+					return s.MemoryStore.Acquire(ctx, key, c)
+				}
+			},
+			func(r *http.Request) {
+				e, ctx := execution(r), r.Context()
+				go func() { _ = e.Commit(ctx) }()
+				time.Sleep(time.Millisecond)
+			},
+			true,
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -108,7 +131,9 @@ func TestClaimThatArrivesAfterItsRun(t *testing.T) {
 				row.store(s)
 				c := newAPI(s, &idempotency.Options{AtMostOnce: true, Wait: idempotency.NoWait}, tooManyRequests(row.first))
 				c.check(t, 0, exchange{key: k("a"), get: "429 "})
-				c.check(t, 1, exchange{key: k("a"), get: "429 "})
+				if !row.alone {
+					c.check(t, 1, exchange{key: k("a"), get: "429 "})
+				}
 				time.Sleep(2 * time.Minute)
 				c.check(t, 2, exchange{key: k("a"), get: "429 "})
 			})
@@ -279,13 +304,25 @@ func TestAttachAfterTheHandlerReturned(t *testing.T) {
 }
 
 // A Commit that failed may still arrive when its run has lost the key, and the
-// one that took it over has freed it.
+// one that took it over has freed it. The first run learns that it has lost it
+// when it ends, or in the background.
 func TestCommitThatArrivesAfterTheKeyWasLost(t *testing.T) {
+	t.Run("at the end", func(t *testing.T) { commitThatArrivesLate(t, 40*time.Second, "409 in_progress") })
+	t.Run("in the background", func(t *testing.T) { commitThatArrivesLate(t, 29*time.Second, "201 ") })
+}
+
+func commitThatArrivesLate(t *testing.T, runs time.Duration, get string) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &scriptedStore{MemoryStore: idempotency.NewMemoryStore()}
-		down := false
+		var down atomic.Bool
+		s.complete = func(ctx context.Context, key, token string, r idempotency.Result) error {
+			if down.Load() {
+				return errors.New("down")
+			}
+			return s.MemoryStore.Complete(ctx, key, token, r)
+		}
 		s.acquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
-			if !down {
+			if !down.Load() {
 				return s.MemoryStore.Acquire(ctx, key, c)
 			}
 			if c.Once {
@@ -295,22 +332,54 @@ func TestCommitThatArrivesAfterTheKeyWasLost(t *testing.T) {
 		}
 		c := newAPI(s, &idempotency.Options{Wait: idempotency.NoWait}, func(w http.ResponseWriter, r *http.Request) {
 			if run(r) == 1 {
-				down = true
+				down.Store(true)
 				require.Error(t, execution(r).Commit(r.Context()))
-				time.Sleep(40 * time.Second) // until it has another owner
+				time.Sleep(runs)
 				w.WriteHeader(http.StatusCreated)
 				return
 			}
-			down = false
+			down.Store(false)
 			w.WriteHeader(http.StatusServiceUnavailable)
 		})
-		time.AfterFunc(35*time.Second, func() {
-			down = false
+		time.AfterFunc(31*time.Second, func() { // its lease is over
+			down.Store(false)
 			c.check(t, 1, exchange{key: k("a"), get: "503 "})
 		})
-		c.check(t, 0, exchange{key: k("a"), get: "409 in_progress"})
+		c.check(t, 0, exchange{key: k("a"), get: get})
 		time.Sleep(2 * time.Minute)
 		c.check(t, 2, exchange{key: k("a"), get: "503 "})
+	})
+}
+
+// What has to wait for others is given back twice all the same.
+func TestGivingBackManyThings(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var mu sync.Mutex
+		released := map[string]int{}
+		s := &scriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+		s.acquire = func(int, context.Context, string, idempotency.Claim) (idempotency.Record, error) {
+			return idempotency.Record{}, errors.New("down")
+		}
+		s.release = func(ctx context.Context, key, token string) error {
+			mu.Lock()
+			released[key]++
+			n := released[key]
+			mu.Unlock()
+			time.Sleep(time.Duration(n) * 100 * time.Millisecond)
+			return s.MemoryStore.Release(ctx, key, token)
+		}
+		c := newAPI(s, &idempotency.Options{}, nil)
+		const requests = 200
+		for i := range requests {
+			c.check(t, i, exchange{key: k(fmt.Sprint(i)), get: "503 store_unavailable"})
+		}
+		time.Sleep(20 * time.Minute)
+		mu.Lock()
+		defer mu.Unlock()
+		require.Len(t, released, requests)
+		for _, n := range released {
+			require.Equal(t, 2, n)
+		}
 	})
 }
 

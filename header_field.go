@@ -37,6 +37,16 @@ func (f *headerField) apply(h http.Header) {
 	}
 }
 
+// cloneFields copies the values too, for maps in which they may be changed in
+// place.
+func cloneFields(fields []headerField) []headerField {
+	fields = slices.Clone(fields)
+	for i := range fields {
+		fields[i].values = slices.Clone(fields[i].values)
+	}
+	return fields
+}
+
 func applyFields(h http.Header, fields []headerField) {
 	for i := range fields {
 		fields[i].apply(h)

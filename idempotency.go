@@ -22,9 +22,10 @@
 //   - the store lost the record, or could not take it for as long as the lease
 //     ran after the handler had finished;
 //   - the handler answered with something that says that nothing was done
-//     ([Options.ShouldStore]), asked for it ([Execution.Discard]), or met a
-//     large body that broke off and did not answer that it was done
-//     ([Options.MaxBufferedBody]);
+//     ([Options.ShouldStore]), asked for it ([Execution.Discard]), met a large
+//     body that broke off and did not answer that it was done
+//     ([Options.MaxBufferedBody]), or gave up what it had attached
+//     ([Execution.Attach]);
 //   - the TTL passed.
 //
 // Exactly-once effects outside of the process need the help of whoever has the

@@ -73,6 +73,22 @@ func hooked(next http.Handler) http.Handler {
 	})
 }
 
+// early is middleware that sets a header with the first response, be it a 1xx.
+func early(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { next.ServeHTTP(&earlyWriter{w}, r) })
+}
+
+type earlyWriter struct{ http.ResponseWriter }
+
+func (w *earlyWriter) WriteHeader(status int) {
+	if w.Header()["X-Early"] == nil {
+		w.Header().Set("X-Early", "of the outer")
+	}
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *earlyWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
 // noFlush has the method and cannot do it.
 type noFlush struct{ http.ResponseWriter }
 
@@ -131,6 +147,12 @@ func TestRecorderUnderOtherWriters(t *testing.T) {
 				w.flush()
 			},
 			replay: []edit{on(2, length)}},
+		{name: "values of a 1xx that are changed in place", outer: early,
+			handler: func(w *probe) {
+				w.WriteHeader(103)
+				w.Header()["X-Early"][0] = "of the handler"
+				w.WriteHeader(201)
+			}},
 		{name: "headers that are set meanwhile", outer: hooked,
 			handler: func(w *probe) {
 				h := hookOf(w).header

@@ -68,8 +68,8 @@ type headerRoom struct {
 	values [4]string
 }
 
-// Header implements http.ResponseWriter. When the response goes out, who asks is
-// outer middleware that was handed this writer, to be called before that.
+// Header implements http.ResponseWriter. When the finished response goes out, who
+// asks is outer middleware that was handed this writer, to be called before that.
 func (r *recorder) Header() http.Header {
 	if r.sent.Load() {
 		return r.w.Header()
@@ -109,7 +109,7 @@ func (r *recorder) informLocked(status int) {
 		r.outer = make(http.Header)
 	}
 	for _, header := range []http.Header{h, r.header, r.outer} {
-		applyFields(header, changed)
+		applyFields(header, cloneFields(changed))
 	}
 }
 
@@ -308,11 +308,7 @@ func (r *recorder) streamLocked() {
 		return
 	}
 	r.streaming = true
-	fields := slices.Clone(r.fields)
-	for i := range fields {
-		fields[i].values = slices.Clone(fields[i].values)
-	}
-	applyFields(r.w.Header(), fields)
+	applyFields(r.w.Header(), cloneFields(r.fields))
 	r.sendLocked()
 }
 

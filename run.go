@@ -70,6 +70,7 @@ func (c *call) settle(ctx context.Context) {
 	} else if c.gaveUp {
 		attached = false // a half of it must not be kept
 		c.execution.detach()
+		c.context.cancel(nil)
 	}
 	if committed || !discarded && c.isFinal(broken) {
 		notStored := c.encode(digest, broken && !committed && !c.opts.AtMostOnce)
@@ -84,8 +85,10 @@ func (c *call) settle(ctx context.Context) {
 	case c.gaveUp && broken:
 		c.withhold(OutcomeReleased, c.problem(ErrBodyIncomplete, err))
 	case c.gaveUp:
-		p := c.problem(ErrStoreUnavailable, context.Cause(&c.context))
-		p.Detail = "This attempt was given up, and what it did was undone. Repeat it later with the same key."
+		p := c.problem(ErrStoreUnavailable, errors.Join(context.Cause(&c.context), err))
+		if p.Detail = unsureDetail; err == nil {
+			p.Detail = "This attempt was given up, and what it did was undone. Repeat it later with the same key."
+		}
 		c.withhold(OutcomeReleased, p)
 	default:
 		c.send(OutcomeReleased, err)
@@ -129,10 +132,13 @@ func isFinalStatus(status int, atMostOnce bool) bool {
 
 // saysWhenToComeAgain reports whether the response is a conflict with
 // Retry-After. That is what this package answers while another request is
-// running, and the handler may be a proxy to a service that has it too.
+// running, and the handler may be a proxy to a service that has it too. When
+// outer middleware has set the same, it is not the handler that says so.
 func (c *call) saysWhenToComeAgain() bool {
 	return c.recorder.status == http.StatusConflict && c.recorder.sets("Retry-After")
 }
+
+const unsureDetail = "Whether the request was processed is not known. Repeat it later with the same key to find out."
 
 // keep stores the response. When the store fails, the client gets it all the
 // same: the handler has finished, and the claim stands while storing goes on in
@@ -159,7 +165,7 @@ func (c *call) keep(ctx context.Context, notStored error, committed, attached bo
 	case rolledBack || attached:
 		p := c.problem(ErrStoreUnavailable, err)
 		if committed || !rolledBack {
-			p.Detail = "Whether the request was processed is not known. Repeat it later with the same key to find out."
+			p.Detail = unsureDetail
 		}
 		c.withhold(OutcomeStoreUnavailable, p)
 	default:
@@ -223,21 +229,22 @@ func (c *call) seal(value []byte) (sealed []byte) {
 
 // release frees the key, in the background if the store fails now.
 func (c *call) release(ctx context.Context, end time.Time) error {
-	c.lease.free()
+	first := c.lease.free()
 	err := c.persist(ctx, (*call).free)
 	if err != nil {
 		end = c.backgroundEnd(end, c.isOnce())
 		c.persistLater(ctx, end, "freeing a key failed, it stays claimed until its lease ends", (*call).free)
 	}
-	c.abandon()
+	if first && c.uncertain.Load() {
+		c.giveBack(c.isOnce()) // a claim whose answer was lost may still arrive
+	}
 	return err
 }
 
-// abandon is for a run that has lost or freed its key: a claim whose answer was
-// lost may still arrive.
+// abandon is for a run that has lost its key: a claim whose answer was lost may
+// still arrive, when whoever has the key now has freed it.
 func (c *call) abandon() {
-	c.lease.free()
-	if c.uncertain.Load() {
+	if c.lease.free() && c.uncertain.Load() {
 		c.giveBack(c.isOnce())
 	}
 }
