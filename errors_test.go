@@ -5,6 +5,7 @@ import (
 	"net/http/httptest"
 	"strconv"
 	"testing"
+	"time"
 
 	"github.com/go-idempotency/idempotency"
 	"github.com/stretchr/testify/require"
@@ -31,4 +32,30 @@ func TestErrorHasALengthOfItsOwn(t *testing.T) {
 	length, err := strconv.Atoi(resp.Header.Get("Content-Length"))
 	require.NoError(t, err)
 	require.Greater(t, length, 100)
+}
+
+// Which errors are worth a retry, and when.
+func TestWhatIsRetryable(t *testing.T) {
+	for code, row := range map[string]struct {
+		retryable  bool
+		retryAfter time.Duration
+		header     string
+	}{
+		"key_missing":         {},
+		"key_invalid":         {},
+		"key_reused":          {},
+		"in_progress":         {true, time.Second, "1"},
+		"outcome_unknown":     {},
+		"response_not_stored": {},
+		"record_unreadable":   {},
+		"body_incomplete":     {true, 0, ""},
+		"body_too_large":      {},
+		"store_unavailable":   {true, 1500 * time.Millisecond, "2"},
+	} {
+		w := httptest.NewRecorder()
+		idempotency.WriteError(w, nil, &idempotency.Error{Status: 409, Code: code, RetryAfter: row.retryAfter})
+		_, p := describe(t, w.Result())
+		require.Equal(t, row.retryable, p.Retryable, code)
+		require.Equal(t, row.header, w.Header().Get("Retry-After"), code)
+	}
 }

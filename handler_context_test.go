@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"net/http/httptest"
 	"runtime"
 	"strings"
 	"testing"
@@ -104,4 +105,15 @@ func TestHandlerContextTellsTheFirstCause(t *testing.T) {
 			})
 		})
 	}
+}
+
+// Who asks a context for its end only when the handler has returned is told.
+func TestContextAfterTheHandlerReturned(t *testing.T) {
+	var kept context.Context
+	// Not through newAPI, whose handler derives a context and so asks.
+	h := idempotency.Middleware(idempotency.NewMemoryStore(), nil)(http.HandlerFunc(
+		func(_ http.ResponseWriter, r *http.Request) { kept = r.Context() }))
+	h.ServeHTTP(httptest.NewRecorder(), new(api).request(exchange{key: k("a")}))
+	require.ErrorIs(t, kept.Err(), context.Canceled)
+	<-kept.Done()
 }

@@ -2,6 +2,7 @@ package idempotency_test
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -206,6 +207,20 @@ func acquireAs(t *testing.T, store idempotency.Store, key, token string) idempot
 	return rec
 }
 
+// A record says in whole seconds how long it is kept, and never more: for so long
+// waiters are answered without asking for it again.
+func TestRedisRecordTTL(t *testing.T) {
+	eachRedis(t, func(t *testing.T, addr string) {
+		client := newClient(t, addr)
+		store := idempotency.NewRedisStore(client, nil)
+		acquireAs(t, store, "key", "A")
+		require.NoError(t, store.Complete(t.Context(), "key", "A", idempotency.Result{TTL: 2900 * time.Millisecond}))
+		cell, err := client.Get(t.Context(), "idem:key").Bytes()
+		require.NoError(t, err)
+		require.EqualValues(t, 2, binary.BigEndian.Uint32(cell[5:]))
+	})
+}
+
 // What somebody else wrote under our key is never a free key, and stays.
 func TestRedisForeignCells(t *testing.T) {
 	valid := func(t *testing.T, store idempotency.Store, client *redis.Client) string {
@@ -220,6 +235,19 @@ func TestRedisForeignCells(t *testing.T) {
 		"newer": func(t *testing.T, s idempotency.Store, c *redis.Client) any {
 			v := valid(t, s, c)
 			return v[:1] + "\x02" + v[2:]
+		},
+		"newer record": func(t *testing.T, s idempotency.Store, c *redis.Client) any {
+			acquireAs(t, s, "valid", "A")
+			require.NoError(t, s.Complete(t.Context(), "valid", "A", idempotency.Result{Fingerprint: []byte("print"), Value: []byte("v"), TTL: time.Hour}))
+			v := c.Get(t.Context(), "idem:valid").Val()
+			return v[:1] + "\x02" + v[2:]
+		},
+		"longer claim of another request": func(t *testing.T, s idempotency.Store, c *redis.Client) any {
+			other := claimOf("B")
+			other.Fingerprint = []byte("other")
+			_, err := s.Acquire(t.Context(), "valid", other)
+			require.NoError(t, err)
+			return c.Get(t.Context(), "idem:valid").Val() + "x"
 		},
 		"unknown state": func(t *testing.T, s idempotency.Store, c *redis.Client) any {
 			v := valid(t, s, c)
