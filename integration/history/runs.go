@@ -2,6 +2,7 @@ package history
 
 import (
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -21,7 +22,9 @@ func (c *checker) checkRuns() {
 		c.checkStoring(r)
 	}
 	for _, row := range c.releases {
-		if r := visits[row.Visit]; r != nil && (r.end == nil || r.end.Panic || r.final()) {
+		r := visits[row.Visit]
+		// Who has lost the key gives back what may still arrive of its claims.
+		if r != nil && (r.end == nil || r.end.Panic || r.final()) && !r.toldLost(row.At) {
 			c.violate(Freed, "%s freed the key", r.Run)
 		}
 	}
@@ -88,6 +91,11 @@ func (c *checker) add(v *Violation) {
 	if v != nil {
 		c.report.Violations = append(c.report.Violations, *v)
 	}
+}
+
+// toldLost reports whether the store had refused the answer of r until then.
+func (r *run) toldLost(until time.Duration) bool {
+	return slices.ContainsFunc(r.completes, func(row Row) bool { return row.Err == ErrLeaseLost && row.Returned <= until })
 }
 
 // judgePair judges b, whose claim came after that of a. Between both:
