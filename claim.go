@@ -33,7 +33,7 @@ func (c *call) complete(ctx context.Context) error {
 
 // free releases the claim.
 func (c *call) free(ctx context.Context) error {
-	return c.store.Release(ctx, c.storeKey, c.token)
+	return c.store.Release(ctx, c.storeKey, c.token, c.opts.Lease)
 }
 
 // try calls op with a context that carries the values of ctx.
@@ -119,7 +119,7 @@ func (c *call) renew(ctx context.Context, sent time.Time, once bool) (Record, er
 	}
 	return c.acquire(ctx, sent, Claim{
 		Token: c.token, Fingerprint: c.fingerprint,
-		Lease: c.opts.Lease, TTL: c.opts.TTL, Once: once,
+		Lease: c.opts.Lease, TTL: c.opts.TTL, Attempt: c.execution.attempt, Once: once,
 	})
 }
 

@@ -186,7 +186,7 @@ func (s *mapStore) Complete(_ context.Context, key, token string, r idempotency.
 	return nil
 }
 
-func (s *mapStore) Release(_ context.Context, key, token string) error {
+func (s *mapStore) Release(_ context.Context, key, token string, keep time.Duration) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	old, exists := s.cells[key]

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/go-idempotency/idempotency"
 )
@@ -131,8 +132,8 @@ func (s *faultyStore) Complete(ctx context.Context, key, token string, r idempot
 	return s.call(ctx, "Complete", key, func() error { return s.inner().Complete(ctx, key, token, r) })
 }
 
-func (s *faultyStore) Release(ctx context.Context, key, token string) error {
-	return s.call(ctx, "Release", key, func() error { return s.inner().Release(ctx, key, token) })
+func (s *faultyStore) Release(ctx context.Context, key, token string, keep time.Duration) error {
+	return s.call(ctx, "Release", key, func() error { return s.inner().Release(ctx, key, token, keep) })
 }
 
 // eventLog collects "outcome status".

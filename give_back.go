@@ -57,7 +57,7 @@ func (g *giveBack) try() {
 	switch {
 	case err == nil && !g.freed:
 		g.freed, g.pause = true, firstGiveBack
-		g.after(max(g.opts.Lease, absentMarker) + g.pause)
+		g.after(g.opts.Lease + g.pause)
 	case err == nil:
 		g.calm.end()
 	case err != errNotNow && !now.Before(g.end):
@@ -85,7 +85,7 @@ func (g *giveBack) free() (err error) {
 	sc := newStoreContext(g.ctx, g.opts.StoreTimeout)
 	defer sc.end(context.Canceled)
 	defer containStore(&err)
-	return g.store.Release(sc, g.storeKey, g.token)
+	return g.store.Release(sc, g.storeKey, g.token, g.opts.Lease)
 }
 
 // A calm keeps what is given back from burying a store that is down or has just

@@ -42,11 +42,11 @@ func (s *scriptedStore) Complete(ctx context.Context, key, token string, r idemp
 	return s.MemoryStore.Complete(ctx, key, token, r)
 }
 
-func (s *scriptedStore) Release(ctx context.Context, key, token string) error {
+func (s *scriptedStore) Release(ctx context.Context, key, token string, keep time.Duration) error {
 	if s.released.Add(1); s.release != nil {
 		return s.release(ctx, key, token)
 	}
-	return s.MemoryStore.Release(ctx, key, token)
+	return s.MemoryStore.Release(ctx, key, token, keep)
 }
 
 // late has the nth Acquire arrive later.
@@ -160,7 +160,7 @@ func TestGivingBackDuringAnOutage(t *testing.T) {
 					if !up.Load() {
 						return outage(ctx)
 					}
-					return s.MemoryStore.Release(ctx, key, token)
+					return s.MemoryStore.Release(ctx, key, token, time.Minute)
 				}
 				giveBackDuring(t, s, func() { s.acquire = nil; up.Store(true) })
 			})
@@ -366,7 +366,7 @@ func TestGivingBackManyThings(t *testing.T) {
 			n := released[key]
 			mu.Unlock()
 			time.Sleep(time.Duration(n) * 100 * time.Millisecond)
-			return s.MemoryStore.Release(ctx, key, token)
+			return s.MemoryStore.Release(ctx, key, token, time.Minute)
 		}
 		c := newAPI(s, &idempotency.Options{}, nil)
 		const requests = 200
@@ -394,7 +394,7 @@ func TestGivingBackInsideOfAnother(t *testing.T) {
 		s.release = func(ctx context.Context, key, token string) error {
 			_, ok := idempotency.FromContext(ctx)
 			require.False(t, ok)
-			return s.MemoryStore.Release(ctx, key, token)
+			return s.MemoryStore.Release(ctx, key, token, time.Minute)
 		}
 		inner := idempotency.Middleware(s, &idempotency.Options{Scope: func(*http.Request) string { return "inner" }})(http.NotFoundHandler())
 		c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {

@@ -25,7 +25,7 @@ func (forgetfulStore) Acquire(context.Context, string, idempotency.Claim) (idemp
 
 func (forgetfulStore) Complete(context.Context, string, string, idempotency.Result) error { return nil }
 
-func (forgetfulStore) Release(context.Context, string, string) error { return nil }
+func (forgetfulStore) Release(context.Context, string, string, time.Duration) error { return nil }
 
 // What works on in the background with the values of its request must not keep
 // the response in memory.

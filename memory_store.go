@@ -34,7 +34,6 @@ type MemoryStore struct {
 const (
 	memoryShards    = 64
 	defaultMaxBytes = 256 << 20
-	absentMarker    = 30 * time.Second // what Release leaves where nothing was
 
 	// retireBatch is how many expired cells of one TTL an operation frees. More
 	// than one, so that the store catches up after an idle time.
@@ -80,7 +79,6 @@ type memoryCell struct {
 	fingerprint []byte
 	value       []byte
 	parts       [][]byte
-	lease       time.Duration
 	leaseEnd    int64
 	expiry      int64
 
@@ -153,38 +151,51 @@ func (s *MemoryStore) acquire(key string, c Claim, now int64) (rec Record, full 
 		return completedRecord(c, fingerprint, value, nil), false
 	}
 	cell = sh.newCell(key)
-	cell.attempt = 1
+	cell.attempt = max(c.Attempt, 1)
 	cell.set(c, now)
 	if s.bytes.Load()+cell.cost() > s.maxBytes() {
 		sh.recycle(cell)
 		return Record{}, true
 	}
 	s.insert(sh, cell, now, max(c.TTL, c.Lease))
-	return Record{State: Acquired, Attempt: 1}, false
+	return Record{State: Acquired, Attempt: cell.attempt}, false
 }
 
-// acquireCell decides about a cell that is claimed, released or large.
+// acquireCell decides about a cell that is claimed, released or large, by the
+// table of [Store].
 func (s *MemoryStore) acquireCell(sh *memoryShard, cell *memoryCell, c Claim, now int64) Record {
-	own := cell.token == c.Token
+	own, renewal := cell.token == c.Token, c.Attempt > 0
 	switch {
-	case cell.state == cellReleased && own:
+	case cell.state == cellReleased && (own || renewal):
 		return Record{State: Lost}
 	case cell.state == cellReleased:
-		// claimed anew
+		return s.takeOver(sh, cell, c, now)
 	case mismatch(cell.fingerprint, c.Fingerprint):
 		return Record{State: Mismatch}
 	case cell.state == cellCompleted:
 		return completedRecord(c, cell.fingerprint, cell.value, cell.parts)
-	case own:
-		cell.lease, cell.leaseEnd = c.Lease, expiry(now, c.Lease)
-		cell.once = cell.once || c.Once
-		s.requeue(sh, cell, now, max(c.TTL, c.Lease))
-		return Record{State: Acquired, Attempt: cell.attempt}
+	case own && (!renewal || c.Attempt == cell.attempt):
+		return s.extend(sh, cell, c, now)
+	case renewal:
+		return Record{State: Lost}
 	case cell.leaseEnd > now:
 		return Record{State: InProgress, Remaining: time.Duration(cell.leaseEnd - now)}
 	case cell.once:
 		return Record{State: Abandoned}
 	}
+	return s.takeOver(sh, cell, c, now)
+}
+
+// extend starts the lease and the TTL of a claim anew for its owner.
+func (s *MemoryStore) extend(sh *memoryShard, cell *memoryCell, c Claim, now int64) Record {
+	cell.leaseEnd = expiry(now, c.Lease)
+	cell.once = cell.once || c.Once && c.Attempt > 0
+	s.requeue(sh, cell, now, max(c.TTL, c.Lease))
+	return Record{State: Acquired, Attempt: cell.attempt, Once: cell.once}
+}
+
+// takeOver makes a cell that is free, or whose lease is over, a claim of c.
+func (s *MemoryStore) takeOver(sh *memoryShard, cell *memoryCell, c Claim, now int64) Record {
 	s.bytes.Add(-cell.cost())
 	cell.attempt++
 	cell.set(c, now)
@@ -203,14 +214,17 @@ func completedRecord(c Claim, fingerprint, value []byte, parts [][]byte) Record 
 	if mismatch(fingerprint, c.Fingerprint) {
 		return Record{State: Mismatch}
 	}
+	if c.Attempt > 0 {
+		return Record{State: Lost}
+	}
 	return Record{State: Completed, Fingerprint: fingerprint, Value: value, parts: parts}
 }
 
-// set makes the cell a claim of c.
+// set makes the cell a claim of c. Its attempt is the caller's to set.
 func (cell *memoryCell) set(c Claim, now int64) {
-	cell.state, cell.token, cell.once = cellClaimed, c.Token, c.Once
+	cell.state, cell.token, cell.once = cellClaimed, c.Token, false
 	cell.fingerprint = append(cell.fingerprint[:0], c.Fingerprint...)
-	cell.lease, cell.leaseEnd = c.Lease, expiry(now, c.Lease)
+	cell.leaseEnd = expiry(now, c.Lease)
 }
 
 // Complete implements [Store]. Its only error is [ErrLeaseLost].
@@ -251,7 +265,7 @@ func (s *MemoryStore) Complete(_ context.Context, key, token string, r Result) e
 }
 
 // Release implements [Store]. It returns nil.
-func (s *MemoryStore) Release(_ context.Context, key, token string) error {
+func (s *MemoryStore) Release(_ context.Context, key, token string, keep time.Duration) error {
 	now := memoryNow()
 	sh, hash := s.lock(key, now)
 	defer sh.mu.Unlock()
@@ -259,7 +273,7 @@ func (s *MemoryStore) Release(_ context.Context, key, token string) error {
 	if cell != nil && cell.expiry > now {
 		if cell.state == cellClaimed && cell.token == token {
 			cell.state = cellReleased
-			s.requeue(sh, cell, now, cell.lease)
+			s.requeue(sh, cell, now, keep)
 			sh.notify(key)
 		}
 		return nil
@@ -273,7 +287,7 @@ func (s *MemoryStore) Release(_ context.Context, key, token string) error {
 	cell = sh.newCell(key)
 	cell.state, cell.token, cell.attempt = cellReleased, token, 0
 	cell.fingerprint = cell.fingerprint[:0]
-	s.insert(sh, cell, now, absentMarker)
+	s.insert(sh, cell, now, keep)
 	sh.notify(key)
 	return nil
 }

@@ -199,14 +199,14 @@ func TestMemoryStoreAccounts(t *testing.T) {
 			switch {
 			case rec.State != idempotency.Acquired:
 			case i%4 == 0:
-				require.NoError(t, s.Release(t.Context(), key, claim.Token))
+				require.NoError(t, s.Release(t.Context(), key, claim.Token, time.Minute))
 			case i%4 == 1:
 				complete(t, s, key, claim.Token, make([]byte, i%50*1000), ttl)
 			case i%4 == 2:
 				_, err := s.Acquire(t.Context(), key, idempotency.Claim{Token: claim.Token, Lease: 2 * time.Minute, TTL: ttl})
 				require.NoError(t, err)
 			}
-			require.NoError(t, s.Release(t.Context(), fmt.Sprint("absent", i), "1"))
+			require.NoError(t, s.Release(t.Context(), fmt.Sprint("absent", i), "1", time.Minute))
 			if i%100 == 0 {
 				time.Sleep(time.Minute)
 			}

@@ -56,9 +56,9 @@ func (s *plantedStore) Complete(ctx context.Context, key, token string, r idempo
 	return s.bug.complete(s, ctx, key, token, r)
 }
 
-func (s *plantedStore) Release(ctx context.Context, key, token string) error {
+func (s *plantedStore) Release(ctx context.Context, key, token string, keep time.Duration) error {
 	if s.bug.release == nil {
-		return s.inner().Release(ctx, key, token)
+		return s.inner().Release(ctx, key, token, keep)
 	}
 	return s.bug.release(s, ctx, key, token)
 }

@@ -53,7 +53,7 @@ func warmUp(t *testing.T, store idempotency.Store) {
 		acquireAs(t, store, key, "B")
 	}
 	require.NoError(t, store.Complete(t.Context(), "warm-up 1", "A", idempotency.Result{TTL: time.Hour}))
-	require.NoError(t, store.Release(t.Context(), "warm-up 2", "A"))
+	require.NoError(t, store.Release(t.Context(), "warm-up 2", "A", time.Minute))
 }
 
 // faultOptions let the second try come soon.
@@ -209,7 +209,7 @@ var lateCalls = map[string]func(context.Context, idempotency.Store) error{
 		return s.Complete(ctx, "key", "A", idempotency.Result{Value: []byte("late"), TTL: time.Hour})
 	},
 	"release": func(ctx context.Context, s idempotency.Store) error {
-		return s.Release(ctx, "key", "A")
+		return s.Release(ctx, "key", "A", time.Minute)
 	},
 }
 
@@ -224,10 +224,10 @@ func TestRedisLateCommandsChangeNothing(t *testing.T) {
 			require.NoError(t, s.Complete(t.Context(), "key", "A", done("done")))
 		},
 		"released": func(t *testing.T, s miniStore) {
-			require.NoError(t, s.Release(t.Context(), "key", "A"))
+			require.NoError(t, s.Release(t.Context(), "key", "A", time.Minute))
 		},
 		"released, claimed by another": func(t *testing.T, s miniStore) {
-			require.NoError(t, s.Release(t.Context(), "key", "A"))
+			require.NoError(t, s.Release(t.Context(), "key", "A", time.Minute))
 			require.Equal(t, idempotency.Acquired, acquireAs(t, s, "key", "B").State)
 			acquireAs(t, s, "key", "C") // marks the claim, as a late one would
 		},
@@ -244,7 +244,7 @@ func TestRedisLateCommandsChangeNothing(t *testing.T) {
 		"taken over and released": func(t *testing.T, s miniStore) {
 			s.Advance(2 * time.Minute)
 			acquireAs(t, s, "key", "B")
-			require.NoError(t, s.Release(t.Context(), "key", "B"))
+			require.NoError(t, s.Release(t.Context(), "key", "B", time.Minute))
 		},
 	}
 	for call, op := range lateCalls {
@@ -319,7 +319,7 @@ func TestRedisWithoutPubSub(t *testing.T) {
 			acquireAs(t, store, key, "B")
 		}
 		require.NoError(t, store.Complete(t.Context(), "one", "A", idempotency.Result{TTL: time.Hour}))
-		require.NoError(t, store.Release(t.Context(), "two", "A"))
+		require.NoError(t, store.Release(t.Context(), "two", "A", time.Minute))
 	})
 }
 

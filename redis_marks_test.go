@@ -22,7 +22,7 @@ func TestRedisMarkOfAWaiter(t *testing.T) {
 	for name, end := range map[string]func(t *testing.T, s miniStore, acquire func(token string, once bool) idempotency.State){
 		"completed": func(t *testing.T, s miniStore, _ func(string, bool) idempotency.State) { complete(t, s, "A") },
 		"released": func(t *testing.T, s miniStore, _ func(string, bool) idempotency.State) {
-			require.NoError(t, s.Release(t.Context(), "key", "A"))
+			require.NoError(t, s.Release(t.Context(), "key", "A", time.Minute))
 		},
 		"renewed and completed": func(t *testing.T, s miniStore, acquire func(string, bool) idempotency.State) {
 			require.Equal(t, idempotency.Acquired, acquire("A", false))

@@ -288,7 +288,7 @@ func (s *RedisStore) claimed(ctx context.Context, name string, c Claim, attempt 
 	if renewed || isRenewal(ctx, c) {
 		return redisAnswer{}, ErrTooFewReplicas
 	}
-	if err := s.release(ctx, name, c.Token); err != nil {
+	if err := s.release(ctx, name, c.Token, c.Lease); err != nil {
 		return redisAnswer{}, fmt.Errorf("%w; releasing it failed: %w", ErrTooFewReplicas, err)
 	}
 	return redisAnswer{}, ErrTooFewReplicas
@@ -306,12 +306,12 @@ func (s *RedisStore) Complete(ctx context.Context, key, token string, r Result) 
 }
 
 // Release implements [Store]. It gets through when Redis is full.
-func (s *RedisStore) Release(ctx context.Context, key, token string) error {
-	return s.release(ctx, s.opts.Prefix+key, token)
+func (s *RedisStore) Release(ctx context.Context, key, token string, keep time.Duration) error {
+	return s.release(ctx, s.opts.Prefix+key, token, keep)
 }
 
-func (s *RedisStore) release(ctx context.Context, name, token string) error {
-	marker := millis(absentMarker)
+func (s *RedisStore) release(ctx context.Context, name, token string, keep time.Duration) error {
+	marker := millis(keep)
 	_, err := s.settle(ctx, releaseScript, name, redisCell{
 		state: redisReleased, lease: marker, ttl: marker, token: token,
 	})

@@ -191,7 +191,7 @@ func TestRedisForgetsScripts(t *testing.T) {
 
 		acquireAs(t, store, "other", "A")
 		flush()
-		require.NoError(t, store.Release(t.Context(), "other", "A"))
+		require.NoError(t, store.Release(t.Context(), "other", "A", time.Minute))
 		require.Equal(t, 2, acquireAs(t, store, "other", "B").Attempt)
 	})
 }
@@ -277,7 +277,7 @@ func TestRedisForeignCells(t *testing.T) {
 				err = store.Complete(t.Context(), "key", "A", idempotency.Result{TTL: time.Hour})
 				require.Error(t, err)
 				require.NotErrorIs(t, err, idempotency.ErrLeaseLost)
-				require.Error(t, store.Release(t.Context(), "key", "A"))
+				require.Error(t, store.Release(t.Context(), "key", "A", time.Minute))
 				require.Equal(t, before, client.Dump(t.Context(), "idem:key").Val())
 
 				shop := openShop(t, store, nil, nil)
@@ -354,14 +354,14 @@ func TestRedisKeysExpire(t *testing.T) {
 		about(time.Hour)
 		acquireAs(t, store, "key", "B") // marks the cell
 		about(time.Hour)
-		require.NoError(t, store.Release(t.Context(), "key", "A"))
+		require.NoError(t, store.Release(t.Context(), "key", "A", time.Minute))
 		about(time.Minute)
 		acquireAs(t, store, "key", "B")
 		about(time.Hour)
 		require.NoError(t, store.Complete(t.Context(), "key", "B", idempotency.Result{TTL: 2 * time.Hour}))
 		about(2 * time.Hour)
 		require.NoError(t, client.Del(t.Context(), "idem:key").Err())
-		require.NoError(t, store.Release(t.Context(), "key", "C"))
+		require.NoError(t, store.Release(t.Context(), "key", "C", time.Minute))
 		require.LessOrEqual(t, ttl(), 30*time.Second)
 		require.Greater(t, ttl(), time.Duration(0))
 	})
@@ -390,7 +390,7 @@ func TestRedisAttemptsCountFar(t *testing.T) {
 	for n := 1; n <= 600; n++ { // over the edge of a byte, twice
 		token := fmt.Sprint("token ", n)
 		require.Equal(t, n, acquireAs(t, store, "key", token).Attempt)
-		require.NoError(t, store.Release(t.Context(), "key", token))
+		require.NoError(t, store.Release(t.Context(), "key", token, time.Minute))
 	}
 }
 
@@ -466,7 +466,7 @@ func TestRedisFull(t *testing.T) {
 	acquireAs(t, store, "running", "A")
 	acquireAs(t, store, "failing", "A")
 	acquireAs(t, store, "released", "A")
-	require.NoError(t, store.Release(ctx, "released", "A"))
+	require.NoError(t, store.Release(ctx, "released", "A", time.Minute))
 	acquireAs(t, store, "done", "A")
 	require.NoError(t, store.Complete(ctx, "done", "A", idempotency.Result{Value: []byte("one"), TTL: time.Hour}))
 	require.NoError(t, client.ConfigSet(ctx, "maxmemory", "1").Err())
@@ -489,7 +489,7 @@ func TestRedisFull(t *testing.T) {
 	value := make([]byte, 1<<20)
 	require.NoError(t, store.Complete(ctx, "running", "A", idempotency.Result{Value: value, TTL: time.Hour}))
 	require.Len(t, acquireAs(t, store, "running", "B").Value, len(value))
-	require.NoError(t, store.Release(ctx, "failing", "A"))
+	require.NoError(t, store.Release(ctx, "failing", "A", time.Minute))
 	require.Equal(t, 2, acquireAs(t, store, "failing", "B").Attempt)
 	require.Equal(t, 2, acquireAs(t, store, "released", "B").Attempt)
 
@@ -673,7 +673,7 @@ func TestRedisMinReplicas(t *testing.T) {
 	require.Equal(t, idempotency.Completed, acquireAs(t, store, "taken", "B").State)
 
 	// A command that was sent again, and a key that is free again, wait as well.
-	require.NoError(t, store.Release(ctx, "other", "A"))
+	require.NoError(t, store.Release(ctx, "other", "A", time.Minute))
 	_, err = store.Acquire(ctx, "other", claimOf("B"))
 	require.ErrorIs(t, err, idempotency.ErrTooFewReplicas)
 	require.Equal(t, idempotency.Lost, acquireAs(t, store, "other", "B").State)
@@ -895,7 +895,7 @@ func TestRedisWatchOfALostCell(t *testing.T) {
 		},
 		"released when lost": func(t *testing.T, s miniStore) {
 			s.mini.Del("idem:key")
-			require.NoError(t, s.Release(t.Context(), "key", "A"))
+			require.NoError(t, s.Release(t.Context(), "key", "A", time.Minute))
 		},
 		"completed when taken over": func(t *testing.T, s miniStore) {
 			s.Advance(2 * time.Minute)

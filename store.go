@@ -8,42 +8,53 @@ import (
 )
 
 // A Store keeps one cell per key. A cell is absent, claimed (a handler is
-// running, or died), completed (a response is stored) or released (free again,
-// remembering who freed it and how often the key was claimed).
+// running, or its process died), completed (a response is stored) or released
+// (free again; a marker remembers who freed it and how often it was claimed).
 //
 // All methods are atomic and safe for concurrent use. Durations are relative
 // and judged by the store's own clock, never by the caller's. An expired cell
-// is absent. A returned error means that the store failed, and says nothing
-// about whether the operation took effect; contention is not an error but a
-// [State]. Methods must honour the deadline of their context: it is the only
-// thing that keeps a hanging store from hanging the request.
+// is absent, and no cell expires before its lease. A returned error means that
+// the store failed, and says nothing about whether the operation took effect;
+// contention is not an error but a [State]. Methods must honour the deadline of
+// their context: it is the only thing that keeps a hanging store from hanging
+// the request.
 //
 // A store copies the slices it keeps; the slices it returns are read-only and
-// stay valid. Keys are compared byte by byte, case included. From this package
-// they are 43 bytes of base64url; a store takes any visible ASCII of up to 200.
+// stay valid. Keys are compared byte by byte, case included. The keys of this
+// package are base64url text of 27 bytes; a store takes any visible ASCII of up
+// to 200 bytes.
 //
 // Package storetest checks an implementation against this contract.
 type Store interface {
-	// Acquire claims key for c.Token or tells why it cannot. It decides, in
-	// this order:
+	// Acquire claims key for c.Token, or renews the claim of c.Token, or tells
+	// why it cannot. A Claim with Attempt 0 is a claim; any other is a renewal
+	// of the attempt that it names. Acquire decides by the first row that fits:
 	//
-	//	the cell                         answer                   change
-	//	absent                           Acquired, Attempt 1      claim written
-	//	released under this token        Lost                     none
-	//	released                         Acquired, Attempt + 1    claimed, any fingerprint
-	//	fingerprints known and different Mismatch                 none
-	//	completed                        Completed, with Value    none
-	//	claimed under this token         Acquired, same Attempt   renewed
-	//	claimed, lease running           InProgress, Remaining    none
-	//	claimed with Once, lease over    Abandoned                none
-	//	claimed, lease over              Acquired, Attempt + 1    taken over
+	//	the cell                           a claim gets            a renewal gets
+	//	absent                             Acquired, Attempt 1     Acquired, c.Attempt
+	//	released under this token          Lost                    Lost
+	//	released                           Acquired, Attempt + 1   Lost
+	//	fingerprints known and different   Mismatch                Mismatch
+	//	completed                          Completed, with Value   Lost
+	//	claimed under this token,
+	//	    the attempt is c.Attempt       -                       Acquired, same Attempt
+	//	    any other attempt              Acquired, same Attempt  Lost
+	//	claimed, lease running             InProgress, Remaining   Lost
+	//	claimed with Once, lease over      Abandoned               Lost
+	//	claimed, lease over                Acquired, Attempt + 1   Lost
 	//
-	// A fingerprint is known when it is not empty. To claim is to write the
-	// token, the fingerprint (even an empty one) and Once, to start the lease,
-	// and to keep the cell for the longer of TTL and Lease. To renew is to
-	// start both anew and to set Once if c.Once is set; Once is never unset
-	// and the fingerprint stays. So a command that is sent twice is harmless,
-	// and one that arrives after its claim was released resurrects nothing.
+	// Acquired is the only answer that changes the cell. Where the cell was
+	// claimed under this token already, the lease and the TTL start anew, and
+	// the fingerprint stays. Otherwise the cell becomes a claim: with the token,
+	// the fingerprint (even an empty one) and the attempt that is answered, and
+	// without Once. Either way it is kept for the longer of TTL and Lease. A
+	// fingerprint is known when it is not empty.
+	//
+	// Only a renewal of a cell that is claimed under its token and attempt sets
+	// Once, if c.Once is set. Nothing unsets Once but the end of the claim. The
+	// Once of a claim is ignored. Record.Once tells what the cell has now. So a
+	// command that is sent twice is harmless, and one that arrives late holds a
+	// key for one lease at the most.
 	Acquire(ctx context.Context, key string, c Claim) (Record, error)
 
 	// Complete stores r under token and keeps it for r.TTL. It writes when the
@@ -54,11 +65,11 @@ type Store interface {
 	Complete(ctx context.Context, key, token string, r Result) error
 
 	// Release frees the cell when it is claimed under token: it is then
-	// released under token, with its Attempt, for as long as the lease of the
-	// claim was. Where the cell is absent it is released under token with
-	// Attempt 0 for 30 s, so that a delayed Acquire finds that and not nothing.
-	// Everything else it leaves alone. Both cases return nil.
-	Release(ctx context.Context, key, token string) error
+	// released under token, with its Attempt, and kept for keep. An absent cell
+	// becomes released under token with Attempt 0 and is kept for keep, so that
+	// a delayed Acquire finds the marker and not nothing. Every other cell
+	// stays as it is. All of these return nil.
+	Release(ctx context.Context, key, token string, keep time.Duration) error
 }
 
 // A Watcher is a [Store] that can tell when a cell changes. It is optional and
@@ -85,7 +96,11 @@ type Claim struct {
 	// the cell is kept.
 	Lease, TTL time.Duration
 
-	// Once forbids that the claim is ever taken over.
+	// Attempt is 0 to claim the key, and the Attempt of the Record that was
+	// Acquired to renew that claim.
+	Attempt int
+
+	// Once marks the claim: it is never taken over. Only renewals set it.
 	Once bool
 }
 
@@ -108,9 +123,11 @@ type Result struct {
 type Record struct {
 	State State
 
-	// Attempt counts the claims of the key that were not renewals, from 1. It
-	// is set when State is Acquired.
+	// Attempt counts the claims of the key that were not renewals, from 1, for
+	// as long as the cell was never absent in between. Once says that the claim
+	// is never taken over. Both are set when State is Acquired.
 	Attempt int
+	Once    bool
 
 	// Fingerprint and Value are set when State is Completed.
 	Fingerprint, Value []byte
@@ -131,7 +148,7 @@ const (
 	Completed        // a result is stored
 	Mismatch         // the cell belongs to a request with another fingerprint
 	Abandoned        // the owner of a Once claim was never heard of again
-	Lost             // this very token has released the key
+	Lost             // the token does not own the key any more
 )
 
 // String returns the name of the constant.

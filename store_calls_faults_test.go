@@ -195,9 +195,9 @@ func (s *callStore) Complete(ctx context.Context, key, token string, r idempoten
 	return err
 }
 
-func (s *callStore) Release(ctx context.Context, key, token string) error {
+func (s *callStore) Release(ctx context.Context, key, token string, keep time.Duration) error {
 	call, err := s.call(ctx, "Release", func(ctx context.Context) error {
-		return s.fullStore.Release(ctx, key, token)
+		return s.fullStore.Release(ctx, key, token, keep)
 	})
 	call.err = err
 	s.history.called(ctx, call)

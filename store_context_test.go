@@ -34,9 +34,9 @@ func (s *observedStore) Complete(ctx context.Context, key, token string, r idemp
 	return s.Store.Complete(ctx, key, token, r)
 }
 
-func (s *observedStore) Release(ctx context.Context, key, token string) error {
+func (s *observedStore) Release(ctx context.Context, key, token string, keep time.Duration) error {
 	s.look(ctx, "Release")
-	return s.Store.Release(ctx, key, token)
+	return s.Store.Release(ctx, key, token, keep)
 }
 
 // The client's end is not that of a store call, in whichever way a store, or

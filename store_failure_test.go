@@ -183,7 +183,7 @@ func TestGhostOfAClaim(t *testing.T) {
 		s.replace(ghost)
 		c.check(t, 1, exchange{key: k("a"), get: "409 in_progress"})
 		s.replace(inner)
-		require.NoError(t, inner.Release(t.Context(), storeKeyOfA, "first"))
+		require.NoError(t, inner.Release(t.Context(), storeKeyOfA, "first", time.Minute))
 		time.Sleep(25 * time.Millisecond)
 		ghost.arrive(t) // before the claim is given back
 		time.Sleep(time.Second)
@@ -524,9 +524,9 @@ func (s *contextStore) Complete(ctx context.Context, key, token string, r idempo
 	return s.Store.Complete(ctx, key, token, r)
 }
 
-func (s *contextStore) Release(ctx context.Context, key, token string) error {
+func (s *contextStore) Release(ctx context.Context, key, token string, keep time.Duration) error {
 	s.note(ctx, "Release")
-	return s.Store.Release(ctx, key, token)
+	return s.Store.Release(ctx, key, token, keep)
 }
 
 // A store that goes down, or hands the key to someone else, after the response

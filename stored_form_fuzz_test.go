@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/go-idempotency/idempotency"
 	"github.com/stretchr/testify/require"
@@ -27,7 +28,7 @@ func (recordStore) Complete(context.Context, string, string, idempotency.Result)
 	return errors.New("not to be called")
 }
 
-func (recordStore) Release(context.Context, string, string) error {
+func (recordStore) Release(context.Context, string, string, time.Duration) error {
 	return errors.New("not to be called")
 }
 

@@ -121,7 +121,7 @@ func (s *brokenStore) spoil(key string, value []byte) []byte {
 
 func (s *brokenStore) Complete(ctx context.Context, key, token string, r idempotency.Result) error {
 	if s.bug == forgetsRecords {
-		return s.Release(ctx, key, token)
+		return s.Release(ctx, key, token, time.Minute)
 	}
 	if s.bug == losesLeases && s.every(2) {
 		return idempotency.ErrLeaseLost
@@ -143,9 +143,9 @@ func (s *brokenStore) isCompleted(ctx context.Context, key string) bool {
 	return err == nil && len(cell) > 2 && cell[2] == 'D'
 }
 
-func (s *brokenStore) Release(ctx context.Context, key, token string) error {
+func (s *brokenStore) Release(ctx context.Context, key, token string, keep time.Duration) error {
 	if s.bug == losesReleases {
 		return nil
 	}
-	return s.RedisStore.Release(ctx, key, token)
+	return s.RedisStore.Release(ctx, key, token, keep)
 }

@@ -79,7 +79,7 @@ func (s *brokenCaller) Complete(ctx context.Context, key, token string, r idempo
 	case sendsUnstored:
 		return nil
 	case releasesAnswers:
-		return s.journal.Release(ctx, key, token)
+		return s.journal.Release(ctx, key, token, time.Minute)
 	}
 	if s.bug == dropsAnswers && s.calls.Add(1)%2 == 0 {
 		return idempotency.ErrLeaseLost
@@ -99,11 +99,11 @@ func (s *brokenCaller) failed(token string) bool {
 	return failed
 }
 
-func (s *brokenCaller) Release(ctx context.Context, key, token string) error {
+func (s *brokenCaller) Release(ctx context.Context, key, token string, keep time.Duration) error {
 	if s.bug == keepsFailures {
 		return s.journal.Complete(ctx, key, token, idempotency.Result{TTL: time.Hour})
 	}
-	return s.journal.Release(ctx, key, token)
+	return s.journal.Release(ctx, key, token, keep)
 }
 
 // releaseAfterPanic is to be deferred in a handler.
@@ -112,7 +112,7 @@ func releaseAfterPanic(p *replica, v *visit) {
 		return
 	}
 	if crash := recover(); crash != nil {
-		_ = p.store.Release(context.Background(), v.storeKey, v.token)
+		_ = p.store.Release(context.Background(), v.storeKey, v.token, time.Minute)
 		panic(crash)
 	}
 }

@@ -3,6 +3,7 @@ package integration
 import (
 	"context"
 	"errors"
+	"time"
 
 	"github.com/go-idempotency/idempotency"
 	"github.com/go-idempotency/idempotency/integration/history"
@@ -73,9 +74,9 @@ func (j *journal) Complete(ctx context.Context, key, token string, r idempotency
 
 // Release gets its row before the key can be free: this process may not live to
 // tell.
-func (j *journal) Release(ctx context.Context, key, token string) error {
+func (j *journal) Release(ctx context.Context, key, token string, keep time.Duration) error {
 	j.replica.note(visitOf(ctx), history.RowRelease, nil)
-	return j.store.Release(ctx, key, token)
+	return j.store.Release(ctx, key, token, keep)
 }
 
 // Watch implements idempotency.Watcher.

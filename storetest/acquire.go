@@ -139,7 +139,7 @@ var acquireRules = []rule{
 		defer cancel()
 		e.mustReturn("Acquire", func() { _, _ = e.store.Acquire(ctx, e.key, e.claim(claim{token: "A"})) })
 		e.mustReturn("Complete", func() { _ = e.store.Complete(ctx, e.key, e.token("A"), e.result(result{})) })
-		e.mustReturn("Release", func() { _ = e.store.Release(ctx, e.key, e.token("A")) })
+		e.mustReturn("Release", func() { _ = e.store.Release(ctx, e.key, e.token("A"), long) })
 	}},
 }
 
@@ -169,7 +169,7 @@ func cancelled(e *env) {
 
 	e.use(randomKey())
 	e.acquire(claim{token: "A"}).acquired(1)
-	err = e.store.Release(ctx, e.key, e.token("A"))
+	err = e.store.Release(ctx, e.key, e.token("A"), long)
 	e.note("with a cancelled context, Release(token A) = %v", err)
 	if err == nil {
 		e.acquire(claim{token: "A"}).is(idempotency.Lost)

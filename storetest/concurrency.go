@@ -177,7 +177,7 @@ func completeOrRelease(e *env) {
 			if i == 0 {
 				completing = e.tryComplete()
 			} else {
-				releasing = e.store.Release(e.ctx, e.key, e.token("A"))
+				releasing = e.store.Release(e.ctx, e.key, e.token("A"), long)
 			}
 		})
 		e.note("Complete(token A) = %v", completing)
@@ -212,7 +212,7 @@ func (e *env) ownWhileReleased() {
 // whileReleased claims the key under the token while A releases it.
 func (e *env) whileReleased(token string) answer {
 	var err error
-	a := e.claimWhile(token, func() { err = e.store.Release(e.ctx, e.key, e.token("A")) })
+	a := e.claimWhile(token, func() { err = e.store.Release(e.ctx, e.key, e.token("A"), long) })
 	e.note("meanwhile Release(token A) = %v", err)
 	if err != nil {
 		e.fail("<nil>")
@@ -227,7 +227,7 @@ func releaseAmongClaims(e *env) {
 		e.acquire(claim{token: "A"}).acquired(1)
 		var err error
 		recs := e.contend(racers, func() {
-			err = e.store.Release(e.ctx, e.key, e.token("A"))
+			err = e.store.Release(e.ctx, e.key, e.token("A"), long)
 		})
 		e.note("meanwhile Release(token A) = %v", err)
 		switch {

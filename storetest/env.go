@@ -161,7 +161,7 @@ func (e *env) release(token string) (s span) {
 		return s
 	}
 	s.before = e.now()
-	err := e.store.Release(e.ctx, e.key, e.token(token))
+	err := e.store.Release(e.ctx, e.key, e.token(token), long)
 	s.after = e.now()
 	e.note("Release(token %s) = %v", token, err)
 	if err != nil {

@@ -96,7 +96,7 @@ func (s *reference) Complete(ctx context.Context, key, token string, r idempoten
 	return s.do(&call{store: s, ctx: ctx, key: key, token: token, result: &r}, complete).err
 }
 
-func (s *reference) Release(ctx context.Context, key, token string) error {
+func (s *reference) Release(ctx context.Context, key, token string, keep time.Duration) error {
 	return s.do(&call{store: s, ctx: ctx, key: key, token: token}, release).err
 }
 

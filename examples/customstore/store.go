@@ -212,7 +212,7 @@ func complete(ctx context.Context, tx *sql.Tx, key, token string, r idempotency.
 }
 
 // Release implements [idempotency.Store]. It rolls back what was attached.
-func (s *Store) Release(ctx context.Context, key, token string) error {
+func (s *Store) Release(ctx context.Context, key, token string, keep time.Duration) error {
 	if tx := attached(ctx); tx != nil {
 		_ = tx.Rollback() // an error says that it was over already, or its connection is
 	}

@@ -58,8 +58,8 @@ func (f *fleet) Complete(ctx context.Context, key, token string, r idempotency.R
 	return f.next().Complete(ctx, key, token, r)
 }
 
-func (f *fleet) Release(ctx context.Context, key, token string) error {
-	return f.next().Release(ctx, key, token)
+func (f *fleet) Release(ctx context.Context, key, token string, keep time.Duration) error {
+	return f.next().Release(ctx, key, token, keep)
 }
 
 func TestStore(t *testing.T) {
