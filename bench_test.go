@@ -12,6 +12,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 )
 
 // Every row of benchmarks has the bare handler, one or several floors, and the
@@ -112,7 +113,7 @@ func newBenchClient(keyed bool) *benchClient {
 	c := &benchClient{lines: []string{""}, w: nullWriter{header: make(http.Header)}}
 	c.body.data = []byte(fmt.Sprintf("{%q:%q}", "memo", strings.Repeat("x", 89)))
 	r, err := http.NewRequest(http.MethodPost, benchPath, &c.body)
-	must(err)
+	idemtest.Must(err)
 	r.RequestURI = benchPath
 	r.ContentLength = int64(len(c.body.data))
 	r.Header["Content-Type"] = chargeType

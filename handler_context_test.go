@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 )
 
 // forgetfulStore lets everything run and keeps nothing.
@@ -94,14 +95,14 @@ func TestHandlerContextTellsTheFirstCause(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				ctx, cancel := context.WithTimeout(t.Context(), row.deadline)
 				defer cancel()
-				store := &faultyStore{Store: idempotency.NewMemoryStore()}
-				c := newAPI(store, &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
-					store.fail("Acquire", errDown)
+				store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+				c := idemtest.NewClient(store, &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
+					store.Fail("Acquire", idemtest.ErrDown)
 					time.Sleep(50 * time.Second)
 					require.Equal(t, row.cause, context.Cause(r.Context()))
 				})
-				c.do(c.request(exchange{key: k("a")}).WithContext(ctx))
-				require.Equal(t, 1, c.runs())
+				c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx))
+				require.Equal(t, 1, c.Runs())
 			})
 		})
 	}
@@ -110,10 +111,10 @@ func TestHandlerContextTellsTheFirstCause(t *testing.T) {
 // Who asks a context for its end only when the handler has returned is told.
 func TestContextAfterTheHandlerReturned(t *testing.T) {
 	var kept context.Context
-	// Not through newAPI, whose handler derives a context and so asks.
+	// Not through idemtest.NewClient, whose handler derives a context and so asks.
 	h := idempotency.Middleware(idempotency.NewMemoryStore(), nil)(http.HandlerFunc(
 		func(_ http.ResponseWriter, r *http.Request) { kept = r.Context() }))
-	h.ServeHTTP(httptest.NewRecorder(), new(api).request(exchange{key: k("a")}))
+	h.ServeHTTP(httptest.NewRecorder(), new(idemtest.Client).Request(idemtest.Exchange{Key: "a"}))
 	require.ErrorIs(t, kept.Err(), context.Canceled)
 	<-kept.Done()
 }

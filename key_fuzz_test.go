@@ -9,6 +9,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/stretchr/testify/require"
 )
 
@@ -187,7 +188,7 @@ func FuzzKeyGrammar(f *testing.F) {
 		ErrorHandler: func(http.ResponseWriter, *http.Request, *idempotency.Error) {
 		},
 	}
-	handler := newAPI(idempotency.NewMemoryStore(), &opts, nil).handler
+	handler := idemtest.NewClient(idempotency.NewMemoryStore(), &opts, nil).Handler
 	f.Fuzz(func(t *testing.T, line string) {
 		parsed = ""
 		handler.ServeHTTP(nil, &http.Request{Method: "POST", ProtoMajor: 1, Header: http.Header{"Idempotency-Key": {line}}})
