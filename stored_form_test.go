@@ -105,58 +105,6 @@ func TestDamagedRecords(t *testing.T) {
 	}
 }
 
-// FuzzStoredForm feeds anything to the replay: it must be refused, or replayed
-// as a valid response, and never run the handler.
-func FuzzStoredForm(f *testing.F) {
-	for _, value := range recordSeeds(f) {
-		f.Add(value)
-	}
-	f.Fuzz(func(t *testing.T, value []byte) {
-		c := idemtest.NewClient(idemtest.Stored(t, value), &idempotency.Options{}, nil)
-		resp := c.Do(c.Request(idemtest.Exchange{Key: "a"}))
-		require.NotNil(t, resp, "panicked")
-		require.Zero(t, c.Runs())
-		replayed := resp.Header.Get("Idempotent-Replayed") == "true"
-		require.True(t, replayed || resp.StatusCode == http.StatusInternalServerError || resp.StatusCode == http.StatusConflict)
-	})
-}
-
-// FuzzKey feeds any header line to the key parser, through the middleware.
-func FuzzKey(f *testing.F) {
-	for _, seed := range []string{"a", `"a"`, `"a\"";x=1;y="z"`, `"a", "b"`, "a b", "", "\x00", strings256} {
-		f.Add(seed)
-	}
-	f.Fuzz(func(t *testing.T, line string) {
-		var key string
-		c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
-			key = idemtest.Execution(r).Key()
-		})
-		resp := c.Do(c.Request(idemtest.Exchange{Keys: []string{line}}))
-		require.NotNil(t, resp, "panicked")
-		if resp.StatusCode == http.StatusBadRequest {
-			require.Zero(t, c.Runs())
-			return
-		}
-		require.NotEmpty(t, key)
-		require.LessOrEqual(t, len(key), 255)
-		for _, b := range []byte(key) {
-			require.True(t, ' ' <= b && b <= '~')
-		}
-		// Whatever form it came in, quoting it again gives the same key.
-		quoted := `"`
-		for _, b := range []byte(key) {
-			if b == '"' || b == '\\' {
-				quoted += `\`
-			}
-			quoted += string(rune(b))
-		}
-		got, _ := idemtest.Describe(t, c.Do(c.Request(idemtest.Exchange{Key: quoted + `"`})))
-		require.Equal(t, "replay 200 ", got)
-	})
-}
-
-var strings256 = string(make([]byte, 256))
-
 // Reading what pretends to have a great many headers takes no memory for them.
 func TestHeadOfARecordIsBounded(t *testing.T) {
 	const size = 8 << 20

@@ -1,4 +1,4 @@
-package idempotency_test
+package fuzz
 
 import (
 	"flag"
@@ -292,7 +292,7 @@ func durationsOf(way storeWay) []string {
 // testdata/store_calls.txt, whose head says how to read it. A new call, or a
 // new outcome, fails here until someone has thought about it and has run
 //
-//	go test -run TestStoreCalls -update .
+//	go test -run TestStoreCalls -update ./fuzz
 //
 // What must hold in every row, whatever the table says, is in storeRules.
 func TestStoreCalls(t *testing.T) {

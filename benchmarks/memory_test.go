@@ -1,4 +1,6 @@
-package idempotency_test
+// Package benchmarks compares the library with the least code that does the same
+// job, and with no code at all.
+package benchmarks
 
 import (
 	"fmt"
@@ -17,7 +19,7 @@ import (
 
 // Every row of benchmarks has the bare handler, one or several floors, and the
 // library, in one process: what counts is the ratio. A floor
-// is the least code that does the job; see bench_floor_test.go. .ci/bench runs
+// is the least code that does the job; see floor_test.go. .ci/bench runs
 // them all and compares the ratios with the goals.
 //
 // The workload is a request with 100 bytes of JSON and a key of 36 bytes, and a

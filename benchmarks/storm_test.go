@@ -1,6 +1,6 @@
 //go:build unix
 
-package idempotency_test
+package benchmarks
 
 import (
 	"context"

@@ -1,4 +1,6 @@
-package idempotency_test
+// Package fuzz holds the library against models and second readers of the same
+// rules: with fuzzing, and with a table of all calls of a store that can fail.
+package fuzz
 
 import (
 	"context"
