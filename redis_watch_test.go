@@ -8,13 +8,14 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 )
 
 // An answer that comes late is not taken for what is there now.
 func TestRedisLateAnswerIsNotShared(t *testing.T) {
-	addr := startRedis(t).addr
-	proxy, admin := startProxy(t, addr), newClient(t, addr)
-	store := idempotency.NewRedisStore(newClient(t, proxy.addr()), nil)
+	addr := idemtest.StartRedis(t).Addr
+	proxy, admin := idemtest.StartProxy(t, addr), idemtest.DialRedis(t, addr)
+	store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil)
 	elsewhere := idempotency.NewRedisStore(admin, nil)
 	warmUp(t, store)
 	acquireAs(t, elsewhere, "key", "A")
@@ -22,11 +23,11 @@ func TestRedisLateAnswerIsNotShared(t *testing.T) {
 	_, err := store.Watch(t.Context(), "key")
 	require.NoError(t, err)
 
-	asked := proxy.once(slowReply, func(c redisCommand) bool { return c.is("set", "evalsha") })
+	asked := proxy.Once(idemtest.SlowReply, func(c idemtest.RedisCommand) bool { return c.Is("set", "evalsha") })
 	var asking sync.WaitGroup
 	asking.Go(func() { _, _ = store.Acquire(t.Context(), "key", claimOf("B")) })
 	<-asked
-	await(t, "its answer is on its way", func() bool { return admin.Del(t.Context(), "idem:key").Val() == 1 })
+	idemtest.Await(t, "its answer is on its way", func() bool { return admin.Del(t.Context(), "idem:key").Val() == 1 })
 	acquireAs(t, elsewhere, "key", "C")
 	streamed := claimOf("D")
 	streamed.Fingerprint = nil // asks for itself
@@ -40,30 +41,30 @@ func TestRedisLateAnswerIsNotShared(t *testing.T) {
 // A result is not shared for longer than its record is there, however late it was
 // read.
 func TestRedisResultIsNotOlderThanItsRecord(t *testing.T) {
-	addr := startRedis(t).addr
-	admin := newClient(t, addr)
-	store := idempotency.NewRedisStore(newClient(t, addr), nil)
+	addr := idemtest.StartRedis(t).Addr
+	admin := idemtest.DialRedis(t, addr)
+	store := idempotency.NewRedisStore(idemtest.DialRedis(t, addr), nil)
 	_, err := store.Watch(t.Context(), "key")
 	require.NoError(t, err)
 	acquireAs(t, store, "key", "A")
 	require.Equal(t, idempotency.InProgress, acquireAs(t, store, "key", "B").State)
 	require.NoError(t, store.Complete(t.Context(), "key", "A", idempotency.Result{Fingerprint: []byte("print"), TTL: 2 * time.Second}))
-	await(t, "the record is old", func() bool { return admin.PTTL(t.Context(), "idem:key").Val() < 500*time.Millisecond })
+	idemtest.Await(t, "the record is old", func() bool { return admin.PTTL(t.Context(), "idem:key").Val() < 500*time.Millisecond })
 	acquireAs(t, store, "key", "B") // still there, unless the machine is very busy
-	await(t, "the record is gone", func() bool { return admin.Exists(t.Context(), "idem:key").Val() == 0 })
+	idemtest.Await(t, "the record is gone", func() bool { return admin.Exists(t.Context(), "idem:key").Val() == 0 })
 	require.Equal(t, idempotency.Acquired, acquireAs(t, store, "key", "C").State)
 }
 
 // A Pub/Sub connection over which nothing comes any more is noticed.
 func TestRedisWatchConnectionFallsSilent(t *testing.T) {
-	proxy := startProxy(t, startRedis(t).addr)
-	store := idempotency.NewRedisStore(newClient(t, proxy.addr()), nil)
+	proxy := idemtest.StartProxy(t, idemtest.StartRedis(t).Addr)
+	store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil)
 	changed, err := store.Watch(t.Context(), "key")
 	require.NoError(t, err)
-	proxy.set(func(redisCommand) verdict { return swallow })
+	proxy.Set(func(idemtest.RedisCommand) idemtest.Verdict { return idemtest.Swallow })
 	select {
 	case <-changed:
-	case <-time.After(patience):
+	case <-time.After(idemtest.Patience):
 		t.Fatal("the watch was not told")
 	}
 }
