@@ -69,10 +69,9 @@ func (c *claim) get(ctx context.Context) (Record, error) {
 	return c.wait(ctx, rec)
 }
 
-// try asks for the key once. A process that was stopped between the question and
-// the answer may find that the lease is over by now, and that another owner has
-// come and gone. It asks once more then. The same goes for a mark that found no
-// claim, since the store has lost it.
+// try asks for the key. A process that was stopped between the question and the
+// answer may find that the lease is over by now, and that another owner has come
+// and gone. It asks once more then.
 func (c *claim) try(ctx context.Context) (Record, error) {
 	for range 2 {
 		sent := monotonicNow()
@@ -242,20 +241,31 @@ func sleepUntil(ctx context.Context, changed <-chan struct{}, d time.Duration) b
 	}
 }
 
-// renew starts the lease anew; once marks the claim as never to be taken over. A
-// claim that is marked stays so without being told again. Every renewal repeats
-// the mark all the same, in case that the store has lost the record: the first
-// renewal writes the claim again, and the second marks it.
-func (c *claim) renew(ctx context.Context, once bool) (Record, error) {
-	sent := monotonicNow()
+// renew starts the lease anew; once marks the claim as never to be taken over.
+// Every renewal after that repeats the mark, in case that the store has lost the
+// record. A store that has lost it answers without Once and writes the claim
+// again, so it is asked once more.
+func (c *claim) renew(ctx context.Context, once bool) (rec Record, err error) {
 	c.mu.Lock()
 	c.markSent = c.markSent || once
 	once = once || c.marked
 	c.mu.Unlock()
-	rec, err := c.ask(ctx, sent, c.attempt, once)
-	if err != nil {
-		return rec, err
+	for range 2 {
+		sent := monotonicNow()
+		rec, err = c.ask(ctx, sent, c.attempt, once)
+		if err != nil {
+			return rec, err
+		}
+		c.renewed(sent, rec)
+		if rec.State != Acquired || rec.Once || !once {
+			break
+		}
 	}
+	return rec, nil
+}
+
+// renewed notes what the store answered to a renewal.
+func (c *claim) renewed(sent time.Time, rec Record) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if rec.State != Acquired {
@@ -263,30 +273,26 @@ func (c *claim) renew(ctx context.Context, once bool) (Record, error) {
 		if c.handler != nil {
 			c.handler.cancel(ErrLeaseLost) // without effect if it was cancelled before
 		}
-		return rec, nil
+		return
 	}
 	c.marked = c.marked || rec.Once
 	if end := sent.Add(c.opts.Lease); end.After(c.leaseEnd) {
 		c.leaseEnd = end
 	}
-	return rec, nil
 }
 
-// mark makes the key at-most-once while its handler runs. A store that has lost
-// the record answers the first renewal without Once, and is asked once more.
+// mark makes the key at-most-once while its handler runs.
 func (c *claim) mark(ctx context.Context) error {
-	for range 2 {
-		rec, err := c.renew(ctx, true)
-		switch {
-		case err != nil:
-			return fmt.Errorf("%w: %w", ErrStoreUnavailable, err)
-		case rec.State != Acquired:
-			return fmt.Errorf("%w: the key is %v", ErrLeaseLost, rec.State)
-		case rec.Once:
-			return nil
-		}
+	rec, err := c.renew(ctx, true)
+	switch {
+	case err != nil:
+		return fmt.Errorf("%w: %w", ErrStoreUnavailable, err)
+	case rec.State != Acquired:
+		return fmt.Errorf("%w: the key is %v", ErrLeaseLost, rec.State)
+	case !rec.Once:
+		return fmt.Errorf("%w: it loses the claim", ErrStoreUnavailable)
 	}
-	return fmt.Errorf("%w: it has lost the claim", ErrStoreUnavailable)
+	return nil
 }
 
 // standing returns when the lease ends, and whether the key was lost before.
