@@ -151,7 +151,7 @@ func TestHandlerThatGivesUpWhileTheStoreIsDown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		down, log := errors.New("down"), new(idemtest.EventLog)
 		s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
-		s.OnRelease = func(context.Context, string, string) error { return down }
+		s.OnRelease = func(context.Context, string, string, time.Duration) error { return down }
 		c := idemtest.NewClient(s, &idempotency.Options{OnEvent: log.Add}, func(w http.ResponseWriter, r *http.Request) {
 			idemtest.Execution(r).Attach("a transaction")
 			givesUp(w, r)

@@ -171,8 +171,7 @@ func (s *RedisStore) Acquire(ctx context.Context, key string, c Claim) (Record, 
 // isRenewal reports whether the call comes from the very execution that it is
 // for: the handler is running, even if Redis has lost the claim.
 func isRenewal(ctx context.Context, c Claim) bool {
-	e, ok := FromContext(ctx)
-	return ok && e.call != nil && e.call.token == c.Token
+	return c.Attempt > 0
 }
 
 // ask asks Redis. One command is enough unless the key is claimed or released.

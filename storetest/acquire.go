@@ -7,17 +7,19 @@ import (
 	"github.com/go-idempotency/idempotency"
 )
 
-// acquireRules are the table of Acquire, in its order. Token A came first, B
-// is the one that asks, and C looks at what B's call has left behind.
+// acquireRules are what a claim gets, in the order of the table of Acquire.
+// Token A comes first, B asks next, and C looks at what B's call has left.
 var acquireRules = []rule{
 	{name: "an absent cell is claimed", check: func(e *env) {
-		e.acquire(claim{token: "A"}).acquired(1)
+		e.acquire(claim{token: "A", fp: "one"}).acquired(1)
+		e.acquire(claim{token: "C", fp: "one"}).is(idempotency.InProgress)
 	}},
 
 	{name: "a cell released under the token is Lost whatever the fingerprint", check: func(e *env) {
 		e.acquire(claim{token: "A", fp: "one"}).acquired(1)
 		e.release("A")
 		e.acquire(claim{token: "A", fp: "two"}).is(idempotency.Lost)
+		e.acquire(claim{token: "A"}).is(idempotency.Lost)
 	}},
 
 	{name: "a released cell is claimed with any fingerprint", check: func(e *env) {
@@ -55,8 +57,8 @@ var acquireRules = []rule{
 	}},
 
 	{name: "Mismatch comes before Abandoned", check: func(e *env) {
-		a := e.acquire(claim{token: "A", fp: "one", lease: e.short, once: true}).acquired(1)
-		e.turns(a.span, e.short, claim{token: "C", fp: "one"}, idempotency.InProgress).is(idempotency.Abandoned)
+		a := e.acquireOnce(claim{token: "A", fp: "one", lease: e.short})
+		e.changesAfter(a.span, e.short, claim{token: "C", fp: "one"}, idempotency.InProgress).is(idempotency.Abandoned)
 		e.acquire(claim{token: "B", fp: "two"}).is(idempotency.Mismatch)
 	}},
 
@@ -64,7 +66,7 @@ var acquireRules = []rule{
 		a := e.acquire(claim{token: "A", fp: "one", lease: e.short}).acquired(1)
 		e.lapse()
 		e.acquire(claim{token: "B", fp: "two"}).is(idempotency.Mismatch)
-		e.turns(a.span, e.short, claim{token: "C", fp: "one"}, idempotency.InProgress).acquired(2)
+		e.changesAfter(a.span, e.short, claim{token: "C", fp: "one"}, idempotency.InProgress).acquired(2)
 	}},
 
 	{name: "an unknown fingerprint is no Mismatch", check: func(e *env) {
@@ -115,6 +117,7 @@ var acquireRules = []rule{
 		e.acquire(claim{token: "A"}).acquired(1)
 		for _, other := range []string{"a", "AA", ""} {
 			e.acquire(claim{token: other}).is(idempotency.InProgress)
+			e.acquire(claim{token: other, attempt: 1}).is(idempotency.Lost)
 			e.refuseComplete(other, result{value: "forged"})
 			e.release(other)
 		}
@@ -125,8 +128,8 @@ var acquireRules = []rule{
 		e.acquire(claim{token: "A"}).acquired(1)
 		e.release("A")
 		b := e.acquire(claim{token: "B", lease: e.short}).acquired(2)
-		c := e.turns(b.span, e.short, claim{token: "C", lease: e.short}, idempotency.InProgress).acquired(3)
-		e.turns(c.span, e.short, claim{token: "D"}, idempotency.InProgress).acquired(4)
+		c := e.changesAfter(b.span, e.short, claim{token: "C", lease: e.short}, idempotency.InProgress).acquired(3)
+		e.changesAfter(c.span, e.short, claim{token: "D"}, idempotency.InProgress).acquired(4)
 		e.acquire(claim{token: "D"}).acquired(4)
 		e.release("D")
 		e.acquire(claim{token: "E"}).acquired(5)
@@ -143,8 +146,8 @@ var acquireRules = []rule{
 	}},
 }
 
-// cancelled makes calls whose context has ended. What they did is unknown, but
-// they must say so with an error or have done it. Then the owner goes on.
+// cancelled makes calls whose context has ended. Each must have done its work or
+// return an error. Then the owner goes on.
 func cancelled(e *env) {
 	ctx, cancel := context.WithCancel(e.ctx)
 	cancel()

@@ -11,9 +11,9 @@ import (
 	"github.com/go-idempotency/idempotency"
 )
 
-// watchRules do what a waiting duplicate does: watch, ask again, wait. A store
-// may count on that second call, and notify only of cells that were asked for
-// in vain. That a channel is closed for no reason is never a mistake.
+// watchRules do what a waiting duplicate does: Watch, Acquire, wait. A store may
+// count on that call of Acquire, and notify only of cells that it has found
+// InProgress. A channel that is closed for no reason is never a mistake.
 var watchRules = []rule{
 	{name: "Complete closes the channel", needsWatcher: true, check: func(e *env) {
 		e.acquire(claim{token: "A"}).acquired(1)
@@ -62,6 +62,7 @@ var watchRules = []rule{
 		changed := e.watch(e.ctx)
 		e.acquire(claim{token: "B"}).is(idempotency.InProgress)
 		e.acquire(claim{token: "A"}).acquired(1)
+		e.acquire(claim{token: "A", attempt: 1}).acquired(1)
 		e.complete("A", result{value: "done"})
 		e.awaitClosed(changed)
 	}},
@@ -69,7 +70,7 @@ var watchRules = []rule{
 	{name: "a watch outlives a take-over", needsWatcher: true, check: func(e *env) {
 		a := e.acquire(claim{token: "A", lease: e.short}).acquired(1)
 		changed := e.watch(e.ctx)
-		e.turns(a.span, e.short, claim{token: "B"}, idempotency.InProgress).acquired(2)
+		e.changesAfter(a.span, e.short, claim{token: "B"}, idempotency.InProgress).acquired(2)
 		e.acquire(claim{token: "C"}).is(idempotency.InProgress)
 		e.release("B")
 		e.awaitClosed(changed)
@@ -124,8 +125,8 @@ func (e *env) awaitClosed(changed <-chan struct{}) {
 }
 
 // abandonedWatches counts the goroutines that watches leave behind. Those that
-// Watch starts inherit its label, so whatever else is running does not count.
-// A store may well keep a few that serve all of its watches.
+// Watch starts inherit its label, so no other goroutine counts. A store may keep
+// a few that serve all of its watches.
 func abandonedWatches(e *env) {
 	const watches, few = 64, 16
 	ctx, cancel := context.WithCancel(e.ctx)
