@@ -251,5 +251,4 @@ func eachWay(t *testing.T, test func(t *testing.T, store idempotency.Store)) {
 
 type anyStore struct{ *idempotency.MemoryStore }
 
-func k(key string) []string         { return []string{key} }
 func auth(token string) http.Header { return http.Header{"Authorization": {token}} }

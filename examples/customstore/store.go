@@ -123,7 +123,7 @@ func (s *Store) update(ctx context.Context, f func(tx *sql.Tx) error) error {
 	if err != nil {
 		return err
 	}
-	defer tx.Rollback() // without effect after Commit
+	defer func() { _ = tx.Rollback() }() // without effect after Commit
 	if err := f(tx); err != nil {
 		return err
 	}
