@@ -37,7 +37,7 @@ import (
 //
 // Of a completed cell there are millions, so it has only what is needed. Its
 // token is compared when Complete was sent twice: eight bytes of a hash tell.
-// Its TTL is rounded down; see redisWatch.
+// Its TTL is rounded down.
 //
 // Records outlive deployments, so a version that was ever released stays
 // readable.

@@ -103,11 +103,11 @@ type RedisStore struct {
 	pipe   *redisPipe // nil unless client is that of one server
 	opts   RedisOptions
 
-	mu       sync.Mutex // guards what follows and what it points to
-	flights  map[string]*redisFlight
-	session  *redisSession // nil: nobody waits
-	quiet    time.Time     // until then no new session is tried
-	reloaded time.Time     // when the Cluster's slots were last asked for
+	mu            sync.Mutex                // guards what follows and what it points to
+	questions     map[string]*redisQuestion // on their way, by the name of the key
+	session       *redisSession             // nil while no caller watches
+	notBefore     time.Time                 // when the next session may be tried
+	slotsReloaded time.Time                 // when reloadSlotsAfter last did so
 }
 
 var (
@@ -121,7 +121,7 @@ var (
 // [redis.AutoPipeliner], which does not keep to deadlines. It does not connect;
 // see [RedisStore.Check].
 func NewRedisStore(client redis.UniversalClient, opts *RedisOptions) *RedisStore {
-	s := &RedisStore{client: client, opts: opts.withDefaults(), flights: make(map[string]*redisFlight)}
+	s := &RedisStore{client: client, opts: opts.withDefaults(), questions: make(map[string]*redisQuestion)}
 	server, oneServer := client.(*redis.Client)
 	_, cluster := client.(masterFinder)
 	_, ring := client.(*redis.Ring)
@@ -161,10 +161,10 @@ type redisAnswer struct {
 func (s *RedisStore) Acquire(ctx context.Context, key string, c Claim) (Record, error) {
 	name := s.opts.Prefix + key
 	if len(c.Fingerprint) > 0 && !isRenewal(ctx, c) {
-		return s.askTogether(ctx, name, c)
+		return s.share(ctx, name, c)
 	}
 	// A renewal is nobody else's business, and a streamed body is rare.
-	answer, err := s.ask(ctx, name, c, true)
+	answer, err := s.claim(ctx, name, c, true)
 	return answer.Record, err
 }
 
@@ -175,11 +175,10 @@ func isRenewal(ctx context.Context, c Claim) bool {
 	return ok && e.call != nil && e.call.token == c.Token
 }
 
-// ask asks Redis. One command is enough unless the key is claimed or released.
+// claim asks Redis. One command is enough unless the key is claimed or released.
 // Where that is likely (contended) the script is asked at once: it decides
 // alike, but a stored value takes longer through Lua.
-func (s *RedisStore) ask(ctx context.Context, name string, c Claim, contended bool) (redisAnswer, error) {
-	sent := time.Now()
+func (s *RedisStore) claim(ctx context.Context, name string, c Claim, contended bool) (redisAnswer, error) {
 	cell := redisCell{
 		state: redisClaimed, once: c.Once, lease: millis(c.Lease), ttl: max(millis(c.TTL), millis(c.Lease)),
 		attempt: 1, token: c.Token, fingerprint: c.Fingerprint,
@@ -190,24 +189,20 @@ func (s *RedisStore) ask(ctx context.Context, name string, c Claim, contended bo
 	}
 	answer, full := redisAnswer{}, false
 	if !contended {
-		answer, full, err = s.claim(ctx, name, c, claim, cell.ttl)
+		answer, full, err = s.claimFree(ctx, name, c, claim, cell.ttl)
 	}
 	if err == nil && answer.State == 0 {
 		answer, err = s.contend(ctx, name, c, claim, full)
 	}
-	if err != nil {
-		return redisAnswer{}, err
-	}
-	s.observe(name, sent, answer)
-	return answer, nil
+	return answer, err
 }
 
-// claim is the usual way. The answer has no State when it takes the script to
+// claimFree is the usual way. The answer has no State when it takes the script to
 // tell: somebody has the key, or (full) there is no room for a new one.
 //
 // A command that go-redis sent again finds our own claim, which the script
 // recognises.
-func (s *RedisStore) claim(ctx context.Context, name string, c Claim, claim []byte, ttl int64) (answer redisAnswer, full bool, err error) {
+func (s *RedisStore) claimFree(ctx context.Context, name string, c Claim, claim []byte, ttl int64) (answer redisAnswer, full bool, err error) {
 	cmd := redis.NewStringCmd(ctx, "set", name, claim, "nx", "get", "px", ttl)
 	replicated, err := s.send(ctx, name, cmd, true)
 	switch {
@@ -330,7 +325,7 @@ func (s *RedisStore) send(ctx context.Context, name string, cmd redis.Cmder, cla
 		replicated, err = true, s.client.Process(ctx, cmd)
 	}
 	if err != nil && err != redis.Nil {
-		s.notice(ctx, err)
+		s.reloadSlotsAfter(ctx, err)
 	}
 	return replicated, err
 }
@@ -369,10 +364,10 @@ func (s *RedisStore) sendAndWait(ctx context.Context, name string, cmd redis.Cmd
 	return wait.Val() >= int64(s.opts.MinReplicas), cmd.Err()
 }
 
-// notice has the slots of a Cluster loaded again, once a second at most, after
-// an error that is not Redis's reply: go-redis itself would ask a master that
-// died for up to a minute.
-func (s *RedisStore) notice(ctx context.Context, err error) {
+// reloadSlotsAfter has a Cluster client load its slots again, once a second at
+// most, after an error that says that they have moved or that a server is out of
+// reach. go-redis itself would ask a master that died for up to a minute.
+func (s *RedisStore) reloadSlotsAfter(ctx context.Context, err error) {
 	var reply redis.Error
 	if errors.As(err, &reply) && !redis.HasErrorPrefix(err, "MOVED") && !redis.HasErrorPrefix(err, "CLUSTERDOWN") {
 		return
@@ -383,9 +378,9 @@ func (s *RedisStore) notice(ctx context.Context, err error) {
 	}
 	s.mu.Lock()
 	now := time.Now()
-	due := now.Sub(s.reloaded) >= time.Second
+	due := now.Sub(s.slotsReloaded) >= time.Second
 	if due {
-		s.reloaded = now
+		s.slotsReloaded = now
 	}
 	s.mu.Unlock()
 	if due {
