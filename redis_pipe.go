@@ -133,14 +133,10 @@ func (p *redisPipe) send(batch []*queuedCommand) {
 	}
 }
 
-// exec returns an error if a hook of the client panics: on a goroutine of its
-// own that would be the end of the process.
+// exec leaves out commands whose callers have returned: their claims would
+// belong to no request.
 func (p *redisPipe) exec(ctx context.Context, batch []*queuedCommand) (err error) {
-	defer func() {
-		if r := recover(); r != nil {
-			err = fmt.Errorf("idempotency: panic while sending to Redis: %v", r)
-		}
-	}()
+	defer containRedis(&err)
 	pipe := p.client.Pipeline()
 	for _, q := range batch {
 		if err := q.ctx.Err(); err != nil {
@@ -150,6 +146,14 @@ func (p *redisPipe) exec(ctx context.Context, batch []*queuedCommand) (err error
 		_ = pipe.Process(ctx, q.cmd)
 	}
 	return execPipeline(ctx, pipe)
+}
+
+// containRedis makes a panic in the client, in a hook or a dialer, an error. On
+// a goroutine of the store a panic would end the process. It is to be deferred.
+func containRedis(err *error) {
+	if p := recover(); p != nil {
+		*err = fmt.Errorf("idempotency: panic in the Redis client: %v", p)
+	}
 }
 
 // execPipeline returns an error that none of the commands has. The commands were

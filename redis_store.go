@@ -316,6 +316,7 @@ func (s *RedisStore) release(ctx context.Context, name, token string, keep time.
 // send sends a command. If claims is set it may make a claim, and replicated
 // tells whether enough replicas have what it wrote.
 func (s *RedisStore) send(ctx context.Context, name string, cmd redis.Cmder, claims bool) (replicated bool, err error) {
+	defer containRedis(&err)
 	switch {
 	case claims && s.opts.MinReplicas > 0:
 		replicated, err = s.sendAndWait(ctx, name, cmd)

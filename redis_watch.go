@@ -222,6 +222,7 @@ func (ss *redisSession) run() {
 // send sends what is pending, with one command for subscriptions that follow
 // each other.
 func (ss *redisSession) send(pubsub *redis.PubSub) (err error) {
+	defer containRedis(&err)
 	ss.store.mu.Lock()
 	pending := ss.pending
 	ss.pending = nil
@@ -274,6 +275,7 @@ func (ss *redisSession) receive(pubsub *redis.PubSub) {
 // the connection broke it connects again, which may take as long as its
 // DialTimeout unless the context is shorter.
 func (ss *redisSession) next(pubsub *redis.PubSub) (message any, err error) {
+	defer containRedis(&err)
 	ctx, cancel := context.WithTimeout(ss.ctx, watchPing+watchPatience)
 	defer cancel()
 	return pubsub.ReceiveTimeout(ctx, watchPing)
