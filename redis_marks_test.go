@@ -13,45 +13,47 @@ import (
 // became of the claim meanwhile: the mark in the cell outlives renewals and
 // take-overs.
 func TestRedisMarkOfAWaiter(t *testing.T) {
-	claim := func(token string, once bool) idempotency.Claim {
-		return idempotency.Claim{Token: token, Fingerprint: []byte("print"), Lease: time.Minute, TTL: time.Hour, Once: once}
-	}
 	complete := func(t *testing.T, s miniStore, token string) {
 		require.NoError(t, s.Complete(t.Context(), "key", token, idempotency.Result{TTL: time.Hour}))
 	}
-	for name, end := range map[string]func(t *testing.T, s miniStore, acquire func(token string, once bool) idempotency.State){
-		"completed": func(t *testing.T, s miniStore, _ func(string, bool) idempotency.State) { complete(t, s, "A") },
-		"released": func(t *testing.T, s miniStore, _ func(string, bool) idempotency.State) {
+	for name, end := range map[string]func(t *testing.T, s miniStore, acquire func(token string) idempotency.State){
+		"completed": func(t *testing.T, s miniStore, _ func(string) idempotency.State) { complete(t, s, "A") },
+		"released": func(t *testing.T, s miniStore, _ func(string) idempotency.State) {
 			require.NoError(t, s.Release(t.Context(), "key", "A", time.Minute))
 		},
-		"renewed and completed": func(t *testing.T, s miniStore, acquire func(string, bool) idempotency.State) {
-			require.Equal(t, idempotency.Acquired, acquire("A", false))
-			require.Equal(t, idempotency.Acquired, acquire("A", true))
+		"renewed and completed": func(t *testing.T, s miniStore, _ func(string) idempotency.State) {
+			for _, once := range []bool{false, true} {
+				renewal := renewalOf("A", 1)
+				renewal.Once = once
+				rec, err := s.Acquire(t.Context(), "key", renewal)
+				require.NoError(t, err)
+				require.Equal(t, idempotency.Record{State: idempotency.Acquired, Attempt: 1, Once: once}, rec)
+			}
 			complete(t, s, "A")
 		},
-		"taken over and completed": func(t *testing.T, s miniStore, acquire func(string, bool) idempotency.State) {
+		"claimed twice and completed": func(t *testing.T, s miniStore, acquire func(string) idempotency.State) {
+			require.Equal(t, idempotency.Acquired, acquire("A"))
+			complete(t, s, "A")
+		},
+		"taken over and completed": func(t *testing.T, s miniStore, acquire func(string) idempotency.State) {
 			s.mini.FastForward(time.Minute + time.Millisecond)
-			require.Equal(t, idempotency.Acquired, acquire("C", false))
+			require.Equal(t, idempotency.Acquired, acquire("C"))
 			complete(t, s, "C")
 		},
-		"expired and completed": func(t *testing.T, s miniStore, _ func(string, bool) idempotency.State) {
+		"expired and completed": func(t *testing.T, s miniStore, _ func(string) idempotency.State) {
 			s.mini.FastForward(2 * time.Hour)
 			complete(t, s, "A")
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newMiniStore(t, nil)
-			acquire := func(token string, once bool) idempotency.State {
-				rec, err := s.Acquire(t.Context(), "key", claim(token, once))
-				require.NoError(t, err)
-				return rec.State
-			}
+			acquire := func(token string) idempotency.State { return acquireAs(t, s, "key", token).State }
 			messages := newClient(t, s.mini.Addr()).Subscribe(t.Context(), "idem:key............................")
 			t.Cleanup(func() { _ = messages.Close() })
 			_, err := messages.Receive(t.Context())
 			require.NoError(t, err)
-			require.Equal(t, idempotency.Acquired, acquire("A", false))
-			require.Equal(t, idempotency.InProgress, acquire("B", false))
+			require.Equal(t, idempotency.Acquired, acquire("A"))
+			require.Equal(t, idempotency.InProgress, acquire("B"))
 			end(t, s, acquire)
 			_, err = messages.ReceiveTimeout(t.Context(), 10*time.Second)
 			require.NoError(t, err)
@@ -63,10 +65,12 @@ func TestRedisMarkOfAWaiter(t *testing.T) {
 func TestRedisMarkOfAWaiterLeavesOnce(t *testing.T) {
 	for _, once := range []bool{false, true} {
 		s := newMiniStore(t, nil)
-		first := claimOf("A")
-		first.Once = once
-		_, err := s.Acquire(t.Context(), "key", first)
+		acquireAs(t, s, "key", "A")
+		mark := renewalOf("A", 1)
+		mark.Once = once
+		rec, err := s.Acquire(t.Context(), "key", mark)
 		require.NoError(t, err)
+		require.Equal(t, once, rec.Once)
 		for range 2 { // the second finds the mark
 			require.Equal(t, idempotency.InProgress, acquireAs(t, s, "key", "B").State)
 		}

@@ -155,9 +155,9 @@ func (c redisCommand) is(names ...string) bool { return slices.Contains(names, c
 func (c redisCommand) writes() byte {
 	switch {
 	case c.is("set"):
-		return c[2][2]
-	case c.is("eval", "evalsha") && len(c) > 4 && len(c[4]) > 2:
-		return c[4][2]
+		return c[2][1]
+	case c.is("eval", "evalsha") && len(c) > 4 && len(c[4]) > 1:
+		return c[4][1]
 	}
 	return 0
 }

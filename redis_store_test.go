@@ -2,7 +2,6 @@ package idempotency_test
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -200,25 +199,17 @@ func claimOf(token string) idempotency.Claim {
 	return idempotency.Claim{Token: token, Fingerprint: []byte("print"), Lease: time.Minute, TTL: time.Hour}
 }
 
+func renewalOf(token string, attempt int) idempotency.Claim {
+	c := claimOf(token)
+	c.Attempt = attempt
+	return c
+}
+
 func acquireAs(t *testing.T, store idempotency.Store, key, token string) idempotency.Record {
 	t.Helper()
 	rec, err := store.Acquire(t.Context(), key, claimOf(token))
 	require.NoError(t, err)
 	return rec
-}
-
-// A record says in whole seconds how long it is kept, and never more: for so long
-// waiters are answered without asking for it again.
-func TestRedisRecordTTL(t *testing.T) {
-	eachRedis(t, func(t *testing.T, addr string) {
-		client := newClient(t, addr)
-		store := idempotency.NewRedisStore(client, nil)
-		acquireAs(t, store, "key", "A")
-		require.NoError(t, store.Complete(t.Context(), "key", "A", idempotency.Result{TTL: 2900 * time.Millisecond}))
-		cell, err := client.Get(t.Context(), "idem:key").Bytes()
-		require.NoError(t, err)
-		require.EqualValues(t, 2, binary.BigEndian.Uint32(cell[5:]))
-	})
 }
 
 // What somebody else wrote under our key is never a free key, and stays.
@@ -231,16 +222,17 @@ func TestRedisForeignCells(t *testing.T) {
 		"empty":       func(*testing.T, idempotency.Store, *redis.Client) any { return "" },
 		"text":        func(*testing.T, idempotency.Store, *redis.Client) any { return strings.Repeat("text ", 20) },
 		"truncated":   func(t *testing.T, s idempotency.Store, c *redis.Client) any { v := valid(t, s, c); return v[:len(v)-1] },
-		"header only": func(t *testing.T, s idempotency.Store, c *redis.Client) any { return valid(t, s, c)[:17] },
+		"header only": func(t *testing.T, s idempotency.Store, c *redis.Client) any { return valid(t, s, c)[:21] },
+		"no header":   func(t *testing.T, s idempotency.Store, c *redis.Client) any { return valid(t, s, c)[:3] },
 		"newer": func(t *testing.T, s idempotency.Store, c *redis.Client) any {
 			v := valid(t, s, c)
-			return v[:1] + "\x02" + v[2:]
+			return "\x1e" + v[1:]
 		},
 		"newer record": func(t *testing.T, s idempotency.Store, c *redis.Client) any {
 			acquireAs(t, s, "valid", "A")
 			require.NoError(t, s.Complete(t.Context(), "valid", "A", idempotency.Result{Fingerprint: []byte("print"), Value: []byte("v"), TTL: time.Hour}))
 			v := c.Get(t.Context(), "idem:valid").Val()
-			return v[:1] + "\x02" + v[2:]
+			return "\x1e" + v[1:]
 		},
 		"longer claim of another request": func(t *testing.T, s idempotency.Store, c *redis.Client) any {
 			other := claimOf("B")
@@ -251,7 +243,7 @@ func TestRedisForeignCells(t *testing.T) {
 		},
 		"unknown state": func(t *testing.T, s idempotency.Store, c *redis.Client) any {
 			v := valid(t, s, c)
-			return v[:2] + "X" + v[3:]
+			return v[:1] + "X" + v[2:]
 		},
 		"another type": nil,
 	}
@@ -270,9 +262,7 @@ func TestRedisForeignCells(t *testing.T) {
 
 				_, err := store.Acquire(t.Context(), "key", claimOf("A"))
 				require.Error(t, err)
-				renewal := claimOf("A")
-				renewal.Fingerprint = nil
-				_, err = store.Acquire(t.Context(), "key", renewal)
+				_, err = store.Acquire(t.Context(), "key", renewalOf("A", 1))
 				require.Error(t, err)
 				err = store.Complete(t.Context(), "key", "A", idempotency.Result{TTL: time.Hour})
 				require.Error(t, err)
@@ -362,8 +352,7 @@ func TestRedisKeysExpire(t *testing.T) {
 		about(2 * time.Hour)
 		require.NoError(t, client.Del(t.Context(), "idem:key").Err())
 		require.NoError(t, store.Release(t.Context(), "key", "C", time.Minute))
-		require.LessOrEqual(t, ttl(), 30*time.Second)
-		require.Greater(t, ttl(), time.Duration(0))
+		about(time.Minute)
 	})
 }
 
@@ -473,15 +462,13 @@ func TestRedisFull(t *testing.T) {
 
 	_, err := store.Acquire(ctx, "new", claimOf("A"))
 	require.ErrorIs(t, err, idempotency.ErrStoreFull)
-	streamed := claimOf("A")
-	streamed.Fingerprint = nil
-	_, err = store.Acquire(ctx, "new", streamed)
+	_, err = store.Acquire(ctx, "new", renewalOf("A", 1)) // of a record that Redis has lost
 	require.ErrorIs(t, err, idempotency.ErrStoreFull)
 	require.Zero(t, client.Exists(ctx, "idem:new").Val())
 
 	require.Equal(t, idempotency.Completed, acquireAs(t, store, "done", "B").State)
 	require.Equal(t, idempotency.InProgress, acquireAs(t, store, "running", "B").State)
-	renewal := streamed
+	renewal := renewalOf("A", 1)
 	renewal.Once = true // grows nothing, but Redis cannot know
 	rec, err := store.Acquire(ctx, "running", renewal)
 	require.NoError(t, err)
@@ -665,53 +652,49 @@ func TestRedisMinReplicas(t *testing.T) {
 	await(t, "no replica", func() bool {
 		return strings.Contains(admin.Info(ctx, "replication").Val(), "connected_slaves:0")
 	})
-	_, err = store.Acquire(ctx, "taken", claimOf("A"))
+	_, err = store.Acquire(ctx, "taken", renewalOf("A", 1))
 	require.ErrorIs(t, err, idempotency.ErrTooFewReplicas)
 	require.Equal(t, idempotency.InProgress, acquireAs(t, store, "taken", "B").State)
 
 	require.NoError(t, store.Complete(ctx, "taken", "A", idempotency.Result{TTL: time.Hour}))
 	require.Equal(t, idempotency.Completed, acquireAs(t, store, "taken", "B").State)
 
-	// A command that was sent again, and a key that is free again, wait as well.
+	// A key that is free again waits as well, and so does a claim that was sent
+	// twice and finds its own cell.
 	require.NoError(t, store.Release(ctx, "other", "A", time.Minute))
-	_, err = store.Acquire(ctx, "other", claimOf("B"))
-	require.ErrorIs(t, err, idempotency.ErrTooFewReplicas)
-	require.Equal(t, idempotency.Lost, acquireAs(t, store, "other", "B").State)
+	acquireAs(t, idempotency.NewRedisStore(admin, nil), "twice", "B")
+	for _, key := range []string{"other", "twice"} {
+		_, err = store.Acquire(ctx, key, claimOf("B"))
+		require.ErrorIs(t, err, idempotency.ErrTooFewReplicas)
+		require.Equal(t, idempotency.Lost, acquireAs(t, store, key, "B").State)
+	}
 }
 
 // The claim of a running handler is not released, not even when Redis has lost
 // it and the renewal makes it anew: the handler would run a second time.
 func TestRedisMinReplicasOfARunningHandler(t *testing.T) {
-	for name, own := range map[string]bool{"context of the request": false, "context of its own": true} {
-		t.Run(name, func(t *testing.T) {
-			master := startRedis(t, "--repl-diskless-sync-delay", "0")
-			admin := newClient(t, master.addr)
-			host, port, err := net.SplitHostPort(master.addr)
-			require.NoError(t, err)
-			replica := startRedis(t, "--replicaof", host+" "+port)
-			awaitReplicas(t, admin, 1)
-			store := idempotency.NewRedisStore(newClient(t, master.addr),
-				&idempotency.RedisOptions{MinReplicas: 1, ReplicaTimeout: 50 * time.Millisecond})
-			commit := make(chan error, 1)
-			shop := openShop(t, store, nil, func(w http.ResponseWriter, r *http.Request) {
-				replica.kill()
-				await(t, "no replica", func() bool {
-					return strings.Contains(admin.Info(r.Context(), "replication").Val(), "connected_slaves:0")
-				})
-				_ = admin.FlushAll(r.Context())
-				ctx := r.Context()
-				if own {
-					ctx = context.Background()
-				}
-				commit <- execution(r).Commit(ctx)
-				w.WriteHeader(http.StatusCreated)
-			})
-			require.Equal(t, "201", strings.TrimSpace(shop.post("key")))
-			require.ErrorIs(t, <-commit, idempotency.ErrTooFewReplicas)
-			require.Contains(t, shop.post("key"), "replayed")
-			require.EqualValues(t, 1, shop.runs.Load())
+	master := startRedis(t, "--repl-diskless-sync-delay", "0")
+	admin := newClient(t, master.addr)
+	host, port, err := net.SplitHostPort(master.addr)
+	require.NoError(t, err)
+	replica := startRedis(t, "--replicaof", host+" "+port)
+	awaitReplicas(t, admin, 1)
+	store := idempotency.NewRedisStore(newClient(t, master.addr),
+		&idempotency.RedisOptions{MinReplicas: 1, ReplicaTimeout: 50 * time.Millisecond})
+	commit := make(chan error, 1)
+	shop := openShop(t, store, nil, func(w http.ResponseWriter, r *http.Request) {
+		replica.kill()
+		await(t, "no replica", func() bool {
+			return strings.Contains(admin.Info(r.Context(), "replication").Val(), "connected_slaves:0")
 		})
-	}
+		_ = admin.FlushAll(r.Context())
+		commit <- execution(r).Commit(r.Context())
+		w.WriteHeader(http.StatusCreated)
+	})
+	require.Equal(t, "201", strings.TrimSpace(shop.post("key")))
+	require.ErrorIs(t, <-commit, idempotency.ErrTooFewReplicas)
+	require.Contains(t, shop.post("key"), "replayed")
+	require.EqualValues(t, 1, shop.runs.Load())
 }
 
 // A refusal for lack of replicas is final, and FailOpen is no way around it.
