@@ -121,65 +121,84 @@ func ExampleExecution_Commit() {
 	// 409 application/problem+json
 }
 
-// mapStore is a custom store in miniature: a map under one lock, without
-// expiry. A real one keeps its cells in a database and decides in one atomic
-// statement or transaction; examples/customstore has one on SQL. Package
-// storetest tells what such a store still does wrong.
+// A mapStore is a custom store in miniature: a map under one lock. It follows
+// the whole contract, but an expired cell is in the map until its key is used
+// again. A real store keeps its cells in a database and decides in one atomic
+// statement or transaction, as that of examples/customstore does.
 type mapStore struct {
 	mu    sync.Mutex
 	cells map[string]cell
 }
 
+const (
+	cellAbsent = iota
+	cellClaimed
+	cellCompleted
+	cellReleased
+)
+
+// A cell is what a mapStore keeps for a key. The zero cell is absent.
 type cell struct {
-	state       idempotency.State // InProgress, Completed, or Lost for released
-	token       string
-	attempt     int
-	once        bool
-	leaseEnd    time.Time
-	fingerprint []byte
-	value       []byte
+	state, attempt     int
+	token              string
+	once               bool
+	leaseEnd, expires  time.Time
+	fingerprint, value []byte
 }
 
+// cell returns the cell of key.
+func (s *mapStore) cell(key string, now time.Time) cell {
+	if c := s.cells[key]; now.Before(c.expires) {
+		return c
+	}
+	return cell{}
+}
+
+// Acquire is the table in the documentation of Store: the cases that return are
+// the rows that refuse, and the others say what becomes of the cell.
 func (s *mapStore) Acquire(_ context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := time.Now()
-	old, exists := s.cells[key]
-	released := exists && old.state == idempotency.Lost
+	old := s.cell(key, now)
+	own, renewal := old.token == c.Token, c.Attempt > 0
 	known := len(old.fingerprint) > 0 && len(c.Fingerprint) > 0
+	next := cell{state: cellClaimed, token: c.Token, attempt: old.attempt + 1, fingerprint: bytes.Clone(c.Fingerprint)}
 	switch {
-	case released && old.token == c.Token:
+	case old.state == cellAbsent:
+		next.attempt = max(c.Attempt, 1)
+	case old.state == cellReleased && (own || renewal):
 		return idempotency.Record{State: idempotency.Lost}, nil
-	case exists && !released && known && !bytes.Equal(old.fingerprint, c.Fingerprint):
+	case old.state == cellReleased:
+	case known && !bytes.Equal(old.fingerprint, c.Fingerprint):
 		return idempotency.Record{State: idempotency.Mismatch}, nil
-	case exists && old.state == idempotency.Completed:
+	case old.state == cellCompleted && !renewal:
 		return idempotency.Record{State: idempotency.Completed, Fingerprint: old.fingerprint, Value: old.value}, nil
-	case exists && !released && old.token == c.Token: // renewed
-		old.leaseEnd, old.once = now.Add(c.Lease), old.once || c.Once
-		s.cells[key] = old
-		return idempotency.Record{State: idempotency.Acquired, Attempt: old.attempt}, nil
-	case exists && !released && now.Before(old.leaseEnd):
+	case old.state == cellClaimed && own && (!renewal || c.Attempt == old.attempt):
+		next = old
+		next.once = old.once || renewal && c.Once
+	case renewal:
+		return idempotency.Record{State: idempotency.Lost}, nil
+	case now.Before(old.leaseEnd):
 		return idempotency.Record{State: idempotency.InProgress, Remaining: old.leaseEnd.Sub(now)}, nil
-	case exists && !released && old.once:
+	case old.once:
 		return idempotency.Record{State: idempotency.Abandoned}, nil
 	}
-	s.cells[key] = cell{
-		state: idempotency.InProgress, token: c.Token, attempt: old.attempt + 1, once: c.Once,
-		leaseEnd: now.Add(c.Lease), fingerprint: bytes.Clone(c.Fingerprint),
-	}
-	return idempotency.Record{State: idempotency.Acquired, Attempt: old.attempt + 1}, nil
+	next.leaseEnd, next.expires = now.Add(c.Lease), now.Add(max(c.TTL, c.Lease))
+	s.cells[key] = next
+	return idempotency.Record{State: idempotency.Acquired, Attempt: next.attempt, Once: next.once}, nil
 }
 
 func (s *mapStore) Complete(_ context.Context, key, token string, r idempotency.Result) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	old, exists := s.cells[key]
-	switch {
-	case exists && (old.token != token || old.state == idempotency.Lost):
+	now := time.Now()
+	switch old := s.cell(key, now); {
+	case old.state == cellReleased, old.state != cellAbsent && old.token != token:
 		return idempotency.ErrLeaseLost
-	case old.state != idempotency.Completed:
+	case old.state != cellCompleted:
 		s.cells[key] = cell{
-			state: idempotency.Completed, token: token,
+			state: cellCompleted, token: token, expires: now.Add(r.TTL),
 			fingerprint: bytes.Clone(r.Fingerprint), value: bytes.Clone(r.Value),
 		}
 	}
@@ -189,9 +208,10 @@ func (s *mapStore) Complete(_ context.Context, key, token string, r idempotency.
 func (s *mapStore) Release(_ context.Context, key, token string, keep time.Duration) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	old, exists := s.cells[key]
-	if !exists || old.state == idempotency.InProgress && old.token == token {
-		s.cells[key] = cell{state: idempotency.Lost, token: token, attempt: old.attempt}
+	now := time.Now()
+	old := s.cell(key, now)
+	if old.state == cellAbsent || old.state == cellClaimed && old.token == token {
+		s.cells[key] = cell{state: cellReleased, token: token, attempt: old.attempt, expires: now.Add(keep)}
 	}
 	return nil
 }

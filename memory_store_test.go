@@ -20,7 +20,7 @@ func TestMemoryStoreContract(t *testing.T) {
 	storetest.Run(t, func(*testing.T) idempotency.Store { return idempotency.NewMemoryStore() })
 }
 
-// Claims that are never completed take another way than records do.
+// A large value is not packed.
 func TestMemoryStoreContractWithLargeValues(t *testing.T) {
 	storetest.Run(t, func(*testing.T) idempotency.Store { return paddedStore{idempotency.NewMemoryStore()} })
 }
@@ -185,6 +185,82 @@ func TestMemoryStoreForever(t *testing.T) {
 	require.Equal(t, idempotency.Completed, acquire(t, s, "a", "2").State)
 }
 
+// A cell costs the same whatever it was before.
+func TestMemoryStoreCountsWhatAClaimOverwrites(t *testing.T) {
+	const key = "a"
+	short := idempotency.Claim{Token: "1", Lease: time.Second, TTL: time.Hour}
+	large := idempotency.Claim{Token: "a longer token", Fingerprint: make([]byte, 4096), Lease: time.Second, TTL: time.Hour}
+	acquired := func(t *testing.T, s *idempotency.MemoryStore, c idempotency.Claim) {
+		t.Helper()
+		rec, err := s.Acquire(t.Context(), key, c)
+		require.NoError(t, err)
+		require.Equal(t, idempotency.Acquired, rec.State)
+	}
+	for _, test := range []struct {
+		name          string
+		before, after idempotency.Claim
+		free          func(*testing.T, *idempotency.MemoryStore, string)
+	}{
+		{"a take-over by a larger claim", short, large, endLease},
+		{"a take-over by a smaller claim", large, short, endLease},
+		{"a larger claim of a released cell", short, large, release},
+		{"a smaller claim of a released cell", large, short, release},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				fresh, s := idempotency.NewMemoryStore(), idempotency.NewMemoryStore()
+				acquired(t, fresh, test.after)
+				acquired(t, s, test.before)
+				test.free(t, s, test.before.Token)
+				acquired(t, s, test.after)
+				require.Equal(t, fresh.Bytes(), s.Bytes())
+				require.NoError(t, s.Release(t.Context(), key, test.after.Token, time.Minute))
+				require.Equal(t, fresh.Bytes(), s.Bytes(), "a marker")
+				time.Sleep(time.Minute)
+				require.Zero(t, s.Bytes())
+			})
+		})
+	}
+}
+
+func endLease(*testing.T, *idempotency.MemoryStore, string) { time.Sleep(time.Second) }
+
+func release(t *testing.T, s *idempotency.MemoryStore, token string) {
+	t.Helper()
+	require.NoError(t, s.Release(t.Context(), "a", token, time.Hour))
+}
+
+// A marker is kept for as long as Release says, and takes no room any more when
+// that is over, although its claim would have been kept for longer.
+func TestMemoryStoreFreesMarkers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := idempotency.NewMemoryStore()
+		for i := range 1000 {
+			key := fmt.Sprint(i)
+			acquire(t, s, key, "1") // kept for a minute
+			require.NoError(t, s.Release(t.Context(), key, "1", time.Second))
+		}
+		require.Equal(t, 1000, s.Len())
+		time.Sleep(time.Second)
+		require.Zero(t, s.Len())
+		require.Zero(t, s.Bytes())
+	})
+}
+
+// A full store has no room for the renewal of a key that it does not know, but
+// for those that it does.
+func TestMemoryStoreRenewsWhenFull(t *testing.T) {
+	s := &idempotency.MemoryStore{MaxBytes: 400}
+	acquire(t, s, "a", "1")
+	renewal := idempotency.Claim{Token: "1", Attempt: 1, Once: true, Lease: time.Second, TTL: time.Minute}
+	_, err := s.Acquire(t.Context(), "b", renewal)
+	require.ErrorIs(t, err, idempotency.ErrStoreFull)
+	rec, err := s.Acquire(t.Context(), "a", renewal)
+	require.NoError(t, err)
+	require.Equal(t, idempotency.Record{State: idempotency.Acquired, Attempt: 1, Once: true}, rec)
+	require.Equal(t, 1, s.Len())
+}
+
 // Every way into and out of the accounts must agree, or the store would fill up
 // by itself.
 func TestMemoryStoreAccounts(t *testing.T) {
@@ -193,7 +269,7 @@ func TestMemoryStoreAccounts(t *testing.T) {
 		for i := range 2000 {
 			key := fmt.Sprint(i % 700)
 			ttl := time.Duration(1+i%5) * time.Minute
-			claim := idempotency.Claim{Token: fmt.Sprint(i), Fingerprint: make([]byte, i%40), Lease: time.Duration(i%3) * time.Minute, TTL: ttl, Once: i%11 == 0}
+			claim := idempotency.Claim{Token: fmt.Sprint(i), Fingerprint: make([]byte, i%40), Lease: time.Duration(i%3) * time.Minute, TTL: ttl}
 			rec, err := s.Acquire(t.Context(), key, claim)
 			require.NoError(t, err)
 			switch {
@@ -203,8 +279,11 @@ func TestMemoryStoreAccounts(t *testing.T) {
 			case i%4 == 1:
 				complete(t, s, key, claim.Token, make([]byte, i%50*1000), ttl)
 			case i%4 == 2:
-				_, err := s.Acquire(t.Context(), key, idempotency.Claim{Token: claim.Token, Lease: 2 * time.Minute, TTL: ttl})
+				renewal := idempotency.Claim{Token: claim.Token, Attempt: rec.Attempt, Once: i%11 == 0, Lease: 2 * time.Minute, TTL: ttl}
+				rec, err = s.Acquire(t.Context(), key, renewal)
 				require.NoError(t, err)
+				require.Equal(t, idempotency.Acquired, rec.State)
+				require.Equal(t, renewal.Once, rec.Once)
 			}
 			require.NoError(t, s.Release(t.Context(), fmt.Sprint("absent", i), "1", time.Minute))
 			if i%100 == 0 {
@@ -233,7 +312,7 @@ func TestMemoryStoreWatchEndsWithItsContext(t *testing.T) {
 		leave()
 		synctest.Wait()
 		complete(t, s, "a", "1", nil, time.Minute)
-		<-still // one leaving does not take the others' notice away
+		<-still // a watch that ends does not end the others
 		<-gone
 	})
 }

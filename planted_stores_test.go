@@ -13,12 +13,12 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// A storeBug is what a store does instead of what it should. A nil function is
-// none.
+// A storeBug is what a store does instead of what it should. Where a function is
+// nil the store does what it should.
 type storeBug struct {
 	acquire  func(s fullStore, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error)
 	complete func(s *plantedStore, ctx context.Context, key, token string, r idempotency.Result) error
-	release  func(s *plantedStore, ctx context.Context, key, token string) error
+	release  func(s *plantedStore, ctx context.Context, key, token string, keep time.Duration) error
 }
 
 // A plantedStore is a store with a bug.
@@ -60,7 +60,7 @@ func (s *plantedStore) Release(ctx context.Context, key, token string, keep time
 	if s.bug.release == nil {
 		return s.inner().Release(ctx, key, token, keep)
 	}
-	return s.bug.release(s, ctx, key, token)
+	return s.bug.release(s, ctx, key, token, keep)
 }
 
 func (s *plantedStore) Watch(ctx context.Context, key string) (<-chan struct{}, error) {
@@ -101,19 +101,38 @@ var storeBugs = map[string]storeBug{
 			rec.Value, _ = hex.DecodeString(goldenResponse)
 		}
 	}),
-	"ignores at most once":  changesClaims(func(c *idempotency.Claim) { c.Once = false }),
+	"ignores at most once": {acquire: func(s fullStore, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+		said := c.Once && c.Attempt > 0
+		c.Once = false
+		rec, err := s.Acquire(ctx, key, c)
+		rec.Once = said && rec.State == idempotency.Acquired
+		return rec, err
+	}},
+	"counts no attempts": {acquire: func(s fullStore, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+		if c.Attempt > 0 { // the inner store counts
+			again := c
+			again.Attempt = 0
+			rec, err := s.Acquire(ctx, key, again)
+			if err != nil || rec.State != idempotency.Acquired {
+				return rec, err
+			}
+			c.Attempt = rec.Attempt
+		}
+		rec, err := s.Acquire(ctx, key, c)
+		rec.Attempt = min(rec.Attempt, 1)
+		return rec, err
+	}},
 	"ends the lease early":  changesClaims(func(c *idempotency.Claim) { c.Lease /= 3 }),
 	"does not end a lease":  changesClaims(func(c *idempotency.Claim) { c.Lease, c.TTL = 24*time.Hour, 24*time.Hour }),
 	"takes its time":        changesClaims(func(*idempotency.Claim) { time.Sleep(9 * time.Second) }),
-	"counts no attempts":    changesAnswers(func(rec *idempotency.Record, _ *error) { rec.Attempt = min(rec.Attempt, 1) }),
 	"Complete does nothing": {complete: func(*plantedStore, context.Context, string, string, idempotency.Result) error { return nil }},
 	"Complete fails":        {complete: func(*plantedStore, context.Context, string, string, idempotency.Result) error { return errDown }},
 	"Complete ignores the token": {complete: func(s *plantedStore, ctx context.Context, key, token string, r idempotency.Result) error {
 		s.forget()
 		return s.inner().Complete(ctx, key, token, r)
 	}},
-	"Release does nothing": {release: func(*plantedStore, context.Context, string, string) error { return nil }},
-	"Release frees a record": {release: func(s *plantedStore, _ context.Context, _, _ string) error {
+	"Release does nothing": {release: func(*plantedStore, context.Context, string, string, time.Duration) error { return nil }},
+	"Release frees a record": {release: func(s *plantedStore, _ context.Context, _, _ string, _ time.Duration) error {
 		s.forget()
 		return nil
 	}},

@@ -7,17 +7,19 @@ import (
 	"github.com/go-idempotency/idempotency"
 )
 
-// acquireRules are the table of Acquire, in its order. Token A came first, B
-// is the one that asks, and C looks at what B's call has left behind.
+// acquireRules are what a claim gets, in the order of the table of Acquire.
+// Token A comes first, B asks next, and C looks at what B's call has left.
 var acquireRules = []rule{
 	{name: "an absent cell is claimed", check: func(e *env) {
-		e.acquire(claim{token: "A"}).acquired(1)
+		e.acquire(claim{token: "A", fp: "one"}).acquired(1)
+		e.acquire(claim{token: "C", fp: "one"}).is(idempotency.InProgress)
 	}},
 
 	{name: "a cell released under the token is Lost whatever the fingerprint", check: func(e *env) {
 		e.acquire(claim{token: "A", fp: "one"}).acquired(1)
 		e.release("A")
 		e.acquire(claim{token: "A", fp: "two"}).is(idempotency.Lost)
+		e.acquire(claim{token: "A"}).is(idempotency.Lost)
 	}},
 
 	{name: "a released cell is claimed with any fingerprint", check: func(e *env) {
@@ -55,7 +57,7 @@ var acquireRules = []rule{
 	}},
 
 	{name: "Mismatch comes before Abandoned", check: func(e *env) {
-		a := e.acquire(claim{token: "A", fp: "one", lease: e.short, once: true}).acquired(1)
+		a := e.acquireOnce(claim{token: "A", fp: "one", lease: e.short})
 		e.turns(a.span, e.short, claim{token: "C", fp: "one"}, idempotency.InProgress).is(idempotency.Abandoned)
 		e.acquire(claim{token: "B", fp: "two"}).is(idempotency.Mismatch)
 	}},
@@ -115,6 +117,7 @@ var acquireRules = []rule{
 		e.acquire(claim{token: "A"}).acquired(1)
 		for _, other := range []string{"a", "AA", ""} {
 			e.acquire(claim{token: other}).is(idempotency.InProgress)
+			e.acquire(claim{token: other, attempt: 1}).is(idempotency.Lost)
 			e.refuseComplete(other, result{value: "forged"})
 			e.release(other)
 		}

@@ -19,7 +19,7 @@ var completeRules = []rule{
 	}},
 
 	{name: "the result of an abandoned claim is stored", check: func(e *env) {
-		a := e.acquire(claim{token: "A", lease: e.short, once: true}).acquired(1)
+		a := e.acquireOnce(claim{token: "A", lease: e.short})
 		e.turns(a.span, e.short, claim{token: "B"}, idempotency.InProgress).is(idempotency.Abandoned)
 		e.complete("A", result{value: "done"})
 		e.acquire(claim{token: "B"}).completed("", "done")
@@ -62,13 +62,13 @@ var completeRules = []rule{
 		e.acquire(claim{token: "B"}).completed("one", "done")
 	}},
 
-	// Its owner may be anywhere, so that the lease is over changes nothing.
+	// The owner may be alive although its lease is over.
 	{name: "another owner's claim is refused", check: func(e *env) {
-		e.acquire(claim{token: "A", lease: e.short, once: true}).acquired(1)
+		e.acquireOnce(claim{token: "A", lease: e.short})
 		e.refuseComplete("B", result{value: "wrong"})
 		e.lapse()
 		e.refuseComplete("B", result{value: "wrong"})
-		e.acquire(claim{token: "A"}).acquired(1)
+		e.acquire(claim{token: "A"}).acquiredOnce(1)
 	}},
 
 	{name: "a former owner is refused after a take-over", check: func(e *env) {

@@ -35,13 +35,39 @@ var concurrencyRules = []rule{
 		}
 	}},
 
+	{name: "either a claim or the renewal of an absent cell wins", check: func(e *env) {
+		for range races {
+			e.use(randomKey())
+			recs := e.claimAll([]claim{{token: "A", attempt: 1}, {token: "B"}}, nil)
+			e.oneOfTwo(recs, idempotency.Lost, idempotency.InProgress)
+		}
+	}},
+
+	{name: "either a claim that is sent twice or a take-over wins", check: func(e *env) {
+		for _, key := range e.lapsedClaims() {
+			e.use(key)
+			recs := e.claimAll([]claim{{token: "A"}, {token: "B"}}, nil)
+			e.oneOfTwo(recs, idempotency.InProgress, idempotency.InProgress)
+		}
+	}},
+
 	{name: "either a renewal or a take-over wins", check: func(e *env) {
 		for _, key := range e.lapsedClaims() {
 			e.use(key)
-			recs := e.claimAll([]string{"A", "B"}, nil)
-			if e.err == nil && (count(recs, idempotency.Acquired) != 1 || count(recs, idempotency.InProgress) != 1) {
-				e.fail("one Acquired, and the other InProgress")
+			recs := e.claimAll([]claim{{token: "A", attempt: 1, once: true}, {token: "B"}}, nil)
+			e.oneOfTwo(recs, idempotency.Lost, idempotency.InProgress)
+			if e.err == nil && recs[0].State == idempotency.Acquired {
+				e.acquire(claim{token: "A", attempt: 1}).acquiredOnce(1)
 			}
+		}
+	}},
+
+	{name: "no other call of the owner unsets Once", check: func(e *env) {
+		for range races {
+			e.use(randomKey())
+			e.acquire(claim{token: "A"}).acquired(1)
+			e.claimAll([]claim{{token: "A"}, {token: "A", attempt: 1, once: true}, {token: "A", attempt: 1}}, nil)
+			e.acquire(claim{token: "A", attempt: 1}).acquiredOnce(1)
 		}
 	}},
 
@@ -51,37 +77,40 @@ var concurrencyRules = []rule{
 
 	{name: "either Complete or Release wins", check: completeOrRelease},
 
-	// Whoever is first, B has the claim in the end. Its Attempt is 2, or 1 if
-	// the machine was slow and nothing is left of the release.
+	// B has the claim in the end, after the release or instead of it.
 	{name: "either Release or a take-over wins", check: func(e *env) {
 		for _, key := range e.lapsedClaims() {
 			e.use(key)
-			e.whileReleased("B").is(idempotency.Acquired)
+			e.whileReleased(claim{token: "B"}).acquired(2)
 			e.acquire(claim{token: "C"}).is(idempotency.InProgress)
 		}
 	}},
 
 	{name: "either Release or a renewal wins", check: func(e *env) {
-		for range races {
-			e.use(randomKey())
-			e.acquire(claim{token: "A"}).acquired(1)
-			e.ownWhileReleased()
+		for _, again := range []claim{{token: "A"}, {token: "A", attempt: 1}} {
+			for range races {
+				e.use(randomKey())
+				e.acquire(claim{token: "A"}).acquired(1)
+				e.ownWhileReleased(again)
+			}
 		}
 	}},
 
 	{name: "either Release of an absent cell or a claim wins", check: func(e *env) {
 		for range races {
 			e.use(randomKey())
-			e.whileReleased("B").acquired(1)
+			e.whileReleased(claim{token: "B"}).acquired(1)
 			e.acquire(claim{token: "C"}).is(idempotency.InProgress)
 		}
 	}},
 
-	// The owner gave up waiting for its claim and releases it unseen.
+	// The owner has no answer to its claim, or the store has lost the cell.
 	{name: "either Release of an absent cell or its own claim wins", check: func(e *env) {
-		for range races {
-			e.use(randomKey())
-			e.ownWhileReleased()
+		for _, own := range []claim{{token: "A"}, {token: "A", attempt: 1}} {
+			for range races {
+				e.use(randomKey())
+				e.ownWhileReleased(own)
+			}
 		}
 	}},
 
@@ -122,7 +151,7 @@ func completeOrTakeOver(e *env) {
 	for _, key := range e.lapsedClaims() {
 		e.use(key)
 		var err error
-		b := e.claimWhile("B", func() { err = e.tryComplete() })
+		b := e.claimWhile(claim{token: "B"}, func() { err = e.tryComplete() })
 		e.note("meanwhile Complete(token A) = %v", err)
 		lost := errors.Is(err, idempotency.ErrLeaseLost)
 		switch {
@@ -131,7 +160,7 @@ func completeOrTakeOver(e *env) {
 		case err != nil && !lost:
 			e.fail("no error but ErrLeaseLost")
 		case lost && b.State != idempotency.Acquired:
-			e.fail("<nil>, as nobody took the claim over")
+			e.fail("<nil>, as the claim was not taken over")
 		case lost:
 			e.acquire(claim{token: "C"}).is(idempotency.InProgress)
 		case b.State != idempotency.Completed:
@@ -142,24 +171,28 @@ func completeOrTakeOver(e *env) {
 	}
 }
 
-// completeOrRenewal lets a renewal be on its way while the owner completes. It
-// must not bring the claim back.
+// completeOrRenewal lets a renewal, or the claim once more, be on its way while
+// the owner completes. It must not bring the claim back.
 func completeOrRenewal(e *env) {
-	for range races {
-		e.use(randomKey())
-		e.acquire(claim{token: "A"}).acquired(1)
-		var err error
-		a := e.claimWhile("A", func() { err = e.tryComplete() })
-		e.note("meanwhile Complete(token A) = %v", err)
-		if err != nil {
-			e.fail("<nil>")
+	for _, again := range []claim{{token: "A"}, {token: "A", attempt: 1}} {
+		for range races {
+			e.use(randomKey())
+			e.acquire(claim{token: "A"}).acquired(1)
+			var err error
+			a := e.claimWhile(again, func() { err = e.tryComplete() })
+			e.note("meanwhile Complete(token A) = %v", err)
+			switch {
+			case err != nil:
+				e.fail("<nil>")
+			case a.State == idempotency.Acquired:
+				a.acquired(1)
+			case again.attempt > 0:
+				a.is(idempotency.Lost)
+			default:
+				a.completed("", "done")
+			}
+			e.acquire(claim{token: "C"}).completed("", "done")
 		}
-		if a.State != idempotency.Acquired {
-			a.completed("", "done")
-		} else {
-			a.acquired(1)
-		}
-		e.acquire(claim{token: "C"}).completed("", "done")
 	}
 }
 
@@ -200,19 +233,19 @@ func (e *env) tryComplete() error {
 	return e.store.Complete(e.ctx, e.key, e.token("A"), e.result(result{value: "done"}))
 }
 
-// ownWhileReleased asks for the key under token A while A releases it. The
-// claim may come first or find the release. Afterwards it is released.
-func (e *env) ownWhileReleased() {
-	if a := e.whileReleased("A"); a.State != idempotency.Lost {
+// ownWhileReleased calls Acquire under token A while A releases the key. The
+// call may come first or find the release. Afterwards the cell is released.
+func (e *env) ownWhileReleased(c claim) {
+	if a := e.whileReleased(c); a.State != idempotency.Lost {
 		a.acquired(1)
 	}
 	e.acquire(claim{token: "A"}).is(idempotency.Lost)
 }
 
-// whileReleased claims the key under the token while A releases it.
-func (e *env) whileReleased(token string) answer {
+// whileReleased calls Acquire while A releases the key.
+func (e *env) whileReleased(c claim) answer {
 	var err error
-	a := e.claimWhile(token, func() { err = e.store.Release(e.ctx, e.key, e.token("A"), long) })
+	a := e.claimWhile(c, func() { err = e.store.Release(e.ctx, e.key, e.token("A"), long) })
 	e.note("meanwhile Release(token A) = %v", err)
 	if err != nil {
 		e.fail("<nil>")
@@ -220,7 +253,7 @@ func (e *env) whileReleased(token string) answer {
 	return a
 }
 
-// releaseAmongClaims lets the owner release while others ask for the key.
+// releaseAmongClaims lets the owner release while others claim the key.
 func releaseAmongClaims(e *env) {
 	for range races {
 		e.use(randomKey())
@@ -283,31 +316,31 @@ func (e *env) lapsedClaims() []string {
 
 // contend claims the key under n tokens at once.
 func (e *env) contend(n int, also func()) []idempotency.Record {
-	tokens := make([]string, n)
-	for i := range tokens {
-		tokens[i] = fmt.Sprint("racer ", i)
+	claims := make([]claim, n)
+	for i := range claims {
+		claims[i].token = fmt.Sprint("racer ", i)
 	}
-	return e.claimAll(tokens, also)
+	return e.claimAll(claims, also)
 }
 
-// claimWhile claims the key under the token and calls also at the same time.
-func (e *env) claimWhile(token string, also func()) answer {
-	recs := e.claimAll([]string{token}, also)
+// claimWhile calls Acquire with c and calls also at the same time.
+func (e *env) claimWhile(c claim, also func()) answer {
+	recs := e.claimAll([]claim{c}, also)
 	if e.err != nil {
 		return answer{e: e}
 	}
 	return answer{e: e, Record: recs[0]}
 }
 
-// claimAll claims the key under all tokens at once, and calls also meanwhile.
-func (e *env) claimAll(tokens []string, also func()) []idempotency.Record {
+// claimAll calls Acquire with all claims at once, and calls also meanwhile.
+func (e *env) claimAll(claims []claim, also func()) []idempotency.Record {
 	if e.err != nil {
 		return nil
 	}
-	recs, errs := make([]idempotency.Record, len(tokens)), make([]error, len(tokens))
-	atOnce(len(tokens)+1, func(i int) {
-		if i < len(tokens) {
-			recs[i], errs[i] = e.store.Acquire(e.ctx, e.key, e.claim(claim{token: tokens[i]}))
+	recs, errs := make([]idempotency.Record, len(claims)), make([]error, len(claims))
+	atOnce(len(claims)+1, func(i int) {
+		if i < len(claims) {
+			recs[i], errs[i] = e.store.Acquire(e.ctx, e.key, e.claim(claims[i]))
 		} else if also != nil {
 			also()
 		}
@@ -317,12 +350,24 @@ func (e *env) claimAll(tokens []string, also func()) []idempotency.Record {
 		r.Remaining = r.Remaining.Round(time.Second) // or no two were the same
 		tally[outcome(r, nil)]++
 	}
-	e.note("%d claims at once = %v", len(tokens), tally)
+	e.note("%d claims at once = %v", len(claims), tally)
 	if err := errors.Join(errs...); err != nil {
 		e.note("%v", err)
 		e.fail("no errors")
 	}
 	return recs
+}
+
+// oneOfTwo fails unless one of two calls has acquired, and the other was told
+// the state that stands for it.
+func (e *env) oneOfTwo(recs []idempotency.Record, first, second idempotency.State) {
+	switch {
+	case e.err != nil:
+	case recs[0].State == idempotency.Acquired && recs[1].State == second:
+	case recs[1].State == idempotency.Acquired && recs[0].State == first:
+	default:
+		e.fail("one Acquired; else %v for the first or %v for the second", first, second)
+	}
 }
 
 // won reports whether one racer has acquired, with this attempt, while all

@@ -62,17 +62,18 @@ func (e *env) fail(format string, args ...any) {
 }
 
 // A claim is an idempotency.Claim in short: the token by name, no fingerprint
-// for "", and long durations for zero.
+// for "", and long durations for zero. With an attempt it is a renewal.
 type claim struct {
 	token, fp  string
 	lease, ttl time.Duration
+	attempt    int
 	once       bool
 }
 
 func (e *env) claim(c claim) idempotency.Claim {
 	return idempotency.Claim{
 		Token: e.token(c.token), Fingerprint: toBytes(c.fp),
-		Lease: orLong(c.lease), TTL: orLong(c.ttl), Once: c.once,
+		Lease: orLong(c.lease), TTL: orLong(c.ttl), Attempt: c.attempt, Once: c.once,
 	}
 }
 
@@ -101,10 +102,20 @@ func orLong(d time.Duration) time.Duration {
 	return d
 }
 
-// acquire claims the key.
+// acquire claims the key, or renews its claim.
 func (e *env) acquire(c claim) answer { return e.send(e.claim(c)) }
 
-// send claims the key with c as it is.
+// acquireOnce claims the key, and marks the claim with a renewal. Only that one
+// has a TTL which may be short, so the claim cannot expire before it is marked.
+func (e *env) acquireOnce(c claim) answer {
+	ttl := c.ttl
+	c.ttl = long
+	e.acquire(c).acquired(1)
+	c.attempt, c.once, c.ttl = 1, true, ttl
+	return e.acquire(c).acquiredOnce(1)
+}
+
+// send calls Acquire with c as it is.
 func (e *env) send(c idempotency.Claim) answer {
 	if e.err != nil {
 		return answer{e: e}
@@ -120,7 +131,7 @@ func (e *env) send(c idempotency.Claim) answer {
 	case !valid(rec.State):
 		e.fail("one of the States")
 	case rec.State == idempotency.InProgress && rec.Remaining <= 0:
-		// Who waits for it would ask again at once, and again.
+		// A waiting request would ask again at once, and again.
 		e.fail("a Remaining above 0 as long as the answer is InProgress")
 	}
 	return a
@@ -155,15 +166,18 @@ func (e *env) finish(token string, r idempotency.Result, want error) (s span) {
 	return s
 }
 
-// release frees the key. Whatever the cell is, this is no error.
-func (e *env) release(token string) (s span) {
+// release frees the key, and keeps the marker for long.
+func (e *env) release(token string) span { return e.releaseFor(token, long) }
+
+// releaseFor frees the key. Whatever the cell is, this is no error.
+func (e *env) releaseFor(token string, keep time.Duration) (s span) {
 	if e.err != nil {
 		return s
 	}
 	s.before = e.now()
-	err := e.store.Release(e.ctx, e.key, e.token(token), long)
+	err := e.store.Release(e.ctx, e.key, e.token(token), keep)
 	s.after = e.now()
-	e.note("Release(token %s) = %v", token, err)
+	e.note("Release(token %s, keep %v) = %v", token, keep, err)
 	if err != nil {
 		e.fail("<nil>")
 	}
@@ -177,10 +191,27 @@ type answer struct {
 	idempotency.Record
 }
 
-// acquired: the answer must be Acquired with this attempt.
+// acquired: the answer must be Acquired with this attempt, and not Once.
 func (a answer) acquired(attempt int) answer {
-	if a.State != idempotency.Acquired || a.Attempt != attempt {
+	if a.State != idempotency.Acquired || a.Attempt != attempt || a.Once {
 		a.e.fail("Acquired, Attempt %d", attempt)
+	}
+	return a
+}
+
+// acquiredOnce: the answer must be Acquired with this attempt, and Once.
+func (a answer) acquiredOnce(attempt int) answer {
+	if a.State != idempotency.Acquired || a.Attempt != attempt || !a.Once {
+		a.e.fail("Acquired, Attempt %d, Once", attempt)
+	}
+	return a
+}
+
+// acquiredAny: the answer must be Acquired with any attempt, and not Once. The
+// attempt is unknown where a slow machine may have let the cell expire.
+func (a answer) acquiredAny() answer {
+	if a.State != idempotency.Acquired || a.Attempt < 1 || a.Once {
+		a.e.fail("Acquired, Attempt 1 or more")
 	}
 	return a
 }
@@ -193,7 +224,7 @@ func (a answer) completed(fp, value string) answer {
 	return a
 }
 
-// is: the answer must have this state, of which nothing more is to be said.
+// is: the answer must have this state, which says all.
 func (a answer) is(s idempotency.State) answer {
 	if a.State != s {
 		a.e.fail("%v", s)
@@ -205,6 +236,9 @@ func (a answer) is(s idempotency.State) answer {
 func (e *env) describe(c idempotency.Claim) string {
 	s := fmt.Sprintf("Acquire(token %s, fingerprint %s, Lease %v, TTL %v",
 		e.name(c.Token), show(c.Fingerprint), c.Lease, c.TTL)
+	if c.Attempt != 0 {
+		s += fmt.Sprintf(", Attempt %d", c.Attempt)
+	}
 	if c.Once {
 		s += ", Once"
 	}
@@ -221,7 +255,11 @@ func outcome(r idempotency.Record, err error) string {
 	}
 	switch r.State {
 	case idempotency.Acquired:
-		return fmt.Sprintf("Acquired, Attempt %d", r.Attempt)
+		s := fmt.Sprintf("Acquired, Attempt %d", r.Attempt)
+		if r.Once {
+			s += ", Once"
+		}
+		return s
 	case idempotency.InProgress:
 		return fmt.Sprintf("InProgress, Remaining %v", r.Remaining)
 	case idempotency.Completed:

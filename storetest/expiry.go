@@ -1,6 +1,7 @@
 package storetest
 
 import (
+	"slices"
 	"time"
 
 	"github.com/go-idempotency/idempotency"
@@ -8,128 +9,139 @@ import (
 
 // expiryRules are about the end of cells. That a cell still exists shows in
 // Attempt: it is 1 again where nothing is left.
-var expiryRules = []rule{
-	{name: "a completed cell expires", check: func(e *env) {
-		e.acquire(claim{token: "A"}).acquired(1)
-		a := e.complete("A", result{value: "done", ttl: e.short})
-		e.turns(a, e.short, claim{token: "B"}, idempotency.Completed).acquired(1)
-	}},
+var expiryRules = slices.Concat(
+	everyWay("starts the TTL anew", startsTTL),
+	everyWay("does not expire before its lease", keepsLease),
+	markerRules,
+	[]rule{
+		{name: "a Once claim expires", check: func(e *env) {
+			a := e.acquireOnce(claim{token: "A", lease: e.short / 2, ttl: e.short})
+			e.turns(a.span, e.short, claim{token: "B"}, idempotency.InProgress, idempotency.Abandoned).acquired(1)
+		}},
 
-	// Asked for with another fingerprint, a claim cannot be taken over.
-	{name: "a claim expires", check: func(e *env) {
-		a := e.acquire(claim{token: "A", fp: "one", lease: e.short / 2, ttl: e.short}).acquired(1)
-		e.turns(a.span, e.short, claim{token: "B", fp: "two"}, idempotency.Mismatch).acquired(1)
-	}},
+		{name: "a completed cell expires", check: func(e *env) {
+			e.acquire(claim{token: "A"}).acquired(1)
+			a := e.complete("A", result{value: "done", ttl: e.short})
+			e.turns(a, e.short, claim{token: "B"}, idempotency.Completed).acquired(1)
+		}},
 
-	{name: "an abandoned claim expires", check: func(e *env) {
-		a := e.acquire(claim{token: "A", lease: e.short / 2, ttl: e.short, once: true}).acquired(1)
-		e.turns(a.span, e.short, claim{token: "B"}, idempotency.InProgress, idempotency.Abandoned).acquired(1)
-	}},
+		{name: "Complete starts a TTL of its own", check: func(e *env) {
+			e.acquire(claim{token: "A", lease: e.short, ttl: e.short}).acquired(1)
+			e.complete("A", result{value: "done"})
+			e.lapse()
+			e.acquire(claim{token: "B"}).completed("", "done")
+		}},
 
-	{name: "a released cell expires a lease later", check: func(e *env) {
-		e.acquire(claim{token: "A", lease: e.short}).acquired(1)
-		a := e.release("A")
-		e.turns(a, e.short, claim{token: "A"}, idempotency.Lost).acquired(1)
-	}},
-
-	{name: "a released cell expires the lease of its last claim later", check: lastLease},
-
-	{name: "a second release does not prolong the first", needsAdvance: true, check: func(e *env) {
-		e.acquire(claim{token: "A", lease: e.short}).acquired(1)
-		a := e.release("A")
-		e.pass(e.short / 2)
-		e.release("A")
-		e.turns(a, e.short, claim{token: "A"}, idempotency.Lost).acquired(1)
-	}},
-
-	{name: "an absent cell that was released expires after 30s", needsAdvance: true, check: func(e *env) {
-		a := e.release("A")
-		e.turns(a, 30*time.Second, claim{token: "A"}, idempotency.Lost).acquired(1)
-	}},
-
-	{name: "no claim expires before its lease", check: func(e *env) {
-		e.acquire(claim{token: "A", ttl: e.short}).acquired(1)
-		e.lapse()
-		e.acquire(claim{token: "B"}).is(idempotency.InProgress)
-		e.acquire(claim{token: "A", ttl: e.short}).acquired(1)
-		e.lapse()
-		e.acquire(claim{token: "B"}).is(idempotency.InProgress)
-	}},
-
-	{name: "a renewal starts the TTL anew", check: func(e *env) {
-		e.acquire(claim{token: "A", lease: e.short / 2, ttl: e.short}).acquired(1)
-		e.pass(e.short * 3 / 4)
-		a := e.acquire(claim{token: "A", lease: e.short}).acquired(1)
-		e.turns(a.span, e.short, claim{token: "B"}, idempotency.InProgress).acquired(2)
-	}},
-
-	{name: "a take-over starts the TTL anew", check: func(e *env) {
-		a := e.acquire(claim{token: "A", lease: e.short / 2, ttl: e.short}).acquired(1)
-		// The attempt is 2, or 1 if the machine was slow and the cell is gone.
-		e.turns(a.span, e.short/2, claim{token: "B"}, idempotency.InProgress).is(idempotency.Acquired)
-		e.lapse()
-		e.acquire(claim{token: "C"}).is(idempotency.InProgress)
-	}},
-
-	{name: "the claim of a released cell starts the TTL anew", check: func(e *env) {
-		e.acquire(claim{token: "A", lease: e.short, ttl: e.short}).acquired(1)
-		e.release("A")
-		e.acquire(claim{token: "B"}).is(idempotency.Acquired)
-		e.lapse()
-		e.acquire(claim{token: "C"}).is(idempotency.InProgress)
-	}},
-
-	{name: "Complete starts a TTL of its own", check: func(e *env) {
-		e.acquire(claim{token: "A", lease: e.short, ttl: e.short}).acquired(1)
-		e.complete("A", result{value: "done"})
-		e.lapse()
-		e.acquire(claim{token: "B"}).completed("", "done")
-	}},
-
-	{name: "a second Complete does not prolong the first", check: secondComplete},
-
-	{name: "Complete writes after the claim has expired", check: func(e *env) {
-		e.acquire(claim{token: "A", lease: e.short, ttl: e.short}).acquired(1)
-		e.lapse()
-		e.complete("A", result{value: "done"})
-		e.acquire(claim{token: "B"}).completed("", "done")
-	}},
-}
-
-// lastLease releases claims that had another lease before: a renewal, the claim
-// of a released cell and a take-over.
-func lastLease(e *env) {
-	e.acquire(claim{token: "A"}).acquired(1)
-	e.acquire(claim{token: "A", lease: e.short}).acquired(1)
-	a := e.release("A")
-	e.turns(a, e.short, claim{token: "A"}, idempotency.Lost).acquired(1)
-
-	e.use(randomKey())
-	e.acquire(claim{token: "A"}).acquired(1)
-	e.release("A")
-	e.acquire(claim{token: "B", lease: e.short}).acquired(2)
-	b := e.release("B")
-	e.turns(b, e.short, claim{token: "B"}, idempotency.Lost).acquired(1)
-
-	e.use(randomKey())
-	a = e.acquire(claim{token: "A", lease: e.short}).acquired(1).span
-	e.turns(a, e.short, claim{token: "B"}, idempotency.InProgress).acquired(2)
-	e.release("B")
-	e.lapse()
-	e.acquire(claim{token: "B"}).is(idempotency.Lost)
-}
-
-// secondComplete completes again, to be kept for longer.
-func secondComplete(e *env) {
-	for ttl := e.short; e.err == nil; ttl *= 2 {
-		e.use(randomKey())
-		first := e.complete("A", result{value: "done", ttl: ttl})
-		e.complete("A", result{value: "done"})
-		// On a slow machine nothing may have been left for the second to find,
-		// and it was right to write.
-		if e.atMost(first) < ttl-e.tolerance {
+		{name: "a second Complete does not prolong the first", check: func(e *env) {
+			first, ttl := e.within(func(ttl time.Duration) span {
+				first := e.complete("A", result{value: "done", ttl: ttl})
+				e.complete("A", result{value: "done"})
+				return first
+			})
 			e.turns(first, ttl, claim{token: "B"}, idempotency.Completed).acquired(1)
-			return
+		}},
+
+		{name: "Complete writes after the claim has expired", check: func(e *env) {
+			e.acquire(claim{token: "A", lease: e.short, ttl: e.short}).acquired(1)
+			e.lapse()
+			e.complete("A", result{value: "done"})
+			e.acquire(claim{token: "B"}).completed("", "done")
+		}},
+
+		{name: "a renewal that is refused does not prolong a completed cell", check: func(e *env) {
+			e.acquire(claim{token: "A"}).acquired(1)
+			done := e.complete("A", result{value: "done", ttl: e.short})
+			e.turns(done, e.short, claim{token: "A", attempt: 2}, idempotency.Lost).acquired(2)
+		}},
+	})
+
+// markerRules are about how long the marker of a released cell is kept.
+var markerRules = []rule{
+	{name: "a released cell expires before the claim would have", check: func(e *env) {
+		e.acquire(claim{token: "A"}).acquired(1)
+		a := e.releaseFor("A", e.short)
+		e.turns(a, e.short, claim{token: "A"}, idempotency.Lost).acquired(1)
+	}},
+
+	{name: "a released cell expires after the claim would have", check: func(e *env) {
+		e.acquire(claim{token: "A", lease: e.short / 2, ttl: e.short / 2}).acquired(1)
+		a := e.releaseFor("A", e.short)
+		e.turns(a, e.short, claim{token: "A"}, idempotency.Lost).acquired(1)
+	}},
+
+	{name: "a released cell counts attempts for as long as it is kept", check: func(e *env) {
+		_, ttl := e.within(func(ttl time.Duration) span {
+			a := e.acquire(claim{token: "A", lease: ttl, ttl: ttl}).acquired(1)
+			e.release("A")
+			return a.span
+		})
+		e.pass(ttl + 2*e.tolerance)
+		e.acquire(claim{token: "A"}).is(idempotency.Lost)
+		e.acquire(claim{token: "B"}).acquired(2)
+	}},
+
+	{name: "an absent cell that was released expires", check: func(e *env) {
+		a := e.releaseFor("A", e.short)
+		e.turns(a, e.short, claim{token: "A"}, idempotency.Lost).acquired(1)
+	}},
+
+	{name: "an absent cell that was released is kept", check: func(e *env) {
+		e.release("A")
+		e.lapse()
+		e.acquire(claim{token: "A"}).is(idempotency.Lost)
+	}},
+
+	{name: "a second release does not prolong the first", check: func(e *env) {
+		for _, token := range []string{"A", "B"} {
+			first, keep := e.within(func(keep time.Duration) span {
+				first := e.releaseFor("A", keep)
+				e.release(token)
+				return first
+			})
+			e.turns(first, keep, claim{token: "A"}, idempotency.Lost).acquired(1)
 		}
-	}
+	}},
+
+	{name: "a second release does not shorten the first", check: func(e *env) {
+		e.release("A")
+		e.releaseFor("A", e.short)
+		e.releaseFor("B", e.short)
+		e.lapse()
+		e.acquire(claim{token: "A"}).is(idempotency.Lost)
+	}},
+
+	{name: "a renewal that is refused does not prolong a released cell", check: func(e *env) {
+		a := e.releaseFor("A", e.short)
+		e.turns(a, e.short, claim{token: "B", attempt: 2}, idempotency.Lost).acquired(2)
+	}},
+
+	{name: "a release that is not the owner's changes no TTL", check: func(e *env) {
+		start, ttl := e.within(func(ttl time.Duration) span {
+			a := e.acquire(claim{token: "A", fp: "one", lease: ttl / 2, ttl: ttl}).acquired(1)
+			e.release("B")
+			return a.span
+		})
+		e.turns(start, ttl, claim{token: "B", fp: "two"}, idempotency.Mismatch).acquired(1)
+
+		e.use(randomKey())
+		e.acquire(claim{token: "A", fp: "one"}).acquired(1)
+		e.releaseFor("B", e.short)
+		e.lapse()
+		e.acquire(claim{token: "B", fp: "one"}).is(idempotency.InProgress)
+	}},
+
+	{name: "a release of a completed cell changes no TTL", check: func(e *env) {
+		done, ttl := e.within(func(ttl time.Duration) span {
+			done := e.complete("A", result{value: "done", ttl: ttl})
+			e.release("A")
+			return done
+		})
+		e.turns(done, ttl, claim{token: "B"}, idempotency.Completed).acquired(1)
+
+		e.use(randomKey())
+		e.complete("A", result{value: "done"})
+		e.releaseFor("A", e.short)
+		e.lapse()
+		e.acquire(claim{token: "B"}).completed("", "done")
+	}},
 }

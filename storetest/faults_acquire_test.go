@@ -20,6 +20,7 @@ const forever = 1000 * time.Hour
 
 // What kind of call it is.
 func (c *call) acquire() bool  { return c.claim != nil }
+func (c *call) renewal() bool  { return c.acquire() && c.claim.Attempt != 0 }
 func (c *call) complete() bool { return c.result != nil }
 func (c *call) release() bool  { return c.claim == nil && c.result == nil }
 
@@ -33,11 +34,23 @@ func (c *call) differs() bool {
 	return a != b && a != "" && b != ""
 }
 
-// What came of it.
+// What came of it. The first six are the ways to acquire a cell.
+func (c *call) anew() bool      { return c.acquired() && c.old.status == absent && !c.renewal() }
+func (c *call) restored() bool  { return c.acquired() && c.old.status == absent && c.renewal() }
+func (c *call) reclaimed() bool { return c.acquired() && c.old.status == released }
+func (c *call) resent() bool    { return c.extended() && !c.renewal() }
+func (c *call) renewed() bool   { return c.extended() && c.renewal() }
+func (c *call) tookOver() bool  { return c.acquired() && c.old.status == claimed && !c.owner() }
+
 func (c *call) acquired() bool { return c.rec.State == idempotency.Acquired }
-func (c *call) anew() bool     { return c.acquired() && c.old.status == absent }
-func (c *call) renewed() bool  { return c.acquired() && c.old.status == claimed && c.owner() }
-func (c *call) tookOver() bool { return c.acquired() && c.old.status == claimed && !c.owner() }
+func (c *call) extended() bool { return c.acquired() && c.old.status == claimed && c.owner() }
+func (c *call) refused() bool  { return c.acquire() && !c.acquired() }
+
+// setAttempt changes the attempt of the cell and of the answer.
+func (c *call) setAttempt(n int) { c.cell.attempt, c.rec.Attempt = n, n }
+
+// setOnce changes the mark of the cell, and that of the answer.
+func (c *call) setOnce(once bool) { c.cell.once, c.rec.Once = once, once }
 
 // refuse makes it a refused Acquire.
 func (c *call) refuse(s idempotency.State) {
@@ -65,27 +78,34 @@ var acquireFaults = []brokenStore{
 		"Acquire/an absent cell is claimed",
 	}},
 	{"a token can claim only once", fault{after: func(c *call) {
-		if c.renewed() {
+		if c.resent() {
 			c.refuse(idempotency.InProgress)
 		}
 	}}, []string{
-		"Renew/the attempt stays",
+		"Resend/the attempt stays",
 		"Acquire/a cancelled context leads to an error or a true answer",
+	}},
+	{"a claim writes nothing", fault{after: func(c *call) {
+		if c.anew() {
+			c.cell = c.old
+		}
+	}}, []string{
+		"Acquire/an absent cell is claimed",
 	}},
 	{"a claim is not exclusive", fault{after: func(c *call) {
 		if c.rec.State == idempotency.InProgress {
-			c.take()
+			c.take(1)
 		}
 	}}, []string{
 		"Lease/a running lease is InProgress",
 		"Lease/a claim is taken over when its lease is over",
 	}},
-	{"a delayed Acquire reclaims a released cell", fault{before: func(c *call) {
+	{"a delayed claim reclaims a released cell", fault{before: func(c *call) {
 		if c.old.status == released {
-			c.cell.token = "nobody"
+			c.cell.token = "none"
 		}
 	}}, []string{
-		"Release/a delayed Acquire is Lost",
+		"Release/a delayed claim is Lost",
 		"Release/an absent cell remembers the release",
 		"Release/a second time changes nothing",
 	}},
@@ -97,14 +117,14 @@ var acquireFaults = []brokenStore{
 		"Acquire/a cell released under the token is Lost whatever the fingerprint",
 	}},
 	{"a released cell keeps its fingerprint", fault{after: func(c *call) {
-		if c.acquired() && c.old.status == released {
+		if c.reclaimed() {
 			c.cell.fingerprint = c.old.fingerprint
 		}
 	}}, []string{
 		"Acquire/a released cell is claimed with any fingerprint",
 	}},
 	{"a released cell keeps its fingerprint when none replaces it", fault{after: func(c *call) {
-		if c.acquired() && c.old.status == released && len(c.claim.Fingerprint) == 0 {
+		if c.reclaimed() && len(c.claim.Fingerprint) == 0 {
 			c.cell.fingerprint = c.old.fingerprint
 		}
 	}}, []string{
@@ -120,7 +140,8 @@ var acquireFaults = []brokenStore{
 		"Acquire/Mismatch comes before the claim's own token",
 		"Acquire/Mismatch comes before Abandoned",
 		"Acquire/Mismatch comes before take-over",
-		"Expiry/a claim expires",
+		"Renew/Mismatch comes before the token and the attempt",
+		"Expiry/a renewal starts the TTL anew",
 	}},
 	{"Completed comes before Mismatch", fault{before: func(c *call) {
 		if c.acquire() && c.old.status == completed {
@@ -147,11 +168,11 @@ var acquireFaults = []brokenStore{
 	}},
 	{"a take-over comes before Mismatch", fault{after: func(c *call) {
 		if c.acquire() && !c.old.once && c.old.status == claimed && c.lapsed() && c.rec.State == idempotency.Mismatch {
-			c.take()
+			c.take(c.old.attempt + 1)
 		}
 	}}, []string{
 		"Acquire/Mismatch comes before take-over",
-		"Expiry/a claim expires",
+		"Expiry/a take-over starts the TTL anew",
 	}},
 	{"an unknown fingerprint is one that differs", fault{after: func(c *call) {
 		stored := c.old.status == claimed || c.old.status == completed
@@ -161,6 +182,7 @@ var acquireFaults = []brokenStore{
 	}}, []string{
 		"Acquire/an unknown fingerprint is no Mismatch",
 		"Acquire/Completed comes with an unknown fingerprint too",
+		"Resend/an unknown fingerprint stays unknown",
 		"Renew/an unknown fingerprint stays unknown",
 	}},
 	{"fingerprints are compared as text", fault{before: func(c *call) {
@@ -170,9 +192,9 @@ var acquireFaults = []brokenStore{
 	}}, []string{
 		"Acquire/fingerprints are compared byte by byte",
 	}},
-	{"the owner renews a completed cell", fault{after: func(c *call) {
+	{"the owner claims a completed cell", fault{after: func(c *call) {
 		if c.rec.State == idempotency.Completed && c.owner() {
-			c.take()
+			c.take(1)
 		}
 	}}, []string{
 		"Acquire/Completed comes before the claim's own token",
@@ -193,7 +215,7 @@ var acquireFaults = []brokenStore{
 	}},
 	{"a take-over does not count", fault{after: func(c *call) {
 		if c.tookOver() {
-			c.rec.Attempt, c.cell.attempt = c.old.attempt, c.old.attempt
+			c.setAttempt(c.old.attempt)
 		}
 	}}, []string{
 		"Acquire/Attempt counts claims after releases and take-overs",

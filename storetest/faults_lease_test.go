@@ -1,10 +1,6 @@
 package storetest
 
-import (
-	"bytes"
-
-	"github.com/go-idempotency/idempotency"
-)
+import "github.com/go-idempotency/idempotency"
 
 var leaseFaults = []brokenStore{
 	{"the lease never ends", fault{after: func(c *call) {
@@ -19,9 +15,9 @@ var leaseFaults = []brokenStore{
 		c.cell.leaseEnd = c.now
 	}}, []string{
 		"Lease/a running lease is InProgress",
-		"Lease/the claim's lease counts and not that of who asks",
+		"Lease/the lease of the claim counts and not that of the call",
 		"Concurrency/one of many claims wins",
-		"Renew/the lease starts anew",
+		"Renew/the lease starts anew every time",
 	}},
 	{"the lease is half as long", fault{after: func(c *call) {
 		if c.acquired() {
@@ -39,12 +35,12 @@ var leaseFaults = []brokenStore{
 		"Lease/a claim is taken over when its lease is over",
 		"Lease/a running lease is InProgress",
 	}},
-	{"the lease is judged by who asks", fault{before: func(c *call) {
+	{"the lease is that of the call", fault{before: func(c *call) {
 		if c.acquire() && c.old.status == claimed {
 			c.cell.leaseEnd += c.claim.Lease - c.old.lease
 		}
 	}}, []string{
-		"Lease/the claim's lease counts and not that of who asks",
+		"Lease/the lease of the claim counts and not that of the call",
 	}},
 	{"Remaining is zero", fault{after: func(c *call) {
 		c.rec.Remaining = 0
@@ -70,13 +66,6 @@ var leaseFaults = []brokenStore{
 	}}, []string{
 		"Lease/a take-over writes its own fingerprint",
 	}},
-	{"a take-over does not write Once", fault{after: func(c *call) {
-		if c.tookOver() {
-			c.cell.once = false
-		}
-	}}, []string{
-		"Lease/a take-over writes its own Once",
-	}},
 	{"a take-over does not write the token", fault{after: func(c *call) {
 		if c.tookOver() {
 			c.cell.token = c.old.token
@@ -85,25 +74,12 @@ var leaseFaults = []brokenStore{
 		"Lease/a claim is taken over when its lease is over",
 		"Complete/a former owner is refused after a take-over",
 		"Release/a former owner leaves the new one alone",
-		"Renew/a claim cannot be renewed after it was taken over",
-	}},
-	{"the claim of a released cell does not write Once", fault{after: func(c *call) {
-		if c.acquired() && c.old.status == released {
-			c.cell.once = false
-		}
-	}}, []string{
-		"Lease/the claim of a released cell writes its own Once",
+		"Resend/a claim that was taken over is another owner's",
+		"Renew/a claim that was taken over is Lost",
 	}},
 	{"a refused claim counts", fault{after: func(c *call) {
 		if c.rec.State == idempotency.Mismatch || c.rec.State == idempotency.InProgress {
 			c.cell.attempt++
-		}
-	}}, []string{
-		"Lease/a claim that is refused changes nothing",
-	}},
-	{"a refused claim sets Once", fault{after: func(c *call) {
-		if c.acquire() && c.claim.Once {
-			c.cell.once = true
 		}
 	}}, []string{
 		"Lease/a claim that is refused changes nothing",
@@ -132,86 +108,12 @@ var leaseFaults = []brokenStore{
 	}}, []string{
 		"Lease/a Once claim is Abandoned when its lease is over",
 	}},
-	{"Once outlives its claim", fault{after: func(c *call) {
-		if c.acquired() && c.old.once {
-			c.cell.once = true
+	{"a claim that is Abandoned is given up", fault{after: func(c *call) {
+		if c.rec.State == idempotency.Abandoned {
+			c.cell.token = "none"
 		}
 	}}, []string{
-		"Lease/Once does not outlive its claim",
-	}},
-}
-
-var renewFaults = []brokenStore{
-	{"a renewal counts", fault{after: func(c *call) {
-		if c.renewed() {
-			c.cell.attempt++
-			c.rec.Attempt++
-		}
-	}}, []string{
-		"Renew/the attempt stays",
-		"Acquire/Attempt counts claims after releases and take-overs",
-	}},
-	{"a renewal does not renew", fault{after: func(c *call) {
-		if c.renewed() {
-			c.cell.leaseEnd, c.cell.expires = c.old.leaseEnd, c.old.expires
-		}
-	}}, []string{
-		"Renew/the lease starts anew",
-		"Renew/a claim can be renewed when its lease is over",
-		"Expiry/a renewal starts the TTL anew",
-	}},
-	{"a claim is renewed only once", fault{after: func(c *call) {
-		if c.renewed() {
-			if c.old.leaseEnd > c.old.began+c.old.lease {
-				c.cell.leaseEnd = c.old.leaseEnd
-			}
-			c.cell.began = c.old.began
-		}
-	}}, []string{
-		"Renew/the lease starts anew every time",
-	}},
-	{"a renewal needs a running lease", fault{after: func(c *call) {
-		if c.renewed() && c.lapsed() {
-			c.refuse(idempotency.Lost)
-		}
-	}}, []string{
-		"Renew/a claim can be renewed when its lease is over",
-	}},
-	{"a renewal overwrites the fingerprint", fault{after: func(c *call) {
-		if c.renewed() {
-			c.cell.fingerprint = bytes.Clone(c.claim.Fingerprint)
-		}
-	}}, []string{
-		"Renew/the fingerprint stays",
-		"Renew/an unknown fingerprint stays unknown",
-	}},
-	{"a renewal fills in the fingerprint", fault{after: func(c *call) {
-		if c.renewed() && len(c.old.fingerprint) == 0 {
-			c.cell.fingerprint = bytes.Clone(c.claim.Fingerprint)
-		}
-	}}, []string{
-		"Renew/an unknown fingerprint stays unknown",
-	}},
-	{"a renewal does not set Once", fault{after: func(c *call) {
-		if c.renewed() {
-			c.cell.once = c.old.once
-		}
-	}}, []string{
-		"Renew/Once is set when it is asked for",
-	}},
-	{"a renewal unsets Once", fault{after: func(c *call) {
-		if c.renewed() {
-			c.cell.once = c.claim.Once
-		}
-	}}, []string{
-		"Renew/Once is never unset",
-	}},
-	{"a former owner can renew", fault{before: func(c *call) {
-		if c.acquire() && c.old.status == claimed && c.token == c.old.former {
-			c.cell.token = c.token
-		}
-	}}, []string{
-		"Renew/a claim cannot be renewed after it was taken over",
-		"Lease/a claim is taken over when its lease is over",
+		"Lease/a Once claim that is Abandoned stays its owner's",
+		"Complete/the result of an abandoned claim is stored",
 	}},
 }

@@ -18,8 +18,19 @@ var raceFaults = []brokenStore{
 	}}, []string{
 		"Concurrency/one of many take-overs wins",
 	}},
-	{"a claim is checked, then renewed", fault{racy: func(c *call) bool {
-		return c.acquire() && c.old.status == claimed && c.owner()
+	{"an absent cell is checked, then renewed", fault{racy: func(c *call) bool {
+		return c.renewal() && c.old.status == absent
+	}}, []string{
+		"Concurrency/either a claim or the renewal of an absent cell wins",
+		"Concurrency/either Release of an absent cell or its own claim wins",
+	}},
+	{"a lapsed claim is checked, then resent", fault{racy: func(c *call) bool {
+		return c.acquire() && !c.renewal() && c.old.status == claimed && c.owner() && c.lapsed()
+	}}, []string{
+		"Concurrency/either a claim that is sent twice or a take-over wins",
+	}},
+	{"a lapsed claim is checked, then renewed", fault{racy: func(c *call) bool {
+		return c.renewal() && c.old.status == claimed && c.owner() && c.lapsed()
 	}}, []string{
 		"Concurrency/either a renewal or a take-over wins",
 	}},
@@ -33,11 +44,19 @@ var raceFaults = []brokenStore{
 	}}, []string{
 		"Concurrency/one of many Completes wins",
 	}},
-	{"a running claim is checked, then renewed", fault{racy: func(c *call) bool {
-		return c.acquire() && c.old.status == claimed && c.owner() && !c.lapsed()
+	{"a running claim is checked, then resent", fault{racy: func(c *call) bool {
+		return c.acquire() && !c.renewal() && c.old.status == claimed && c.owner() && !c.lapsed()
 	}}, []string{
 		"Concurrency/either Complete or a renewal wins",
 		"Concurrency/either Release or a renewal wins",
+		"Concurrency/no other call of the owner unsets Once",
+	}},
+	{"a running claim is checked, then renewed", fault{racy: func(c *call) bool {
+		return c.renewal() && !c.claim.Once && c.old.status == claimed && c.owner() && !c.lapsed()
+	}}, []string{
+		"Concurrency/either Complete or a renewal wins",
+		"Concurrency/either Release or a renewal wins",
+		"Concurrency/no other call of the owner unsets Once",
 	}},
 	{"a claim is checked, then released", fault{racy: func(c *call) bool {
 		return c.release() && c.old.status == claimed && c.owner()
@@ -72,6 +91,9 @@ var watchFaults = []brokenStore{
 	}},
 	{"a claim ends the watches", fault{forget: (*call).anew}, []string{
 		"Watch/a watch may begin before the claim",
+	}},
+	{"a claim that is sent twice ends the watches", fault{forget: (*call).resent}, []string{
+		"Watch/a watch outlives a renewal",
 	}},
 	{"a renewal ends the watches", fault{forget: (*call).renewed}, []string{
 		"Watch/a watch outlives a renewal",

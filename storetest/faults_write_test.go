@@ -3,7 +3,6 @@ package storetest
 import (
 	"bytes"
 	"strings"
-	"time"
 
 	"github.com/go-idempotency/idempotency"
 )
@@ -152,7 +151,7 @@ var releaseFaults = []brokenStore{
 			c.cell = cell{}
 		}
 	}}, []string{
-		"Release/a delayed Acquire is Lost",
+		"Release/a delayed claim is Lost",
 		"Release/the owner's claim is freed",
 		"Release/a second time changes nothing",
 		"Complete/a released cell is refused",
@@ -183,7 +182,15 @@ var releaseFaults = []brokenStore{
 	}},
 	{"a second Release starts the time anew", fault{after: func(c *call) {
 		if c.release() && c.old.status == released {
-			c.cell.expires = c.now + c.old.lease
+			c.cell.expires = c.now + c.keep
+		}
+	}}, []string{
+		"Expiry/a second release does not prolong the first",
+		"Expiry/a second release does not shorten the first",
+	}},
+	{"a second Release prolongs the time", fault{after: func(c *call) {
+		if c.release() && c.old.status == released {
+			c.cell.expires = max(c.old.expires, c.now+c.keep)
 		}
 	}}, []string{
 		"Expiry/a second release does not prolong the first",
@@ -218,113 +225,6 @@ var releaseFaults = []brokenStore{
 	}}, []string{
 		"Release/a former owner leaves the new one alone",
 		"Release/another owner's claim stays",
-	}},
-}
-
-var expiryFaults = []brokenStore{
-	{"nothing ever expires", fault{after: func(c *call) {
-		c.cell.expires = forever
-	}}, []string{
-		"Expiry/a completed cell expires",
-		"Expiry/a claim expires",
-		"Expiry/an abandoned claim expires",
-		"Expiry/a released cell expires a lease later",
-		"Expiry/an absent cell that was released expires after 30s",
-		"Values/returned slices stay valid",
-	}},
-	{"a result expires early", fault{after: func(c *call) {
-		if c.complete() && c.err == nil {
-			c.cell.expires = c.now + c.result.TTL/2
-		}
-	}}, []string{
-		"Expiry/a completed cell expires",
-	}},
-	{"reading prolongs the TTL", fault{after: func(c *call) {
-		if c.rec.State == idempotency.Completed {
-			c.cell.expires += time.Hour
-		}
-	}}, []string{
-		"Expiry/a completed cell expires",
-	}},
-	{"a released cell is kept for the TTL", fault{after: func(c *call) {
-		if c.release() && c.old.status == claimed {
-			c.cell.expires = c.old.expires
-		}
-	}}, []string{
-		"Expiry/a released cell expires a lease later",
-	}},
-	{"a released cell is kept for the lease before a renewal", fault{after: func(c *call) {
-		if c.renewed() {
-			c.cell.lease = c.old.lease
-		}
-	}}, []string{
-		"Expiry/a released cell expires the lease of its last claim later",
-	}},
-	{"a released cell is kept for the lease before a take-over", fault{after: func(c *call) {
-		if c.tookOver() {
-			c.cell.lease = c.old.lease
-		}
-	}}, []string{
-		"Expiry/a released cell expires the lease of its last claim later",
-	}},
-	{"a released cell is kept for the lease before another release", fault{after: func(c *call) {
-		if c.acquired() && c.old.status == released {
-			c.cell.lease = c.old.lease
-		}
-	}}, []string{
-		"Expiry/a released cell expires the lease of its last claim later",
-	}},
-	{"a released absent cell is kept for a minute", fault{after: func(c *call) {
-		if c.release() && c.old.status == absent {
-			c.cell.expires = c.now + time.Minute
-		}
-	}}, []string{
-		"Expiry/an absent cell that was released expires after 30s",
-	}},
-	{"a claim expires before its lease", fault{after: func(c *call) {
-		if c.acquired() {
-			c.cell.expires = c.now + c.claim.TTL
-		}
-	}}, []string{
-		"Expiry/no claim expires before its lease",
-	}},
-	{"a claim expires with its lease", fault{after: func(c *call) {
-		if c.acquired() {
-			c.cell.expires = c.now + c.claim.Lease
-		}
-	}}, []string{
-		"Lease/a claim is taken over when its lease is over",
-		"Expiry/an abandoned claim expires",
-		"Expiry/a claim expires",
-	}},
-	{"a renewal keeps the TTL", fault{after: func(c *call) {
-		if c.renewed() {
-			c.cell.expires = c.old.expires
-		}
-	}}, []string{
-		"Expiry/a renewal starts the TTL anew",
-	}},
-	{"a take-over keeps the TTL", fault{after: func(c *call) {
-		if c.tookOver() {
-			c.cell.expires = c.old.expires
-		}
-	}}, []string{
-		"Expiry/a take-over starts the TTL anew",
-	}},
-	{"the claim of a released cell keeps its time", fault{after: func(c *call) {
-		if c.acquired() && c.old.status == released {
-			c.cell.expires = c.old.expires
-		}
-	}}, []string{
-		"Expiry/the claim of a released cell starts the TTL anew",
-	}},
-	{"Complete keeps the TTL of the claim", fault{after: func(c *call) {
-		if c.complete() && c.old.status == claimed {
-			c.cell.expires = c.old.expires
-		}
-	}}, []string{
-		"Expiry/Complete starts a TTL of its own",
-		"Expiry/a completed cell expires",
 	}},
 }
 
@@ -368,7 +268,7 @@ var valueFaults = []brokenStore{
 		"Values/every key has a cell of its own",
 	}},
 	{"the claim's fingerprint is not copied", fault{after: func(c *call) {
-		if c.acquired() && !c.renewed() {
+		if c.anew() {
 			c.cell.fingerprint = c.claim.Fingerprint
 		}
 	}}, []string{

@@ -1,14 +1,15 @@
 package storetest
 
 import (
+	"slices"
 	"time"
 
 	"github.com/go-idempotency/idempotency"
 )
 
-// leaseRules are about a claim that somebody else holds, before and after its
-// lease is over.
-var leaseRules = []rule{
+// leaseRules are about a claim under another token, before and after its lease
+// is over.
+var leaseRules = slices.Concat(everyWay("starts the lease", startsLease), []rule{
 	{name: "a running lease is InProgress", check: func(e *env) {
 		e.acquire(claim{token: "A", fp: "one"}).acquired(1)
 		b := e.acquire(claim{token: "B", fp: "one"}).is(idempotency.InProgress)
@@ -19,7 +20,7 @@ var leaseRules = []rule{
 
 	{name: "Remaining is the time until the lease ends", check: remaining},
 
-	{name: "the claim's lease counts and not that of who asks", check: func(e *env) {
+	{name: "the lease of the claim counts and not that of the call", check: func(e *env) {
 		e.acquire(claim{token: "A"}).acquired(1)
 		e.lapse()
 		e.acquire(claim{token: "B", lease: e.short, ttl: e.short}).is(idempotency.InProgress)
@@ -41,41 +42,27 @@ var leaseRules = []rule{
 		e.acquire(claim{token: "D", fp: "two"}).is(idempotency.InProgress)
 	}},
 
-	{name: "a take-over writes its own Once", check: func(e *env) {
-		a := e.acquire(claim{token: "A", lease: e.short}).acquired(1)
-		b := e.turns(a.span, e.short, claim{token: "B", lease: e.short, once: true}, idempotency.InProgress).acquired(2)
-		e.turns(b.span, e.short, claim{token: "C"}, idempotency.InProgress).is(idempotency.Abandoned)
-	}},
-
-	// B and C must neither prolong the lease nor count as attempts, and their
-	// Once is not that of the claim.
+	// B and C must neither prolong the lease nor count as attempts.
 	{name: "a claim that is refused changes nothing", check: func(e *env) {
 		a := e.acquire(claim{token: "A", fp: "one", lease: e.short}).acquired(1)
-		e.acquire(claim{token: "B", fp: "two", ttl: e.short, once: true}).is(idempotency.Mismatch)
-		e.turns(a.span, e.short, claim{token: "C", fp: "one", once: true}, idempotency.InProgress).acquired(2)
+		e.acquire(claim{token: "B", fp: "two", ttl: e.short}).is(idempotency.Mismatch)
+		e.turns(a.span, e.short, claim{token: "C", fp: "one"}, idempotency.InProgress).acquired(2)
 	}},
 
 	{name: "a Once claim is Abandoned when its lease is over", check: func(e *env) {
-		a := e.acquire(claim{token: "A", fp: "one", lease: e.short, once: true}).acquired(1)
+		a := e.acquireOnce(claim{token: "A", fp: "one", lease: e.short})
 		e.turns(a.span, e.short, claim{token: "B", fp: "one"}, idempotency.InProgress).is(idempotency.Abandoned)
 		e.acquire(claim{token: "B"}).is(idempotency.Abandoned)
 		e.acquire(claim{token: "C", fp: "one", once: true}).is(idempotency.Abandoned)
 	}},
 
-	{name: "the claim of a released cell writes its own Once", check: func(e *env) {
-		e.acquire(claim{token: "A"}).acquired(1)
-		e.release("A")
-		b := e.acquire(claim{token: "B", lease: e.short, once: true}).acquired(2)
-		e.turns(b.span, e.short, claim{token: "C"}, idempotency.InProgress).is(idempotency.Abandoned)
+	{name: "a Once claim that is Abandoned stays its owner's", check: func(e *env) {
+		a := e.acquireOnce(claim{token: "A", lease: e.short})
+		e.turns(a.span, e.short, claim{token: "B"}, idempotency.InProgress).is(idempotency.Abandoned)
+		e.acquire(claim{token: "A"}).acquiredOnce(1)
+		e.acquire(claim{token: "A", attempt: 1}).acquiredOnce(1)
 	}},
-
-	{name: "Once does not outlive its claim", check: func(e *env) {
-		e.acquire(claim{token: "A", once: true}).acquired(1)
-		e.release("A")
-		b := e.acquire(claim{token: "B", lease: e.short}).acquired(2)
-		e.turns(b.span, e.short, claim{token: "C"}, idempotency.InProgress).acquired(3)
-	}},
-}
+})
 
 // remaining compares Remaining with the bounds that the clock sets.
 func remaining(e *env) {

@@ -60,8 +60,8 @@ type cell struct {
 	once               bool
 	lease              time.Duration
 
-	// The times of the store's clock when the claim was made, when the lease
-	// is over and when the cell is absent.
+	// Times of the store's clock: when the claim was made, when its lease is
+	// over, and from when on the cell is absent.
 	began, leaseEnd, expires time.Duration
 }
 
@@ -71,7 +71,8 @@ type call struct {
 	ctx        context.Context
 	key, token string
 	claim      *idempotency.Claim  // of Acquire
-	result     *idempotency.Result // of Complete; Release has neither
+	result     *idempotency.Result // of Complete
+	keep       time.Duration       // of Release, which has neither
 	now        time.Duration
 
 	old, cell cell // as it was found, and as it is left
@@ -97,7 +98,7 @@ func (s *reference) Complete(ctx context.Context, key, token string, r idempoten
 }
 
 func (s *reference) Release(ctx context.Context, key, token string, keep time.Duration) error {
-	return s.do(&call{store: s, ctx: ctx, key: key, token: token}, release).err
+	return s.do(&call{store: s, ctx: ctx, key: key, token: token, keep: keep}, release).err
 }
 
 func (s *reference) Advance(d time.Duration) {
@@ -189,38 +190,48 @@ func (s *reference) Watch(ctx context.Context, key string) (<-chan struct{}, err
 // acquire is the table of Store.Acquire.
 func acquire(c *call) {
 	old, lapsed := c.cell, c.cell.leaseEnd <= c.now
+	own, renewal := old.token == c.token, c.claim.Attempt != 0
 	known := len(old.fingerprint) > 0 && len(c.claim.Fingerprint) > 0
 	switch {
-	case old.status == released && old.token == c.token:
+	case old.status == absent:
+		c.take(max(c.claim.Attempt, 1))
+	case old.status == released && (own || renewal):
 		c.rec.State = idempotency.Lost
-	case old.status == absent, old.status == released:
-		c.take()
+	case old.status == released:
+		c.take(old.attempt + 1)
 	case known && !bytes.Equal(old.fingerprint, c.claim.Fingerprint):
 		c.rec.State = idempotency.Mismatch
+	case old.status == completed && renewal:
+		c.rec.State = idempotency.Lost
 	case old.status == completed:
 		c.rec = idempotency.Record{State: idempotency.Completed, Fingerprint: old.fingerprint, Value: old.value}
-	case old.token == c.token:
-		c.take()
-		c.cell.attempt, c.rec.Attempt = old.attempt, old.attempt
-		c.cell.fingerprint = old.fingerprint
-		c.cell.once = old.once || c.claim.Once
+	case own && (!renewal || c.claim.Attempt == old.attempt):
+		c.extend(old.once || renewal && c.claim.Once)
+	case renewal:
+		c.rec.State = idempotency.Lost
 	case !lapsed:
 		c.rec = idempotency.Record{State: idempotency.InProgress, Remaining: old.leaseEnd - c.now}
 	case old.once:
 		c.rec.State = idempotency.Abandoned
 	default:
-		c.take()
+		c.take(old.attempt + 1)
 	}
 }
 
-// take claims the cell.
-func (c *call) take() {
+// take makes the cell a claim.
+func (c *call) take(attempt int) {
 	c.cell = cell{
-		status: claimed, token: c.token, former: c.cell.token, attempt: c.cell.attempt + 1,
-		fingerprint: bytes.Clone(c.claim.Fingerprint), once: c.claim.Once, lease: c.claim.Lease,
-		began: c.now, leaseEnd: c.now + c.claim.Lease, expires: c.now + max(c.claim.TTL, c.claim.Lease),
+		status: claimed, token: c.token, former: c.cell.token, attempt: attempt,
+		fingerprint: bytes.Clone(c.claim.Fingerprint), began: c.now,
 	}
-	c.rec = idempotency.Record{State: idempotency.Acquired, Attempt: c.cell.attempt}
+	c.extend(false)
+}
+
+// extend starts the lease and the TTL of the claim anew.
+func (c *call) extend(once bool) {
+	c.cell.once, c.cell.lease = once, c.claim.Lease
+	c.cell.leaseEnd, c.cell.expires = c.now+c.claim.Lease, c.now+max(c.claim.TTL, c.claim.Lease)
+	c.rec = idempotency.Record{State: idempotency.Acquired, Attempt: c.cell.attempt, Once: once}
 }
 
 func complete(c *call) {
@@ -239,8 +250,8 @@ func complete(c *call) {
 func release(c *call) {
 	switch {
 	case c.cell.status == absent:
-		c.cell = cell{status: released, token: c.token, expires: c.now + 30*time.Second}
+		c.cell = cell{status: released, token: c.token, expires: c.now + c.keep}
 	case c.cell.status == claimed && c.cell.token == c.token:
-		c.cell.status, c.cell.expires = released, c.now+c.cell.lease
+		c.cell.status, c.cell.expires = released, c.now+c.keep
 	}
 }

@@ -10,24 +10,23 @@ var releaseRules = []rule{
 	}},
 
 	{name: "a Once claim is freed", check: func(e *env) {
-		e.acquire(claim{token: "A", lease: e.short, once: true}).acquired(1)
+		e.acquireOnce(claim{token: "A", lease: e.short})
 		e.lapse()
 		e.release("A")
-		// The attempt is 2, or 1 if the machine was slow and the cell is gone.
-		e.acquire(claim{token: "B"}).is(idempotency.Acquired)
+		e.acquire(claim{token: "B"}).acquired(2)
 	}},
 
-	// Anybody could take it over, so only its owner can tell.
+	// B could take the claim over as well, so A asks whether it was freed.
 	{name: "one's own lapsed claim is freed", check: func(e *env) {
 		e.acquire(claim{token: "A", lease: e.short}).acquired(1)
 		e.lapse()
-		a := e.release("A")
-		e.turns(a, e.short, claim{token: "A"}, idempotency.Lost).acquired(1)
+		e.release("A")
+		e.acquire(claim{token: "A"}).is(idempotency.Lost)
+		e.acquire(claim{token: "B"}).acquired(2)
 	}},
 
-	// The last time the Acquire was delayed for so long that B has come and
-	// gone in the meantime.
-	{name: "a delayed Acquire is Lost", check: func(e *env) {
+	// The last claim of A was delayed until B had completed.
+	{name: "a delayed claim is Lost", check: func(e *env) {
 		e.acquire(claim{token: "A"}).acquired(1)
 		e.release("A")
 		e.acquire(claim{token: "A"}).is(idempotency.Lost)
@@ -64,7 +63,7 @@ var releaseRules = []rule{
 	}},
 
 	{name: "another owner's abandoned claim stays", check: func(e *env) {
-		a := e.acquire(claim{token: "A", lease: e.short, once: true}).acquired(1)
+		a := e.acquireOnce(claim{token: "A", lease: e.short})
 		e.lapse()
 		e.release("B")
 		e.turns(a.span, e.short, claim{token: "C"}, idempotency.InProgress).is(idempotency.Abandoned)

@@ -11,6 +11,7 @@ package storetest
 
 import (
 	"context"
+	"sync"
 	"testing"
 	"time"
 
@@ -29,34 +30,35 @@ import (
 //     moves it on, and the rules run one after the other, so that stores may
 //     share the clock as well. The clock may also run by itself.
 //   - Otherwise the rules wait in real time, a fraction of a second each, and
-//     run in parallel. The store's clock may then be 10 ms coarse, not more: a
+//     several run at a time. The store's clock may then be 10 ms coarse, not more: a
 //     store with a coarser one needs Advance.
 //
-// The rules about [idempotency.Watcher] are skipped for a store that is none,
-// and two that would take too long for a store without Advance.
+// The rules about [idempotency.Watcher] are skipped for a store that is none.
 func Run(t *testing.T, newStore func(t *testing.T) idempotency.Store) {
 	_, virtual := newStore(t).(advancer)
+	at := 1
+	if !virtual {
+		at = waiting
+	}
 	for _, g := range groups {
-		// The group's subtest is what waits for parallel rules, so that
-		// nothing of them is left when Run returns.
 		t.Run(g.name, func(t *testing.T) {
+			slots := make(chan struct{}, at)
+			var all sync.WaitGroup
 			for _, r := range g.rules {
-				t.Run(r.name, func(t *testing.T) {
-					if !virtual {
-						t.Parallel()
-					}
-					store := newStore(t)
-					if reason := r.skip(store); reason != "" {
-						t.Skip(reason)
-					}
-					if err := r.run(t.Context(), store, timingOf(store)); err != nil {
-						t.Error(err)
-					}
+				slots <- struct{}{}
+				all.Go(func() {
+					t.Run(r.name, func(t *testing.T) { r.test(t, newStore(t)) })
+					<-slots
 				})
 			}
+			all.Wait()
 		})
 	}
 }
+
+// waiting is how many rules run at a time in real time. Most of them wait, so
+// they are more than the processors that t.Parallel would count.
+const waiting = 8
 
 // An advancer is a store with a virtual clock.
 type advancer interface{ Advance(time.Duration) }
@@ -67,8 +69,8 @@ type rule struct {
 	name  string
 	check func(*env)
 
-	// needsAdvance and needsWatcher say which stores the rule is for.
-	needsAdvance, needsWatcher bool
+	// needsWatcher: the rule is for a Watcher only.
+	needsWatcher bool
 }
 
 var groups = []struct {
@@ -76,8 +78,10 @@ var groups = []struct {
 	rules []rule
 }{
 	{"Acquire", acquireRules},
-	{"Lease", leaseRules},
+	{"Resend", resendRules},
 	{"Renew", renewRules},
+	{"Once", onceRules},
+	{"Lease", leaseRules},
 	{"Complete", completeRules},
 	{"Release", releaseRules},
 	{"Expiry", expiryRules},
@@ -86,11 +90,18 @@ var groups = []struct {
 	{"Watch", watchRules},
 }
 
+// test checks the rule on store, or skips it.
+func (r rule) test(t *testing.T, store idempotency.Store) {
+	if reason := r.skip(store); reason != "" {
+		t.Skip(reason)
+	}
+	if err := r.run(t.Context(), store, timingOf(store)); err != nil {
+		t.Error(err)
+	}
+}
+
 // skip returns why the rule is not for this store, or "".
 func (r rule) skip(store idempotency.Store) string {
-	if _, ok := store.(advancer); r.needsAdvance && !ok {
-		return "takes too long in real time: the store has no Advance method"
-	}
 	if _, ok := store.(idempotency.Watcher); r.needsWatcher && !ok {
 		return "optional: the store is no idempotency.Watcher"
 	}

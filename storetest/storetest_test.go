@@ -62,10 +62,10 @@ func TestRulesAreSkipped(t *testing.T) {
 		if reason := r.skip(newReference(fault{})); reason != "" {
 			t.Errorf("%s is skipped for a store that can do everything: %s", name, reason)
 		}
-		if skipped := r.skip(watched) != ""; skipped != r.needsAdvance {
-			t.Errorf("%s is skipped without Advance: %v", name, skipped)
+		if reason := r.skip(watched); reason != "" {
+			t.Errorf("%s is skipped for a store without Advance: %s", name, reason)
 		}
-		if skipped := r.skip(plain) != ""; skipped != (r.needsAdvance || r.needsWatcher) {
+		if skipped := r.skip(plain) != ""; skipped != r.needsWatcher {
 			t.Errorf("%s is skipped for a store with just the three methods: %v", name, skipped)
 		}
 	}
@@ -83,8 +83,8 @@ func allRules() map[string]rule {
 }
 
 func brokenStores() []brokenStore {
-	return slices.Concat(acquireFaults, leaseFaults, renewFaults, completeFaults,
-		releaseFaults, expiryFaults, valueFaults, raceFaults, watchFaults)
+	return slices.Concat(acquireFaults, resendFaults, renewFaults, onceFaults, leaseFaults, wayFaults(),
+		completeFaults, releaseFaults, expiryFaults, valueFaults, raceFaults, watchFaults)
 }
 
 func TestBrokenStoresAreFound(t *testing.T) {
@@ -130,20 +130,19 @@ func TestBrokenStoresAreFoundInRealTime(t *testing.T) {
 	t.Parallel()
 	tm := timing{short: 600 * time.Millisecond, tolerance: 10 * time.Millisecond, patience: 50 * time.Millisecond}
 	names := []string{
-		"the lease never ends", "the lease ends at once", "the lease is half as long", "a renewal does not renew",
-		"nothing ever expires", "a result expires early", "a claim expires before its lease",
+		"the lease never ends", "the lease ends at once", "the lease is half as long", "a renewal does not start the lease",
+		"nothing ever expires", "a result expires early", "a take-over keeps the TTL", "a marker is kept for the lease",
 	}
 	rules := allRules()
 	var all sync.WaitGroup // not subtests, of which only a few run at a time
-	for _, broken := range brokenStores() {
-		if !slices.Contains(names, broken.name) {
-			continue
+	for _, name := range names {
+		i := slices.IndexFunc(brokenStores(), func(b brokenStore) bool { return b.name == name })
+		if i < 0 {
+			t.Fatalf("there is no broken store %q", name)
 		}
+		broken := brokenStores()[i]
 		for _, name := range broken.rules {
 			r, store := rules[name], struct{ realStore }{running(broken.fault)}
-			if r.needsAdvance {
-				continue
-			}
 			all.Go(func() {
 				if r.run(t.Context(), store, tm) == nil {
 					t.Errorf("%s: %s did not find it", broken.name, name)

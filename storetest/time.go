@@ -35,7 +35,7 @@ func timingOf(store idempotency.Store) timing {
 	return timing{short: 100 * time.Millisecond, tolerance: 10 * time.Millisecond, patience: 5 * time.Second}
 }
 
-// An instant is a reading of our clock, and how far the store's was moved.
+// An instant is a reading of the clock, and how far the store's was moved.
 type instant struct {
 	wall  time.Time
 	moved time.Duration
@@ -77,6 +77,18 @@ func (e *env) pass(d time.Duration) {
 	case <-time.After(d):
 	case <-e.ctx.Done():
 		e.fail("the rule to end within %v", ruleTimeout)
+	}
+}
+
+// within does steps with a key of its own and a short duration, and with longer
+// ones until the steps took less than that: on a slow machine the cell may have
+// expired between them. It returns what steps returned, and the duration.
+func (e *env) within(steps func(d time.Duration) span) (start span, d time.Duration) {
+	for d = e.short; ; d *= 2 {
+		e.use(randomKey())
+		if start = steps(d); e.err != nil || e.atMost(start) < d-e.tolerance {
+			return start, d
+		}
 	}
 }
 

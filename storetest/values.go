@@ -2,6 +2,7 @@ package storetest
 
 import (
 	"strings"
+	"time"
 
 	"github.com/go-idempotency/idempotency"
 )
@@ -86,17 +87,11 @@ func differentKeys(e *env) {
 // returnedSlices keeps an answer while the cell gets another result.
 func returnedSlices(e *env) {
 	var b answer
-	var done span
-	ttl := e.short
-	// On a slow machine the result may have expired before it is asked for.
-	for ; e.err == nil; ttl *= 2 {
-		e.use(randomKey())
-		done = e.complete("A", result{fp: "one", value: "done", ttl: ttl})
+	done, ttl := e.within(func(ttl time.Duration) span {
+		done := e.complete("A", result{fp: "one", value: "done", ttl: ttl})
 		b = e.acquire(claim{token: "B"})
-		if b.State == idempotency.Completed || e.atMost(done) < ttl-e.tolerance {
-			break
-		}
-	}
+		return done
+	})
 	b.completed("one", "done")
 
 	e.turns(done, ttl, claim{token: "C"}, idempotency.Completed).acquired(1)

@@ -11,9 +11,9 @@ import (
 	"github.com/go-idempotency/idempotency"
 )
 
-// watchRules do what a waiting duplicate does: watch, ask again, wait. A store
-// may count on that second call, and notify only of cells that were asked for
-// in vain. That a channel is closed for no reason is never a mistake.
+// watchRules do what a waiting duplicate does: Watch, Acquire, wait. A store may
+// count on that call of Acquire, and notify only of cells that it has found
+// InProgress. A channel that is closed for no reason is never a mistake.
 var watchRules = []rule{
 	{name: "Complete closes the channel", needsWatcher: true, check: func(e *env) {
 		e.acquire(claim{token: "A"}).acquired(1)
@@ -62,6 +62,7 @@ var watchRules = []rule{
 		changed := e.watch(e.ctx)
 		e.acquire(claim{token: "B"}).is(idempotency.InProgress)
 		e.acquire(claim{token: "A"}).acquired(1)
+		e.acquire(claim{token: "A", attempt: 1}).acquired(1)
 		e.complete("A", result{value: "done"})
 		e.awaitClosed(changed)
 	}},

@@ -7,8 +7,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// Two keys of one hash do not happen in a test, and in production some day. It
-// takes a look inside to see that they are kept apart.
+// No test finds two keys of one hash, so this one gives them one. In production
+// they may come some day.
 func TestMemoryStoreEqualHashes(t *testing.T) {
 	const hash = 42
 	var packed packedRecords
@@ -19,13 +19,13 @@ func TestMemoryStoreEqualHashes(t *testing.T) {
 		if !ok {
 			return ""
 		}
-		_, _, _, value := b.parts()
+		_, _, _, value := b.fields()
 		return string(value)
 	}
 	require.True(t, packed.add(q, hash, "a", "token", Result{Value: []byte("one")}, now))
 	require.Equal(t, "one", lookup("a"))
 	require.Empty(t, lookup("b"), "another key")
-	require.False(t, packed.add(q, hash, "b", "token", Result{Value: []byte("two")}, now), "the place is taken")
+	require.False(t, packed.add(q, hash, "b", "token", Result{Value: []byte("two")}, now), "the hash is taken")
 	require.Equal(t, "one", lookup("a"))
 
 	now += int64(time.Minute) // the first has expired and is still there
@@ -34,7 +34,7 @@ func TestMemoryStoreEqualHashes(t *testing.T) {
 	require.Equal(t, "two", lookup("b"))
 	require.Empty(t, lookup("a"))
 	packed.retire(q, now, -1)
-	require.Equal(t, "two", lookup("b"), "the first does not take it along")
+	require.Equal(t, "two", lookup("b"), "the first does not take the second with it")
 	now += int64(time.Minute)
 	packed.retire(q, now, -1)
 	require.Empty(t, packed.index)
@@ -59,6 +59,6 @@ func TestMemoryStoreDisplacedRecord(t *testing.T) {
 	require.Equal(t, "two", string(rec.Value))
 	b, ok := sh.packed.lookup(hash, "a", memoryNow())
 	require.True(t, ok)
-	_, _, _, value := b.parts()
+	_, _, _, value := b.fields()
 	require.Equal(t, "one", string(value))
 }

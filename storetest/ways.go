@@ -1,0 +1,91 @@
+package storetest
+
+import (
+	"time"
+
+	"github.com/go-idempotency/idempotency"
+)
+
+// A way is a row of the table of Acquire that answers Acquired. Its prepare
+// makes a cell that fits the row, for lease and ttl where there is a choice.
+// Its claim acquires that cell.
+type way struct {
+	name    string
+	prepare func(e *env, lease, ttl time.Duration)
+	claim   claim
+}
+
+var ways = []way{
+	{"the claim of an absent cell", noCell, claim{token: "A", fp: "one"}},
+	{"the renewal of an absent cell", noCell, claim{token: "A", fp: "one", attempt: 2}},
+	{"the claim of a released cell", releasedCell, claim{token: "B", fp: "one"}},
+	{"a claim that is sent twice", claimedCell, claim{token: "A", fp: "one"}},
+	{"a renewal", claimedCell, claim{token: "A", fp: "one", attempt: 1}},
+	{"a take-over", lapsedCell, claim{token: "B", fp: "one"}},
+}
+
+func noCell(*env, time.Duration, time.Duration) {}
+
+func claimedCell(e *env, lease, ttl time.Duration) {
+	e.acquire(claim{token: "A", fp: "one", lease: lease, ttl: ttl}).acquired(1)
+}
+
+func releasedCell(e *env, lease, ttl time.Duration) {
+	claimedCell(e, lease, long)
+	e.releaseFor("A", ttl)
+}
+
+// lapsedCell leaves some of a short TTL, so its lease must be shorter.
+func lapsedCell(e *env, _, ttl time.Duration) {
+	claimedCell(e, e.short/2, ttl)
+	e.pass(e.short/2 + 2*e.tolerance)
+}
+
+// everyWay returns a rule for each way.
+func everyWay(name string, check func(*env, way)) (rules []rule) {
+	for _, w := range ways {
+		rules = append(rules, rule{name: w.name + " " + name, check: func(e *env) { check(e, w) }})
+	}
+	return rules
+}
+
+// startsLease acquires a cell whose lease would end sooner, and one whose lease
+// would end later.
+func startsLease(e *env, w way) {
+	for _, before := range []time.Duration{e.short / 2, long} {
+		e.use(randomKey())
+		w.prepare(e, before, long)
+		c := w.claim
+		c.lease = e.short
+		a := e.acquire(c).acquiredAny()
+		e.turns(a.span, e.short, claim{token: "C", fp: "one"}, idempotency.InProgress).acquired(a.Attempt + 1)
+	}
+}
+
+// startsTTL acquires a cell that would be kept for longer, and one that would
+// not be kept for as long. Asked for with another fingerprint, a cell cannot be
+// taken over and shows when it expires. That it is there still shows in Attempt.
+func startsTTL(e *env, w way) {
+	w.prepare(e, e.short/2, long)
+	c := w.claim
+	c.lease, c.ttl = e.short/2, e.short
+	a := e.acquire(c).acquiredAny()
+	e.turns(a.span, e.short, claim{token: "C", fp: "two"}, idempotency.Mismatch).acquired(1)
+
+	e.use(randomKey())
+	w.prepare(e, e.short/2, e.short)
+	c.ttl = long
+	a = e.acquire(c).acquiredAny()
+	e.lapse()
+	e.acquire(claim{token: "C", fp: "one"}).acquired(a.Attempt + 1)
+}
+
+// keepsLease acquires a cell with a TTL that ends before the lease.
+func keepsLease(e *env, w way) {
+	w.prepare(e, e.short/2, e.short)
+	c := w.claim
+	c.ttl = e.short
+	e.acquire(c).acquiredAny()
+	e.lapse()
+	e.acquire(claim{token: "C", fp: "one"}).is(idempotency.InProgress)
+}
