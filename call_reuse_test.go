@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/stretchr/testify/require"
 )
 
@@ -21,47 +22,47 @@ import (
 // scope, its body, its key, nor the time that it waited.
 func TestCallsAreReused(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		events := &eventLog{}
-		scoped := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{
+		events := &idemtest.EventLog{}
+		scoped := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{
 			Scope:           func(*http.Request) string { return "acme" },
 			MaxBufferedBody: 4, // bodies are large
-		}, lasting(time.Second))
-		plain := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{OnEvent: events.add, RequireKey: true}, nil)
+		}, idemtest.Lasting(time.Second))
+		plain := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{OnEvent: events.Add, RequireKey: true}, nil)
 
-		plain.check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
+		plain.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
 		var first sync.WaitGroup
-		first.Go(func() { scoped.check(t, 1, exchange{key: k("a"), get: "201 charge 1"}) })
+		first.Go(func() { scoped.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 charge 1"}) })
 		synctest.Wait()
 		for i := range 20 {
 			// The first of these waits.
-			scoped.check(t, i, exchange{key: k("a"), get: "replay 201 charge 1"})
-			plain.check(t, i, exchange{key: k("a"), get: "replay 201 charge 1"})
-			require.Zero(t, events.last().Waited)
-			require.Zero(t, events.last().Attempt)
-			scoped.check(t, i, exchange{key: k("a"), body: "other", get: "422 key_reused"})
-			plain.check(t, i, exchange{get: "400 key_missing"})
-			require.Empty(t, events.last().StoreKey)
-			scoped.check(t, i, exchange{key: k("a"), get: "replay 201 charge 1"})
+			scoped.Check(t, i, idemtest.Exchange{Key: "a", Get: "replay 201 charge 1"})
+			plain.Check(t, i, idemtest.Exchange{Key: "a", Get: "replay 201 charge 1"})
+			require.Zero(t, events.Last().Waited)
+			require.Zero(t, events.Last().Attempt)
+			scoped.Check(t, i, idemtest.Exchange{Key: "a", Body: "other", Get: "422 key_reused"})
+			plain.Check(t, i, idemtest.Exchange{Get: "400 key_missing"})
+			require.Empty(t, events.Last().StoreKey)
+			scoped.Check(t, i, idemtest.Exchange{Key: "a", Get: "replay 201 charge 1"})
 			name := fmt.Sprint("b", i)
-			plain.check(t, i, exchange{key: k(name), get: fmt.Sprint("201 charge ", i+2)})
-			plain.check(t, i, exchange{key: k(name), body: "x", get: "422 key_reused"})
+			plain.Check(t, i, idemtest.Exchange{Key: name, Get: fmt.Sprint("201 charge ", i+2)})
+			plain.Check(t, i, idemtest.Exchange{Key: name, Body: "x", Get: "422 key_reused"})
 		}
 		first.Wait()
-		require.Equal(t, 1, scoped.runs())
-		require.Equal(t, 21, plain.runs())
+		require.Equal(t, 1, scoped.Runs())
+		require.Equal(t, 21, plain.Runs())
 	})
 }
 
 // What a caller keeps of an event is not changed by what comes after it.
 func TestEventsStayAsTheyWere(t *testing.T) {
-	events := &eventLog{}
-	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{OnEvent: events.add}, nil)
+	events := &idemtest.EventLog{}
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{OnEvent: events.Add}, nil)
 	var keys []string
 	for i := range 50 {
-		c.do(c.request(exchange{key: k(fmt.Sprint("k", i%10))}))
-		keys = append(keys, strings.Clone(events.last().StoreKey))
+		c.Do(c.Request(idemtest.Exchange{Key: fmt.Sprint("k", i%10)}))
+		keys = append(keys, strings.Clone(events.Last().StoreKey))
 	}
-	for i, e := range events.events {
+	for i, e := range events.Events() {
 		require.Equal(t, keys[i], e.StoreKey)
 		require.Equal(t, keys[i%10], e.StoreKey)
 	}
@@ -71,24 +72,24 @@ func TestEventsStayAsTheyWere(t *testing.T) {
 // the background, long after its request, is the one that was answered.
 func TestBackgroundStoresWhatWasAnswered(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		store := &faultyStore{Store: idempotency.NewMemoryStore()}
-		c := newAPI(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-			w.Header().Set("X-Key", execution(r).Key())
+		store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+		c := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("X-Key", idemtest.Execution(r).Key())
 			w.WriteHeader(http.StatusCreated)
 			_, err := io.Copy(w, r.Body)
-			must(err)
+			idemtest.Must(err)
 		})
-		store.fail("Complete", errors.New("down"))
+		store.Fail("Complete", errors.New("down"))
 		body := func(i int) string { return strings.Repeat(fmt.Sprint("body ", i, " "), 10+200*i) }
 		for i := range 10 {
-			c.check(t, i, exchange{key: k(fmt.Sprint(i)), body: body(i), get: "201 " + body(i)})
+			c.Check(t, i, idemtest.Exchange{Key: fmt.Sprint(i), Body: body(i), Get: "201 " + body(i)})
 		}
-		store.fail("Complete", nil)
+		store.Fail("Complete", nil)
 		time.Sleep(20 * time.Second)
 		for i := range 10 {
-			c.check(t, i, exchange{key: k(fmt.Sprint(i)), body: body(i), get: "replay 201 " + body(i)})
+			c.Check(t, i, idemtest.Exchange{Key: fmt.Sprint(i), Body: body(i), Get: "replay 201 " + body(i)})
 		}
-		require.Equal(t, 10, c.runs())
+		require.Equal(t, 10, c.Runs())
 	})
 }
 
@@ -96,13 +97,13 @@ func TestBackgroundStoresWhatWasAnswered(t *testing.T) {
 // a limit, whatever buffers they share on the way.
 func TestAnswersAreNotMixedUp(t *testing.T) {
 	opts := idempotency.Options{MaxResponseBytes: 40 << 10}
-	c := newAPI(idempotency.NewMemoryStore(), &opts, func(w http.ResponseWriter, r *http.Request) {
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &opts, func(w http.ResponseWriter, r *http.Request) {
 		body, err := io.ReadAll(r.Body)
-		must(err)
+		idemtest.Must(err)
 		w.Header().Set("X-Body", string(body))
 		for range 5 {
 			_, err = w.Write(bytes.Repeat(body, 1+len(body)%3000))
-			must(err)
+			idemtest.Must(err)
 		}
 	})
 	var clients sync.WaitGroup
@@ -111,8 +112,8 @@ func TestAnswersAreNotMixedUp(t *testing.T) {
 			for i := range 60 {
 				body := fmt.Sprintf("client %d request %d %s", n, i, strings.Repeat("x", i%7*(i%11)))
 				want := "200 " + strings.Repeat(body, 5*(1+len(body)%3000))
-				x := exchange{key: k(fmt.Sprint(n, "-", i)), body: body}
-				got, _ := describe(t, c.do(c.request(x)))
+				x := idemtest.Exchange{Key: fmt.Sprint(n, "-", i), Body: body}
+				got, _ := idemtest.Describe(t, c.Do(c.Request(x)))
 				if got != want {
 					t.Errorf("client %d got another answer to request %d", n, i)
 				}
@@ -122,7 +123,7 @@ func TestAnswersAreNotMixedUp(t *testing.T) {
 					want = "replay " + want
 				}
 				for range 2 {
-					if got, _ := describe(t, c.do(c.request(x))); got != want {
+					if got, _ := idemtest.Describe(t, c.Do(c.Request(x))); got != want {
 						t.Errorf("client %d got another replay of request %d", n, i)
 					}
 				}
@@ -130,39 +131,39 @@ func TestAnswersAreNotMixedUp(t *testing.T) {
 		})
 	}
 	clients.Wait()
-	require.Equal(t, 8*60, c.runs())
+	require.Equal(t, 8*60, c.Runs())
 }
 
 // A response that is streamed because it is too large gives its buffer back
 // once. Two who hold the same one would answer with each other's bytes.
 func TestLargeResponsesDoNotShareBuffers(t *testing.T) {
 	opts := idempotency.Options{MaxResponseBytes: 100}
-	large := newAPI(idempotency.NewMemoryStore(), &opts, func(w http.ResponseWriter, _ *http.Request) {
+	large := idemtest.NewClient(idempotency.NewMemoryStore(), &opts, func(w http.ResponseWriter, _ *http.Request) {
 		for range 3 {
 			_, err := w.Write(make([]byte, 60))
-			must(err)
+			idemtest.Must(err)
 		}
 	})
 	for i := range 20 {
-		large.do(large.request(exchange{key: k(fmt.Sprint(i))}))
+		large.Do(large.Request(idemtest.Exchange{Key: fmt.Sprint(i)}))
 	}
 	depth := 0
-	var c *api
-	c = newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-		key := execution(r).Key()
+	var c *idemtest.Client
+	c = idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+		key := idemtest.Execution(r).Key()
 		_, err := io.WriteString(w, key+" begins, ")
-		must(err)
+		idemtest.Must(err)
 		if depth++; depth < 20 { // another request on the same goroutine, in the middle of this one
-			c.check(t, depth, exchange{key: k(fmt.Sprint("key", depth)), get: fmt.Sprintf("200 key%d begins, key%d ends", depth, depth)})
+			c.Check(t, depth, idemtest.Exchange{Key: fmt.Sprint("key", depth), Get: fmt.Sprintf("200 key%d begins, key%d ends", depth, depth)})
 		}
 		_, err = io.WriteString(w, key+" ends")
-		must(err)
+		idemtest.Must(err)
 	})
-	c.check(t, 0, exchange{key: k("key0"), get: "200 key0 begins, key0 ends"})
+	c.Check(t, 0, idemtest.Exchange{Key: "key0", Get: "200 key0 begins, key0 ends"})
 	for i := range 20 {
-		c.check(t, i, exchange{key: k(fmt.Sprint("key", i)), get: fmt.Sprintf("replay 200 key%d begins, key%d ends", i, i)})
+		c.Check(t, i, idemtest.Exchange{Key: fmt.Sprint("key", i), Get: fmt.Sprintf("replay 200 key%d begins, key%d ends", i, i)})
 	}
-	require.Equal(t, 20, c.runs())
+	require.Equal(t, 20, c.Runs())
 }
 
 // What is kept of a large response is neither the buffer that the next one is
@@ -171,21 +172,21 @@ func TestLargeAnswersStayAsTheyWere(t *testing.T) {
 	for _, writes := range []int{1, 20} {
 		t.Run(fmt.Sprint(writes, " writes"), func(t *testing.T) {
 			eachWay(t, func(t *testing.T, store idempotency.Store) {
-				c := newAPI(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-					part := bytes.Repeat([]byte(execution(r).Key()), 20_000/writes)
+				c := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+					part := bytes.Repeat([]byte(idemtest.Execution(r).Key()), 20_000/writes)
 					for range writes {
 						_, err := w.Write(part)
-						must(err)
+						idemtest.Must(err)
 					}
 					clear(part)
 				})
 				answer := func(key string) string { return "200 " + strings.Repeat(key, 20_000) }
 				keys := strings.Split("ab cd ef gh ij kl mn op", " ")
 				for i, key := range keys {
-					c.check(t, i, exchange{key: k(key), get: answer(key)})
+					c.Check(t, i, idemtest.Exchange{Key: key, Get: answer(key)})
 				}
 				for i, key := range keys {
-					c.check(t, i, exchange{key: k(key), get: "replay " + answer(key)})
+					c.Check(t, i, idemtest.Exchange{Key: key, Get: "replay " + answer(key)})
 				}
 			})
 		})

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/stretchr/testify/require"
 )
 
@@ -16,15 +17,15 @@ import (
 // that the store has lost the record.
 func TestRenewalRepeatsAtMostOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		store := &faultyStore{Store: idempotency.NewMemoryStore()}
-		c := newAPI(store, &idempotency.Options{AtMostOnce: true}, func(http.ResponseWriter, *http.Request) {
-			store.replace(idempotency.NewMemoryStore())
+		store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+		c := idemtest.NewClient(store, &idempotency.Options{AtMostOnce: true}, func(http.ResponseWriter, *http.Request) {
+			store.Replace(idempotency.NewMemoryStore())
 			time.Sleep(15 * time.Second)
 			panic("boom")
 		})
-		c.check(t, 0, exchange{key: k("a"), get: "panic"})
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "panic"})
 		time.Sleep(time.Minute)
-		c.check(t, 1, exchange{key: k("a"), get: "409 outcome_unknown"})
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 outcome_unknown"})
 	})
 }
 
@@ -33,15 +34,15 @@ func TestRenewalRepeatsAtMostOnce(t *testing.T) {
 func TestPollingStaysPatient(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const lasts, duplicates = 5 * time.Minute, 10
-		store := &faultyStore{Store: idempotency.NewMemoryStore()} // cannot watch
-		c := newAPI(store, &idempotency.Options{Wait: time.Hour}, lasting(lasts))
+		store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()} // cannot watch
+		c := idemtest.NewClient(store, &idempotency.Options{Wait: time.Hour}, idemtest.Lasting(lasts))
 		start := time.Now()
 		var all sync.WaitGroup
-		all.Go(func() { c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"}) })
+		all.Go(func() { c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"}) })
 		synctest.Wait()
 		for i := range duplicates {
 			all.Go(func() {
-				c.check(t, i, exchange{key: k("a"), get: "replay 201 charge 1"})
+				c.Check(t, i, idemtest.Exchange{Key: "a", Get: "replay 201 charge 1"})
 				if late := time.Since(start) - lasts; late > time.Second {
 					t.Errorf("duplicate %d was answered %v late", i, late)
 				}
@@ -49,7 +50,7 @@ func TestPollingStaysPatient(t *testing.T) {
 		}
 		all.Wait()
 		// Half a second apart at least, but for the first few and the renewals.
-		require.Less(t, store.count("Acquire"), duplicates*(10+2*int(lasts/time.Second)))
+		require.Less(t, store.Count("Acquire"), duplicates*(10+2*int(lasts/time.Second)))
 	})
 }
 
@@ -66,11 +67,11 @@ func TestRolledBackIsFinal(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				store := &faultyStore{Store: idempotency.NewMemoryStore()}
-				c := newAPI(store, &idempotency.Options{}, answering(handler.status))
-				store.fail(handler.method, idempotency.ErrRolledBack)
+				store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+				c := idemtest.NewClient(store, &idempotency.Options{}, idemtest.Answering(handler.status))
+				store.Fail(handler.method, idempotency.ErrRolledBack)
 				start := time.Now()
-				c.check(t, 0, exchange{key: k("a"), get: handler.get})
+				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: handler.get})
 				require.Zero(t, time.Since(start))
 				time.Sleep(time.Minute) // what goes on in the background ends
 			})
@@ -98,19 +99,19 @@ func TestCommitWhoseReplyComesTooLate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := &heldReply{Store: idempotency.NewMemoryStore()}
 		result := make(chan error, 1)
-		c := newAPI(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-			if e := execution(r); e.Attempt() == 1 {
+		c := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+			if e := idemtest.Execution(r); e.Attempt() == 1 {
 				store.hold = make(chan struct{})
 				go func() { result <- e.Commit(context.WithoutCancel(r.Context())) }()
 				synctest.Wait()
 			}
 			w.WriteHeader(http.StatusInternalServerError)
 		})
-		c.check(t, 0, exchange{key: k("a"), get: "500 "})
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "500 "})
 		close(store.hold)
 		require.Error(t, <-result)
 		store.hold = nil
-		c.check(t, 1, exchange{key: k("a"), get: "500 "})
-		require.Equal(t, 2, c.runs())
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "500 "})
+		require.Equal(t, 2, c.Runs())
 	})
 }

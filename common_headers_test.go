@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/stretchr/testify/require"
 )
 
@@ -23,16 +24,16 @@ func TestCommonHeadersAreReplayedVerbatim(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			for i, value := range values {
 				for _, list := range [][]string{{value}, {value, "second"}, {"first", value}, {value, value}} {
-					c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, _ *http.Request) {
+					c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, _ *http.Request) {
 						w.Header()[name] = list
 						w.WriteHeader(http.StatusCreated)
 					})
 					for range 2 {
 						w := httptest.NewRecorder()
-						c.handler.ServeHTTP(w, c.request(exchange{key: k("a")}))
+						c.Handler.ServeHTTP(w, c.Request(idemtest.Exchange{Key: "a"}))
 						require.Equal(t, list, w.Header()[name], "value %d", i)
 					}
-					require.Equal(t, 1, c.runs())
+					require.Equal(t, 1, c.Runs())
 				}
 			}
 		})

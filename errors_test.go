@@ -8,15 +8,16 @@ import (
 	"time"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/stretchr/testify/require"
 )
 
 // The length of what was meant to be sent is not that of an error.
 func TestErrorHasALengthOfItsOwn(t *testing.T) {
-	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, nil)
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, nil)
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Length", "3")
-		c.handler.ServeHTTP(w, r)
+		c.Handler.ServeHTTP(w, r)
 	}))
 	defer server.Close()
 	r, err := http.NewRequest(http.MethodPost, server.URL, nil)
@@ -25,7 +26,7 @@ func TestErrorHasALengthOfItsOwn(t *testing.T) {
 	resp, err := server.Client().Do(r)
 	require.NoError(t, err)
 	defer resp.Body.Close()
-	got, p := describe(t, resp)
+	got, p := idemtest.Describe(t, resp)
 	require.Equal(t, "400 key_invalid", got)
 	require.NotEmpty(t, p.Title)
 	require.NotEqual(t, "3", resp.Header.Get("Content-Length"))
@@ -54,7 +55,7 @@ func TestWhatIsRetryable(t *testing.T) {
 	} {
 		w := httptest.NewRecorder()
 		idempotency.WriteError(w, nil, &idempotency.Error{Status: 409, Code: code, RetryAfter: row.retryAfter})
-		_, p := describe(t, w.Result())
+		_, p := idemtest.Describe(t, w.Result())
 		require.Equal(t, row.retryable, p.Retryable, code)
 		require.Equal(t, row.header, w.Header().Get("Retry-After"), code)
 	}

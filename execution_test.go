@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/stretchr/testify/require"
 )
 
@@ -22,23 +23,23 @@ import (
 func observe(t *testing.T, store idempotency.Store, opts *idempotency.Options, handler http.HandlerFunc) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		c := newAPI(store, opts, handler)
-		c.do(c.request(exchange{key: k("a")}))
-		require.Equal(t, 1, c.runs())
+		c := idemtest.NewClient(store, opts, handler)
+		c.Do(c.Request(idemtest.Exchange{Key: "a"}))
+		require.Equal(t, 1, c.Runs())
 	})
 }
 
 func TestExecutionTellsTheHandlerWhatItIs(t *testing.T) {
-	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-		e := execution(r)
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+		e := idemtest.Execution(r)
 		require.Equal(t, "a", e.Key())
 		require.Equal(t, 1, e.Attempt())
 		require.Nil(t, e.Attachment())
 		e.Attach(42)
 		require.Equal(t, 42, e.Attachment())
 	})
-	c.do(c.request(exchange{key: k(`"a"`)}))
-	require.Equal(t, 1, c.runs())
+	c.Do(c.Request(idemtest.Exchange{Key: `"a"`}))
+	require.Equal(t, 1, c.Runs())
 
 	_, ok := idempotency.FromContext(t.Context())
 	require.False(t, ok, "no key, no execution")
@@ -46,8 +47,8 @@ func TestExecutionTellsTheHandlerWhatItIs(t *testing.T) {
 
 func TestDownstreamKey(t *testing.T) {
 	keys := map[string]string{} // by request and name
-	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-		e := execution(r)
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+		e := idemtest.Execution(r)
 		for _, name := range []string{"psp", "mail"} {
 			id := r.URL.Path + e.Key() + name
 			key := e.DownstreamKey(name)
@@ -59,8 +60,8 @@ func TestDownstreamKey(t *testing.T) {
 		}
 		w.WriteHeader(503)
 	})
-	for _, x := range []exchange{{key: k("a")}, {key: k("a"), body: "other"}, {key: k("b")}, {key: k("a"), target: "/refund"}} {
-		c.do(c.request(x))
+	for _, x := range []idemtest.Exchange{{Key: "a"}, {Key: "a", Body: "other"}, {Key: "b"}, {Key: "a", Target: "/refund"}} {
+		c.Do(c.Request(x))
 	}
 	distinct := map[string]bool{}
 	for _, key := range keys {
@@ -73,7 +74,7 @@ func TestDownstreamKey(t *testing.T) {
 // A deployment must not change the keys that were handed on before it.
 func TestDownstreamKeyIsStableAcrossReleases(t *testing.T) {
 	observe(t, idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-		require.Equal(t, "099e852d-ab35-8973-8c89-0be42cd77bb1", execution(r).DownstreamKey("psp"))
+		require.Equal(t, "099e852d-ab35-8973-8c89-0be42cd77bb1", idemtest.Execution(r).DownstreamKey("psp"))
 	})
 }
 
@@ -91,7 +92,7 @@ func TestHandlerContext(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				ctx, hangUp := context.WithCancel(context.WithValue(t.Context(), tenantKey{}, "acme"))
 				var inside context.Context
-				c := newAPI(idempotency.NewMemoryStore(), &row.opts, func(w http.ResponseWriter, r *http.Request) {
+				c := idemtest.NewClient(idempotency.NewMemoryStore(), &row.opts, func(w http.ResponseWriter, r *http.Request) {
 					inside = r.Context()
 					hangUp()
 					synctest.Wait()
@@ -99,9 +100,9 @@ func TestHandlerContext(t *testing.T) {
 					require.Equal(t, "acme", inside.Value(tenantKey{}))
 					w.WriteHeader(http.StatusCreated)
 				})
-				c.do(c.request(exchange{key: k("a")}).WithContext(ctx))
+				c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx))
 				require.Error(t, inside.Err(), "cancelled when the handler has returned")
-				got, _ := describe(t, c.do(c.request(exchange{key: k("a")})))
+				got, _ := idemtest.Describe(t, c.Do(c.Request(idemtest.Exchange{Key: "a"})))
 				require.Equal(t, "replay 201 ", got, "the answer that nobody waited for was stored")
 			})
 		})
@@ -112,37 +113,37 @@ func TestHandlerContextKeepsADeadline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+		c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
 			_, ok := r.Context().Deadline()
 			require.True(t, ok)
 			<-r.Context().Done()
 			require.ErrorIs(t, r.Context().Err(), context.DeadlineExceeded)
 		})
 		start := time.Now()
-		c.do(c.request(exchange{key: k("a")}).WithContext(ctx))
+		c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx))
 		require.Equal(t, time.Minute, time.Since(start))
 	})
 }
 
 func TestLeaseIsRenewedWhileTheHandlerRuns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{Wait: idempotency.NoWait}, lasting(9*time.Minute))
+		c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{Wait: idempotency.NoWait}, idemtest.Lasting(9*time.Minute))
 		var first sync.WaitGroup
-		first.Go(func() { c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"}) })
+		first.Go(func() { c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"}) })
 		for range 8 { // each time the first lease is long over
 			time.Sleep(time.Minute)
-			c.check(t, 1, exchange{key: k("a"), get: "409 in_progress"})
+			c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
 		}
 		first.Wait()
-		require.Equal(t, 1, c.runs())
+		require.Equal(t, 1, c.Runs())
 	})
 }
 
 func TestMaxExecution(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := idempotency.NewMemoryStore()
-		c := newAPI(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-			if execution(r).Attempt() > 1 {
+		c := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+			if idemtest.Execution(r).Attempt() > 1 {
 				return
 			}
 			start := time.Now()
@@ -153,27 +154,27 @@ func TestMaxExecution(t *testing.T) {
 			w.WriteHeader(http.StatusCreated)
 		})
 		var stuck sync.WaitGroup
-		stuck.Go(func() { c.check(t, 0, exchange{key: k("a"), get: "409 in_progress"}) })
+		stuck.Go(func() { c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "409 in_progress"}) })
 		time.Sleep(10*time.Minute + 29*time.Second)
-		c.check(t, 1, exchange{key: k("a"), get: "200 "}) // takes over within its Wait
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "200 "}) // takes over within its Wait
 		stuck.Wait()
-		c.check(t, 2, exchange{key: k("a"), get: "replay 200 "})
-		require.Equal(t, 2, c.runs())
+		c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "replay 200 "})
+		require.Equal(t, 2, c.Runs())
 	})
 }
 
 func TestLateHandlerThatNobodyTookOverIsStored(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, lasting(time.Hour))
-		c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
-		c.check(t, 1, exchange{key: k("a"), get: "replay 201 charge 1"})
+		c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, idemtest.Lasting(time.Hour))
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "replay 201 charge 1"})
 	})
 }
 
 // stealing lets a test take a key over, as another process would.
 func steal(t *testing.T, store idempotency.Store, storeKey string) {
 	t.Helper()
-	fault := store.(*faultyStore)
+	fault := store.(*idemtest.FaultyStore)
 	rec, err := fault.Store.Acquire(t.Context(), storeKey, idempotency.Claim{Token: "thief", Lease: time.Hour, TTL: time.Hour})
 	require.NoError(t, err)
 	require.Equal(t, idempotency.Acquired, rec.State)
@@ -187,24 +188,24 @@ func TestLostLease(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				store := &faultyStore{Store: idempotency.NewMemoryStore()}
-				events := &eventLog{}
-				c := newAPI(store, &idempotency.Options{OnEvent: events.add}, func(w http.ResponseWriter, r *http.Request) {
+				store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+				events := &idemtest.EventLog{}
+				c := idemtest.NewClient(store, &idempotency.Options{OnEvent: events.Add}, func(w http.ResponseWriter, r *http.Request) {
 					// The store is out of reach until the lease is over, and comes
 					// back with another owner.
-					store.fail("Acquire", errors.New("down"))
+					store.Fail("Acquire", errors.New("down"))
 					<-r.Context().Done()
 					require.ErrorIs(t, context.Cause(r.Context()), idempotency.ErrLeaseLost)
-					require.ErrorIs(t, execution(r).Commit(r.Context()), idempotency.ErrStoreUnavailable)
-					store.fail("Acquire", nil)
-					steal(t, store, store.lastKey())
-					require.ErrorIs(t, execution(r).Commit(r.Context()), idempotency.ErrLeaseLost)
+					require.ErrorIs(t, idemtest.Execution(r).Commit(r.Context()), idempotency.ErrStoreUnavailable)
+					store.Fail("Acquire", nil)
+					steal(t, store, store.LastKey())
+					require.ErrorIs(t, idemtest.Execution(r).Commit(r.Context()), idempotency.ErrLeaseLost)
 					handler(w)
 				})
 				start := time.Now()
-				c.check(t, 0, exchange{key: k("a"), get: "409 in_progress"})
+				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
 				require.Equal(t, 30*time.Second, time.Since(start), "counted from before the claim was sent")
-				require.Equal(t, []string{"lease_lost 409"}, events.all())
+				require.Equal(t, []string{"lease_lost 409"}, events.All())
 			})
 		})
 	}
@@ -212,73 +213,73 @@ func TestLostLease(t *testing.T) {
 
 func TestRenewalNoticesAnotherOwner(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		store := &faultyStore{Store: idempotency.NewMemoryStore()}
-		c := newAPI(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+		store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+		c := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
 			// Someone cleared the store, and the key was claimed anew.
-			store.replace(idempotency.NewMemoryStore())
-			_, err := store.inner().Acquire(r.Context(), store.lastKey(), idempotency.Claim{Token: "other", Lease: time.Hour, TTL: time.Hour})
+			store.Replace(idempotency.NewMemoryStore())
+			_, err := store.Store.Acquire(r.Context(), store.LastKey(), idempotency.Claim{Token: "other", Lease: time.Hour, TTL: time.Hour})
 			require.NoError(t, err)
 			start := time.Now()
 			<-r.Context().Done()
 			require.Equal(t, 10*time.Second, time.Since(start), "at the next renewal")
 			require.ErrorIs(t, context.Cause(r.Context()), idempotency.ErrLeaseLost)
 		})
-		c.check(t, 0, exchange{key: k("a"), get: "409 in_progress"})
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
 	})
 }
 
 // A store that never answers must not hide that the lease is over.
 func TestHangingRenewalDoesNotHideALostLease(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		store := &faultyStore{Store: idempotency.NewMemoryStore()}
-		c := newAPI(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+		store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+		c := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
 			release := make(chan struct{})
-			store.hang("Acquire", release)
+			store.Hang("Acquire", release)
 			start := time.Now()
 			<-r.Context().Done()
 			require.Equal(t, 30*time.Second, time.Since(start))
 			require.ErrorIs(t, context.Cause(r.Context()), idempotency.ErrLeaseLost)
 			close(release)
 		})
-		c.check(t, 0, exchange{key: k("a"), get: "409 outcome_unknown"})
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "409 outcome_unknown"})
 	})
 }
 
 func TestRenewalSurvivesFailures(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		store := &faultyStore{Store: idempotency.NewMemoryStore()}
-		c := newAPI(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+		store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+		c := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
 			for range 10 {
-				store.fail("Acquire", errors.New("down"))
+				store.Fail("Acquire", errors.New("down"))
 				time.Sleep(15 * time.Second) // misses a renewal
-				store.fail("Acquire", nil)
+				store.Fail("Acquire", nil)
 				time.Sleep(15 * time.Second)
 			}
 			require.NoError(t, r.Context().Err())
 			w.WriteHeader(http.StatusCreated)
 		})
-		c.check(t, 0, exchange{key: k("a"), get: "201 "})
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 "})
 	})
 }
 
 func TestCommitFailures(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		store := &faultyStore{Store: idempotency.NewMemoryStore()}
+		store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
 		var leaked *idempotency.Execution
-		c := newAPI(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-			leaked = execution(r)
+		c := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+			leaked = idemtest.Execution(r)
 			down := errors.New("down")
-			store.fail("Acquire", down)
+			store.Fail("Acquire", down)
 			err := leaked.Commit(r.Context())
 			require.ErrorIs(t, err, idempotency.ErrStoreUnavailable)
 			require.ErrorIs(t, err, down)
-			store.fail("Acquire", nil)
+			store.Fail("Acquire", nil)
 			w.WriteHeader(http.StatusInternalServerError) // the handler decides: not done
 		})
-		c.check(t, 0, exchange{key: k("a"), get: "500 "})
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "500 "})
 		require.Error(t, leaked.Commit(t.Context()), "after the handler returned")
-		c.check(t, 1, exchange{key: k("a"), get: "500 "})
-		require.Equal(t, 2, c.runs())
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "500 "})
+		require.Equal(t, 2, c.Runs())
 	})
 }
 
@@ -286,32 +287,32 @@ func TestCommitFailures(t *testing.T) {
 // the key has been freed meanwhile.
 func TestCommitThatComesTooLate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		store := &faultyStore{Store: idempotency.NewMemoryStore()}
+		store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
 		hold, result := make(chan struct{}), make(chan error, 1)
-		c := newAPI(store, &idempotency.Options{Wait: idempotency.NoWait}, func(w http.ResponseWriter, r *http.Request) {
-			e := execution(r)
+		c := idemtest.NewClient(store, &idempotency.Options{Wait: idempotency.NoWait}, func(w http.ResponseWriter, r *http.Request) {
+			e := idemtest.Execution(r)
 			if e.Attempt() > 1 {
 				return
 			}
-			store.hang("Acquire", hold)
+			store.Hang("Acquire", hold)
 			go func() { result <- e.Commit(context.WithoutCancel(r.Context())) }()
 			synctest.Wait()
 			w.WriteHeader(http.StatusInternalServerError)
 		})
-		c.check(t, 0, exchange{key: k("a"), get: "500 "})
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "500 "})
 		close(hold)
 		require.Error(t, <-result)
-		c.check(t, 1, exchange{key: k("a"), get: "200 "})
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "200 "})
 
 		var leaked *idempotency.Execution
-		c = newAPI(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-			leaked = execution(r)
+		c = idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+			leaked = idemtest.Execution(r)
 			w.WriteHeader(http.StatusInternalServerError)
 		})
-		c.check(t, 2, exchange{key: k("b"), get: "500 "})
+		c.Check(t, 2, idemtest.Exchange{Key: "b", Get: "500 "})
 		time.Sleep(time.Minute) // the released marker is gone as well
 		require.Error(t, leaked.Commit(t.Context()))
-		c.check(t, 3, exchange{key: k("b"), get: "500 "})
+		c.Check(t, 3, idemtest.Exchange{Key: "b", Get: "500 "})
 	})
 }
 
@@ -322,11 +323,11 @@ func TestLeaseIsRenewedWhileShouldStoreThinks(t *testing.T) {
 			time.Sleep(time.Minute)
 			return true
 		}}
-		c := newAPI(idempotency.NewMemoryStore(), opts, nil)
+		c := idemtest.NewClient(idempotency.NewMemoryStore(), opts, nil)
 		var first sync.WaitGroup
-		first.Go(func() { c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"}) })
+		first.Go(func() { c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"}) })
 		time.Sleep(45 * time.Second)
-		c.check(t, 1, exchange{key: k("a"), get: "409 in_progress"})
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
 		first.Wait()
 	})
 }
@@ -335,67 +336,67 @@ func TestLeaseIsRenewedWhileShouldStoreThinks(t *testing.T) {
 // lost the record.
 func TestRenewalRepeatsOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		store := &faultyStore{Store: idempotency.NewMemoryStore()}
-		c := newAPI(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-			must(execution(r).Commit(r.Context()))
-			store.replace(idempotency.NewMemoryStore())
+		store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+		c := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+			idemtest.Must(idemtest.Execution(r).Commit(r.Context()))
+			store.Replace(idempotency.NewMemoryStore())
 			time.Sleep(15 * time.Second)
 			panic("boom")
 		})
-		c.check(t, 0, exchange{key: k("a"), get: "panic"})
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "panic"})
 		time.Sleep(time.Minute)
-		c.check(t, 1, exchange{key: k("a"), get: "409 outcome_unknown"})
-		c.check(t, 2, exchange{key: k("a"), body: "other", get: "422 key_reused"})
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 outcome_unknown"})
+		c.Check(t, 2, idemtest.Exchange{Key: "a", Body: "other", Get: "422 key_reused"})
 	})
 }
 
 // The client's cancellation affects no store call.
 func TestCommitOutlivesTheClient(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		store := &faultyStore{Store: idempotency.NewMemoryStore(), honourContext: true}
-		c := newAPI(store, &idempotency.Options{CancelOnDisconnect: true}, nil)
+		store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore(), HonourContext: true}
+		c := idemtest.NewClient(store, &idempotency.Options{CancelOnDisconnect: true}, nil)
 		ctx, hangUp := context.WithCancel(t.Context())
 		hangUp()
-		resp := c.do(c.request(exchange{key: k("a")}).WithContext(ctx))
+		resp := c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx))
 		require.Equal(t, http.StatusCreated, resp.StatusCode)
-		c.check(t, 1, exchange{key: k("a"), get: "replay 201 charge 1"})
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "replay 201 charge 1"})
 	})
 }
 
 // Goexit ends the request's goroutine; the key is left to its lease.
 func TestGoexitIsACrash(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		events := &eventLog{}
-		c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{OnEvent: events.add, Wait: idempotency.NoWait},
+		events := &idemtest.EventLog{}
+		c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{OnEvent: events.Add, Wait: idempotency.NoWait},
 			func(w http.ResponseWriter, r *http.Request) {
-				if run(r) == 1 {
+				if idemtest.Run(r) == 1 {
 					runtime.Goexit()
 				}
 			})
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
-			c.do(c.request(exchange{key: k("a")}))
+			c.Do(c.Request(idemtest.Exchange{Key: "a"}))
 		}()
 		<-done
-		c.check(t, 1, exchange{key: k("a"), get: "409 in_progress"})
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
 		time.Sleep(30 * time.Second)
-		c.check(t, 2, exchange{key: k("a"), get: "200 "})
-		require.Equal(t, []string{"panicked 0", "in_progress 409", "executed 200"}, events.all())
+		c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "200 "})
+		require.Equal(t, []string{"panicked 0", "in_progress 409", "executed 200"}, events.All())
 	})
 }
 
 // The panic that the server sees is the one that the handler threw.
 func TestPanicGoesOnUntouched(t *testing.T) {
 	value := errors.New("boom")
-	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, func(http.ResponseWriter, *http.Request) { panicDeepInside(value) })
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(http.ResponseWriter, *http.Request) { panicDeepInside(value) })
 	defer func() {
 		require.Equal(t, value, recover())
 		stack := make([]byte, 1<<16)
 		stack = stack[:runtime.Stack(stack, false)]
 		require.Contains(t, string(stack), "panicDeepInside", "nobody recovered and panicked again")
 	}()
-	c.handler.ServeHTTP(httptest.NewRecorder(), c.request(exchange{key: k("a")}))
+	c.Handler.ServeHTTP(httptest.NewRecorder(), c.Request(idemtest.Exchange{Key: "a"}))
 }
 
 func panicDeepInside(v any) { panic(v) }
@@ -405,14 +406,14 @@ func panicDeepInside(v any) { panic(v) }
 func TestPanicLeavesTheWriterClean(t *testing.T) {
 	w := httptest.NewRecorder()
 	var kept http.ResponseWriter
-	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, _ *http.Request) {
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("X-Secret", "half done")
 		w.WriteHeader(http.StatusCreated)
 		_, _ = w.Write([]byte("half"))
 		kept = w
 		panic("boom")
 	})
-	require.Panics(t, func() { c.handler.ServeHTTP(w, c.request(exchange{key: k("a")})) })
+	require.Panics(t, func() { c.Handler.ServeHTTP(w, c.Request(idemtest.Exchange{Key: "a"})) })
 	require.Error(t, http.NewResponseController(kept).Flush(), "a goroutine that the handler left behind")
 	http.Error(w, "recovered", http.StatusInternalServerError)
 	require.Equal(t, http.StatusInternalServerError, w.Code)
@@ -440,7 +441,7 @@ func TestNestedMiddlewareRunsOnce(t *testing.T) {
 
 // The request that outer middleware holds is not changed.
 func TestRequestIsCopied(t *testing.T) {
-	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
 		r.Header.Set("X-Seen", "yes")
 		r.URL.Path = "/elsewhere"
 		var b bytes.Buffer
@@ -448,9 +449,9 @@ func TestRequestIsCopied(t *testing.T) {
 		require.NoError(t, err)
 		require.Equal(t, `{"amount":1}`, b.String())
 	})
-	r := c.request(exchange{key: k("a")})
+	r := c.Request(idemtest.Exchange{Key: "a"})
 	body, ctx := r.Body, r.Context()
-	c.do(r)
+	c.Do(r)
 	require.Equal(t, body, r.Body)
 	require.Equal(t, ctx, r.Context())
 }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/stretchr/testify/require"
 )
 
@@ -44,7 +45,7 @@ func hangingUp(next http.Handler) http.Handler {
 // said that it succeeded: nobody is told that it did, and it does not run again.
 func TestHandlerThatGivesUp(t *testing.T) {
 	commits := func(w http.ResponseWriter, r *http.Request) {
-		must(execution(r).Commit(r.Context()))
+		idemtest.Must(idemtest.Execution(r).Commit(r.Context()))
 		givesUp(w, r)
 	}
 	const unknown, undone = "409 outcome_unknown", "503 store_unavailable"
@@ -62,7 +63,7 @@ func TestHandlerThatGivesUp(t *testing.T) {
 		"MaxExecution, sealed":                  {opts: idempotency.Options{AEAD: newAEAD(t, 1)}, first: unknown, retry: unknown},
 		"MaxExecution, after Commit":            {handler: commits, first: unknown, retry: unknown},
 		"the client hangs up":                   {outer: hangingUp, opts: idempotency.Options{CancelOnDisconnect: true}, first: unknown, retry: unknown},
-		"the client hangs up on a patient one":  {outer: hangingUp, handler: lasting(2 * time.Second), first: "201 charge 1", retry: "replay 201 charge 1"},
+		"the client hangs up on a patient one":  {outer: hangingUp, handler: idemtest.Lasting(2 * time.Second), first: "201 charge 1", retry: "replay 201 charge 1"},
 		"the context has ended and was not met": {handler: func(http.ResponseWriter, *http.Request) { time.Sleep(time.Hour) }, first: "200 ", retry: "replay 200 "},
 		"TimeoutHandler outside": {outer: func(next http.Handler) http.Handler { return http.TimeoutHandler(next, time.Second, "too late") },
 			first: "503 too late", retry: unknown, handler: func(w http.ResponseWriter, r *http.Request) {
@@ -75,7 +76,7 @@ func TestHandlerThatGivesUp(t *testing.T) {
 			}
 		}},
 		"Discard": {outer: withDeadline, first: undone, retry: undone, handler: func(w http.ResponseWriter, r *http.Request) {
-			execution(r).Discard()
+			idemtest.Execution(r).Discard()
 			givesUp(w, r)
 		}},
 		"an answer": {outer: withDeadline, first: "202 ", retry: "replay 202 ", handler: func(w http.ResponseWriter, r *http.Request) {
@@ -91,15 +92,15 @@ func TestHandlerThatGivesUp(t *testing.T) {
 				if row.outer == nil {
 					row.outer = func(next http.Handler) http.Handler { return next }
 				}
-				c := newAPI(idempotency.NewMemoryStore(), &row.opts, row.handler)
-				c.handler = row.outer(c.handler)
-				first, _ := describe(t, c.do(c.request(exchange{key: k("a")})))
+				c := idemtest.NewClient(idempotency.NewMemoryStore(), &row.opts, row.handler)
+				c.Handler = row.outer(c.Handler)
+				first, _ := idemtest.Describe(t, c.Do(c.Request(idemtest.Exchange{Key: "a"})))
 				require.Equal(t, row.first, first)
 				time.Sleep(time.Minute)
-				retry, _ := describe(t, c.do(c.request(exchange{key: k("a")})))
+				retry, _ := idemtest.Describe(t, c.Do(c.Request(idemtest.Exchange{Key: "a"})))
 				require.Equal(t, row.retry, retry)
 				if row.retry != undone {
-					require.Equal(t, 1, c.runs())
+					require.Equal(t, 1, c.Runs())
 				}
 			})
 		})
@@ -121,25 +122,25 @@ func TestHandlerThatGivesUpItsTransaction(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				var called []string
-				store := &observedStore{idempotency.NewMemoryStore(), func(ctx context.Context, method string) {
+				store := &idemtest.ObservedStore{Store: idempotency.NewMemoryStore(), Look: func(ctx context.Context, method string) {
 					if e, ok := idempotency.FromContext(ctx); ok && method != "Acquire" && e.Attachment() != nil {
 						method += " " + e.Attachment().(string)
 					}
 					called = append(called, method)
 				}}
-				log := new(eventLog)
-				c := newAPI(store, &idempotency.Options{OnEvent: log.add, AtMostOnce: row.atMostOnce}, func(w http.ResponseWriter, r *http.Request) {
-					execution(r).Attach("a transaction")
+				log := new(idemtest.EventLog)
+				c := idemtest.NewClient(store, &idempotency.Options{OnEvent: log.Add, AtMostOnce: row.atMostOnce}, func(w http.ResponseWriter, r *http.Request) {
+					idemtest.Execution(r).Attach("a transaction")
 					if row.commit {
-						must(execution(r).Commit(r.Context()))
+						idemtest.Must(idemtest.Execution(r).Commit(r.Context()))
 					}
 					givesUp(w, r)
 				})
-				c.handler = withDeadline(c.handler)
-				c.check(t, 0, exchange{key: k("a"), get: row.get})
+				c.Handler = withDeadline(c.Handler)
+				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: row.get})
 				require.Equal(t, row.called, called)
-				require.Equal(t, row.outcome, log.last().Outcome)
-				require.ErrorIs(t, log.last().Err, context.DeadlineExceeded)
+				require.Equal(t, row.outcome, log.Last().Outcome)
+				require.ErrorIs(t, log.Last().Err, context.DeadlineExceeded)
 			})
 		})
 	}
@@ -148,16 +149,16 @@ func TestHandlerThatGivesUpItsTransaction(t *testing.T) {
 // What could not be rolled back is not said to be.
 func TestHandlerThatGivesUpWhileTheStoreIsDown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		down, log := errors.New("down"), new(eventLog)
-		s := &scriptedStore{MemoryStore: idempotency.NewMemoryStore()}
-		s.release = func(context.Context, string, string) error { return down }
-		c := newAPI(s, &idempotency.Options{OnEvent: log.add}, func(w http.ResponseWriter, r *http.Request) {
-			execution(r).Attach("a transaction")
+		down, log := errors.New("down"), new(idemtest.EventLog)
+		s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+		s.OnRelease = func(context.Context, string, string) error { return down }
+		c := idemtest.NewClient(s, &idempotency.Options{OnEvent: log.Add}, func(w http.ResponseWriter, r *http.Request) {
+			idemtest.Execution(r).Attach("a transaction")
 			givesUp(w, r)
 		})
-		c.check(t, 0, exchange{key: k("a"), get: "503 store_unavailable",
-			detail: "Whether the request was processed is not known. Repeat it later with the same key to find out."})
-		require.ErrorIs(t, log.last().Err, down)
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 store_unavailable",
+			Detail: "Whether the request was processed is not known. Repeat it later with the same key to find out."})
+		require.ErrorIs(t, log.Last().Err, down)
 		time.Sleep(time.Hour)
 	})
 }
@@ -166,13 +167,13 @@ func TestHandlerThatGivesUpWhileTheStoreIsDown(t *testing.T) {
 // nor a store that does so while the lease is renewed.
 func TestHandlerThatReadsAValueAndFinishes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		store := &observedStore{idempotency.NewMemoryStore(), func(ctx context.Context, _ string) { _ = ctx.Value(tenantKey{}) }}
-		c := newAPI(store, &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
+		store := &idemtest.ObservedStore{Store: idempotency.NewMemoryStore(), Look: func(ctx context.Context, _ string) { _ = ctx.Value(tenantKey{}) }}
+		c := idemtest.NewClient(store, &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
 			_ = r.Context().Value(tenantKey{})
 			time.Sleep(time.Hour)
 		})
-		c.check(t, 0, exchange{key: k("a"), get: "200 "})
-		c.check(t, 1, exchange{key: k("a"), get: "replay 200 "})
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "200 "})
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "replay 200 "})
 	})
 }
 
@@ -200,14 +201,14 @@ func TestAnswersToALargeBodyThatBreaksOff(t *testing.T) {
 		"at most once, without word": {true, answers(0), "409 outcome_unknown", "409 outcome_unknown", 0},
 	} {
 		t.Run(name, func(t *testing.T) {
-			c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64, AtMostOnce: row.atMostOnce}, row.handler)
-			r := c.request(exchange{key: k("a"), body: upload(600, 'x')})
+			c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64, AtMostOnce: row.atMostOnce}, row.handler)
+			r := c.Request(idemtest.Exchange{Key: "a", Body: upload(600, 'x')})
 			r.Body = &brokenBody{strings.NewReader(upload(500, 'x')), io.ErrUnexpectedEOF}
-			got, _ := describe(t, c.do(r))
+			got, _ := idemtest.Describe(t, c.Do(r))
 			require.Equal(t, row.first, got)
-			c.check(t, 1, exchange{key: k("a"), body: upload(600, 'x'), get: row.then, original: row.original})
+			c.Check(t, 1, idemtest.Exchange{Key: "a", Body: upload(600, 'x'), Get: row.then, Original: row.original})
 			if row.original > 0 {
-				c.check(t, 2, exchange{key: k("a"), body: upload(600, 'y'), get: "422 key_reused"})
+				c.Check(t, 2, idemtest.Exchange{Key: "a", Body: upload(600, 'y'), Get: "422 key_reused"})
 			}
 		})
 	}
@@ -215,12 +216,12 @@ func TestAnswersToALargeBodyThatBreaksOff(t *testing.T) {
 
 // It must be the handler that says so, in what goes out, and of a conflict.
 func TestConflictIsFinal(t *testing.T) {
-	accepted := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, _ *http.Request) {
+	accepted := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Retry-After", "1")
 		w.WriteHeader(http.StatusAccepted)
 	})
-	accepted.check(t, 0, exchange{key: k("a"), get: "202 "})
-	accepted.check(t, 1, exchange{key: k("a"), get: "replay 202 "})
+	accepted.Check(t, 0, idemtest.Exchange{Key: "a", Get: "202 "})
+	accepted.Check(t, 1, idemtest.Exchange{Key: "a", Get: "replay 202 "})
 	for name, handler := range map[string]http.HandlerFunc{
 		"outer middleware says when to come again": func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusConflict) },
 		"it is said too late": func(w http.ResponseWriter, _ *http.Request) {
@@ -229,12 +230,12 @@ func TestConflictIsFinal(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, handler)
+			c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, handler)
 			if strings.HasPrefix(name, "outer") {
-				c.handler = around("Retry-After", "1")(c.handler)
+				c.Handler = around("Retry-After", "1")(c.Handler)
 			}
-			c.check(t, 0, exchange{key: k("a"), get: "409 "})
-			c.check(t, 1, exchange{key: k("a"), get: "replay 409 "})
+			c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "409 "})
+			c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "replay 409 "})
 		})
 	}
 }
@@ -244,29 +245,29 @@ func TestConflictIsFinal(t *testing.T) {
 func TestAnswerThatSaysWhenToComeAgain(t *testing.T) {
 	for _, atMostOnce := range []bool{false, true} {
 		busy := true
-		c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{AtMostOnce: atMostOnce}, func(w http.ResponseWriter, _ *http.Request) {
+		c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{AtMostOnce: atMostOnce}, func(w http.ResponseWriter, _ *http.Request) {
 			if busy {
 				idempotency.WriteError(w, nil, &idempotency.Error{Status: 409, Code: "in_progress", RetryAfter: time.Second})
 				return
 			}
 			w.WriteHeader(http.StatusCreated)
 		})
-		c.check(t, 0, exchange{key: k("a"), get: "409 in_progress"})
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
 		busy = false
-		c.check(t, 1, exchange{key: k("a"), get: "201 "})
-		c.check(t, 2, exchange{key: k("a"), get: "replay 201 "})
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 "})
+		c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "replay 201 "})
 	}
 }
 
 // A body of a byte more than is buffered is the same whether its end comes
 // together with that byte or after it.
 func TestBodyOfAByteMoreThanIsBuffered(t *testing.T) {
-	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 16}, reading(-1))
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 16}, reading(-1))
 	for i, end := range []io.Reader{strings.NewReader("y"), io.MultiReader(strings.NewReader("y"), strings.NewReader(""))} {
-		r := c.request(exchange{key: k("a")})
+		r := c.Request(idemtest.Exchange{Key: "a"})
 		r.ContentLength = -1
 		r.Body = io.NopCloser(io.MultiReader(strings.NewReader(strings.Repeat("x", 16)), &endsWithData{end, i == 0}))
-		got, _ := describe(t, c.do(r))
+		got, _ := idemtest.Describe(t, c.Do(r))
 		require.Equal(t, []string{"201 ", "replay 201 "}[i], got)
 	}
 }
@@ -291,12 +292,12 @@ func (r *endsWithData) Read(p []byte) (int, error) {
 func TestNestedMiddlewareAroundAnother(t *testing.T) {
 	outer := idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{Wait: idempotency.NoWait})
 	between := idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{Scope: func(*http.Request) string { return "tenant" }})
-	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, nil)
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, nil)
 	h := outer(between(outer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusCreated) }))))
 	for _, want := range []string{"201 ", "replay 201 "} {
 		w := httptest.NewRecorder()
-		h.ServeHTTP(w, c.request(exchange{key: k("a")}))
-		got, _ := describe(t, w.Result())
+		h.ServeHTTP(w, c.Request(idemtest.Exchange{Key: "a"}))
+		got, _ := idemtest.Describe(t, w.Result())
 		require.Equal(t, want, got)
 	}
 }

@@ -13,56 +13,14 @@ import (
 	"time"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/stretchr/testify/require"
 )
-
-// A scriptedStore does with the nth Acquire, Complete or Release what it is told
-// to, in the place of what a MemoryStore does.
-type scriptedStore struct {
-	*idempotency.MemoryStore
-	acquire   func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error)
-	complete  func(ctx context.Context, key, token string, r idempotency.Result) error
-	release   func(ctx context.Context, key, token string) error
-	acquired  atomic.Int64
-	completed atomic.Int64
-	released  atomic.Int64
-}
-
-func (s *scriptedStore) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
-	if n := s.acquired.Add(1); s.acquire != nil {
-		return s.acquire(int(n), ctx, key, c)
-	}
-	return s.MemoryStore.Acquire(ctx, key, c)
-}
-
-func (s *scriptedStore) Complete(ctx context.Context, key, token string, r idempotency.Result) error {
-	if s.completed.Add(1); s.complete != nil {
-		return s.complete(ctx, key, token, r)
-	}
-	return s.MemoryStore.Complete(ctx, key, token, r)
-}
-
-func (s *scriptedStore) Release(ctx context.Context, key, token string, keep time.Duration) error {
-	if s.released.Add(1); s.release != nil {
-		return s.release(ctx, key, token)
-	}
-	return s.MemoryStore.Release(ctx, key, token, keep)
-}
-
-// late has the nth Acquire arrive later.
-func (s *scriptedStore) late(nth int, by time.Duration) {
-	s.acquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
-		if n == nth {
-			time.Sleep(by)
-		}
-		return s.MemoryStore.Acquire(ctx, key, c)
-	}
-}
 
 // tooManyRequests says that nothing was done. The first run takes its time.
 func tooManyRequests(first func(r *http.Request)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		if run(r) == 1 {
+		if idemtest.Run(r) == 1 {
 			first(r)
 		}
 		w.WriteHeader(http.StatusTooManyRequests)
@@ -74,27 +32,27 @@ func tooManyRequests(first func(r *http.Request)) http.HandlerFunc {
 // to end the claim that it makes. It is given back.
 func TestClaimThatArrivesAfterItsRun(t *testing.T) {
 	for name, row := range map[string]struct {
-		store func(s *scriptedStore)
+		store func(s *idemtest.ScriptedStore)
 		first func(r *http.Request)
 		alone bool // no other run comes and goes meanwhile
 	}{
 		"a renewal": {
-			func(s *scriptedStore) { s.late(2, 300*time.Millisecond) },
+			func(s *idemtest.ScriptedStore) { s.Late(2, 300*time.Millisecond) },
 			func(*http.Request) { time.Sleep(10*time.Second + 100*time.Millisecond) },
 			false,
 		},
 		"a Commit": {
-			func(s *scriptedStore) { s.late(2, 300*time.Millisecond) },
+			func(s *idemtest.ScriptedStore) { s.Late(2, 300*time.Millisecond) },
 			func(r *http.Request) {
-				e, ctx := execution(r), r.Context()
+				e, ctx := idemtest.Execution(r), r.Context()
 				go func() { _ = e.Commit(ctx) }()
 				time.Sleep(time.Millisecond)
 			},
 			false,
 		},
 		"a first try": {
-			func(s *scriptedStore) {
-				s.acquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+			func(s *idemtest.ScriptedStore) {
+				s.OnAcquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
 					if n == 1 {
 						time.AfterFunc(700*time.Millisecond, func() { _, _ = s.MemoryStore.Acquire(context.Background(), key, c) })
 						<-ctx.Done()
@@ -107,8 +65,8 @@ func TestClaimThatArrivesAfterItsRun(t *testing.T) {
 			false,
 		},
 		"the first of two tries of a Commit": {
-			func(s *scriptedStore) {
-				s.acquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+			func(s *idemtest.ScriptedStore) {
+				s.OnAcquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
 					if n == 2 {
 						time.AfterFunc(40*time.Second, func() { _, _ = s.MemoryStore.Acquire(context.Background(), key, c) })
 						<-ctx.Done()
@@ -118,7 +76,7 @@ func TestClaimThatArrivesAfterItsRun(t *testing.T) {
 				}
 			},
 			func(r *http.Request) {
-				e, ctx := execution(r), r.Context()
+				e, ctx := idemtest.Execution(r), r.Context()
 				go func() { _ = e.Commit(ctx) }()
 				time.Sleep(time.Millisecond)
 			},
@@ -127,15 +85,15 @@ func TestClaimThatArrivesAfterItsRun(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				s := &scriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+				s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
 				row.store(s)
-				c := newAPI(s, &idempotency.Options{AtMostOnce: true, Wait: idempotency.NoWait}, tooManyRequests(row.first))
-				c.check(t, 0, exchange{key: k("a"), get: "429 "})
+				c := idemtest.NewClient(s, &idempotency.Options{AtMostOnce: true, Wait: idempotency.NoWait}, tooManyRequests(row.first))
+				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "429 "})
 				if !row.alone {
-					c.check(t, 1, exchange{key: k("a"), get: "429 "})
+					c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "429 "})
 				}
 				time.Sleep(2 * time.Minute)
-				c.check(t, 2, exchange{key: k("a"), get: "429 "})
+				c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "429 "})
 			})
 		})
 	}
@@ -151,46 +109,46 @@ func TestGivingBackDuringAnOutage(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				var up atomic.Bool
-				s := &scriptedStore{MemoryStore: idempotency.NewMemoryStore()}
-				s.acquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+				s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+				s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
 					_, _ = s.MemoryStore.Acquire(ctx, key, c)
 					return idempotency.Record{}, errors.New("the answer is lost")
 				}
-				s.release = func(ctx context.Context, key, token string) error {
+				s.OnRelease = func(ctx context.Context, key, token string) error {
 					if !up.Load() {
 						return outage(ctx)
 					}
 					return s.MemoryStore.Release(ctx, key, token, time.Minute)
 				}
-				giveBackDuring(t, s, func() { s.acquire = nil; up.Store(true) })
+				giveBackDuring(t, s, func() { s.OnAcquire = nil; up.Store(true) })
 			})
 		})
 	}
 }
 
-func giveBackDuring(t *testing.T, s *scriptedStore, end func()) {
+func giveBackDuring(t *testing.T, s *idemtest.ScriptedStore, end func()) {
 	const (
 		requests = 800
 		few      = 50
 	)
-	c := newAPI(s, &idempotency.Options{AtMostOnce: true}, nil)
+	c := idemtest.NewClient(s, &idempotency.Options{AtMostOnce: true}, nil)
 	before := runtime.NumGoroutine()
 	for i := range requests {
-		c.check(t, i, exchange{key: k(fmt.Sprint(i)), get: "503 store_unavailable"})
+		c.Check(t, i, idemtest.Exchange{Key: fmt.Sprint(i), Get: "503 store_unavailable"})
 	}
 	for _, later := range []time.Duration{0, 60 * time.Millisecond, 30 * time.Second} {
 		time.Sleep(later)
 		synctest.Wait()
 		require.Less(t, runtime.NumGoroutine()-before, few)
 	}
-	s.released.Store(0)
+	s.Released.Store(0)
 	time.Sleep(10 * time.Second)
-	require.LessOrEqual(t, s.released.Load(), int64(10*100), "a hundred a second")
+	require.LessOrEqual(t, s.Released.Load(), int64(10*100), "a hundred a second")
 
 	end()
 	time.Sleep(time.Minute)
 	for i := range requests {
-		c.check(t, i, exchange{key: k(fmt.Sprint(i)), get: fmt.Sprintf("201 charge %d", i+1)})
+		c.Check(t, i, idemtest.Exchange{Key: fmt.Sprint(i), Get: fmt.Sprintf("201 charge %d", i+1)})
 	}
 }
 
@@ -198,13 +156,13 @@ func giveBackDuring(t *testing.T, s *scriptedStore, end func()) {
 func TestLateAnswerThatNamesAnotherOwner(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		start, down := time.Now(), errors.New("down")
-		s := &scriptedStore{MemoryStore: idempotency.NewMemoryStore()}
-		s.acquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+		s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+		s.OnAcquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
 			switch {
 			case n == 1:
 				time.AfterFunc(30*time.Second+time.Millisecond, func() {
 					_, err := s.MemoryStore.Acquire(context.Background(), key, idempotency.Claim{Token: "other", Lease: time.Minute, TTL: time.Hour})
-					must(err)
+					idemtest.Must(err)
 				})
 			case time.Since(start) < 27*time.Second:
 				return idempotency.Record{}, down
@@ -213,51 +171,51 @@ func TestLateAnswerThatNamesAnotherOwner(t *testing.T) {
 			}
 			return s.MemoryStore.Acquire(ctx, key, c)
 		}
-		s.complete = func(context.Context, string, string, idempotency.Result) error { return down }
-		c := newAPI(s, &idempotency.Options{StoreTimeout: 4 * time.Second}, lasting(40*time.Second))
-		c.check(t, 0, exchange{key: k("a"), get: "409 in_progress"})
+		s.OnComplete = func(context.Context, string, string, idempotency.Result) error { return down }
+		c := idemtest.NewClient(s, &idempotency.Options{StoreTimeout: 4 * time.Second}, idemtest.Lasting(40*time.Second))
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
 	})
 }
 
 // Nor does one that says that nothing was done.
 func TestReleaseAfterAnotherOwnerWasSeen(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := &scriptedStore{MemoryStore: idempotency.NewMemoryStore()}
-		s.acquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+		s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+		s.OnAcquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
 			if n > 1 {
 				return idempotency.Record{State: idempotency.InProgress, Remaining: time.Minute}, nil
 			}
 			return s.MemoryStore.Acquire(ctx, key, c)
 		}
-		log := new(eventLog)
-		c := newAPI(s, &idempotency.Options{OnEvent: log.add}, tooManyRequests(func(*http.Request) { time.Sleep(11 * time.Second) }))
-		c.check(t, 0, exchange{key: k("a"), get: "409 in_progress"})
-		require.Equal(t, idempotency.OutcomeLeaseLost, log.last().Outcome)
+		log := new(idemtest.EventLog)
+		c := idemtest.NewClient(s, &idempotency.Options{OnEvent: log.Add}, tooManyRequests(func(*http.Request) { time.Sleep(11 * time.Second) }))
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
+		require.Equal(t, idempotency.OutcomeLeaseLost, log.Last().Outcome)
 	})
 }
 
 // A store that panics has failed, wherever it was called from.
 func TestStoreThatPanics(t *testing.T) {
-	for name, broken := range map[string]func(s *scriptedStore){
-		"a claim": func(s *scriptedStore) {
-			s.acquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+	for name, broken := range map[string]func(s *idemtest.ScriptedStore){
+		"a claim": func(s *idemtest.ScriptedStore) {
+			s.OnAcquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
 				if n == 1 {
 					panic("nil map")
 				}
 				return s.MemoryStore.Acquire(ctx, key, c)
 			}
 		},
-		"a renewal": func(s *scriptedStore) {
-			s.acquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+		"a renewal": func(s *idemtest.ScriptedStore) {
+			s.OnAcquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
 				if n == 2 || n == 3 {
 					panic("nil map")
 				}
 				return s.MemoryStore.Acquire(ctx, key, c)
 			}
 		},
-		"a Complete, at first and in the background": func(s *scriptedStore) {
-			s.complete = func(ctx context.Context, key, token string, r idempotency.Result) error {
-				if s.completed.Load() < 10 {
+		"a Complete, at first and in the background": func(s *idemtest.ScriptedStore) {
+			s.OnComplete = func(ctx context.Context, key, token string, r idempotency.Result) error {
+				if s.Completed.Load() < 10 {
 					panic("nil map")
 				}
 				return s.MemoryStore.Complete(ctx, key, token, r)
@@ -266,41 +224,41 @@ func TestStoreThatPanics(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				s := &scriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+				s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
 				broken(s)
-				c := newAPI(s, &idempotency.Options{}, lasting(15*time.Second))
-				c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
+				c := idemtest.NewClient(s, &idempotency.Options{}, idemtest.Lasting(15*time.Second))
+				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
 				time.Sleep(10 * time.Second)
-				c.check(t, 1, exchange{key: k("a"), get: "replay 201 charge 1"})
+				c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "replay 201 charge 1"})
 			})
 		})
 	}
 	synctest.Test(t, func(t *testing.T) {
-		s := &scriptedStore{MemoryStore: idempotency.NewMemoryStore()}
-		s.acquire = func(int, context.Context, string, idempotency.Claim) (idempotency.Record, error) { panic("nil map") }
-		s.release = func(context.Context, string, string) error { panic("nil map") }
-		c := newAPI(s, &idempotency.Options{}, nil)
-		c.check(t, 0, exchange{key: k("a"), get: "503 store_unavailable"})
+		s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+		s.OnAcquire = func(int, context.Context, string, idempotency.Claim) (idempotency.Record, error) { panic("nil map") }
+		s.OnRelease = func(context.Context, string, string) error { panic("nil map") }
+		c := idemtest.NewClient(s, &idempotency.Options{}, nil)
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 store_unavailable"})
 		time.Sleep(time.Minute) // it is given back in the background
-		require.Zero(t, c.runs())
+		require.Zero(t, c.Runs())
 	})
 }
 
 // What is attached after the handler has returned is not for the store.
 func TestAttachAfterTheHandlerReturned(t *testing.T) {
-	s := &scriptedStore{MemoryStore: idempotency.NewMemoryStore()}
-	s.complete = func(ctx context.Context, key, token string, r idempotency.Result) error {
+	s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+	s.OnComplete = func(ctx context.Context, key, token string, r idempotency.Result) error {
 		e, _ := idempotency.FromContext(ctx)
 		require.Nil(t, e.Attachment())
 		return s.MemoryStore.Complete(ctx, key, token, r)
 	}
 	var e *idempotency.Execution
-	c := newAPI(s, &idempotency.Options{ShouldStore: func(int, http.Header) bool {
+	c := idemtest.NewClient(s, &idempotency.Options{ShouldStore: func(int, http.Header) bool {
 		e.Attach("late") // stands for a goroutine that the handler left behind
 		return true
-	}}, func(w http.ResponseWriter, r *http.Request) { e = execution(r) })
-	c.check(t, 0, exchange{key: k("a"), get: "200 "})
-	require.EqualValues(t, 1, s.completed.Load())
+	}}, func(w http.ResponseWriter, r *http.Request) { e = idemtest.Execution(r) })
+	c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "200 "})
+	require.EqualValues(t, 1, s.Completed.Load())
 }
 
 // A Commit that failed may still arrive when its run has lost the key, and the
@@ -313,15 +271,15 @@ func TestCommitThatArrivesAfterTheKeyWasLost(t *testing.T) {
 
 func commitThatArrivesLate(t *testing.T, runs time.Duration, get string) {
 	synctest.Test(t, func(t *testing.T) {
-		s := &scriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+		s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
 		var down atomic.Bool
-		s.complete = func(ctx context.Context, key, token string, r idempotency.Result) error {
+		s.OnComplete = func(ctx context.Context, key, token string, r idempotency.Result) error {
 			if down.Load() {
 				return errors.New("down")
 			}
 			return s.MemoryStore.Complete(ctx, key, token, r)
 		}
-		s.acquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+		s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
 			if !down.Load() {
 				return s.MemoryStore.Acquire(ctx, key, c)
 			}
@@ -330,10 +288,10 @@ func commitThatArrivesLate(t *testing.T, runs time.Duration, get string) {
 			}
 			return idempotency.Record{}, errors.New("down")
 		}
-		c := newAPI(s, &idempotency.Options{Wait: idempotency.NoWait}, func(w http.ResponseWriter, r *http.Request) {
-			if run(r) == 1 {
+		c := idemtest.NewClient(s, &idempotency.Options{Wait: idempotency.NoWait}, func(w http.ResponseWriter, r *http.Request) {
+			if idemtest.Run(r) == 1 {
 				down.Store(true)
-				require.Error(t, execution(r).Commit(r.Context()))
+				require.Error(t, idemtest.Execution(r).Commit(r.Context()))
 				time.Sleep(runs)
 				w.WriteHeader(http.StatusCreated)
 				return
@@ -343,11 +301,11 @@ func commitThatArrivesLate(t *testing.T, runs time.Duration, get string) {
 		})
 		time.AfterFunc(31*time.Second, func() { // its lease is over
 			down.Store(false)
-			c.check(t, 1, exchange{key: k("a"), get: "503 "})
+			c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "503 "})
 		})
-		c.check(t, 0, exchange{key: k("a"), get: get})
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: get})
 		time.Sleep(2 * time.Minute)
-		c.check(t, 2, exchange{key: k("a"), get: "503 "})
+		c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "503 "})
 	})
 }
 
@@ -356,11 +314,11 @@ func TestGivingBackManyThings(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var mu sync.Mutex
 		released := map[string]int{}
-		s := &scriptedStore{MemoryStore: idempotency.NewMemoryStore()}
-		s.acquire = func(int, context.Context, string, idempotency.Claim) (idempotency.Record, error) {
+		s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+		s.OnAcquire = func(int, context.Context, string, idempotency.Claim) (idempotency.Record, error) {
 			return idempotency.Record{}, errors.New("down")
 		}
-		s.release = func(ctx context.Context, key, token string) error {
+		s.OnRelease = func(ctx context.Context, key, token string) error {
 			mu.Lock()
 			released[key]++
 			n := released[key]
@@ -368,10 +326,10 @@ func TestGivingBackManyThings(t *testing.T) {
 			time.Sleep(time.Duration(n) * 100 * time.Millisecond)
 			return s.MemoryStore.Release(ctx, key, token, time.Minute)
 		}
-		c := newAPI(s, &idempotency.Options{}, nil)
+		c := idemtest.NewClient(s, &idempotency.Options{}, nil)
 		const requests = 200
 		for i := range requests {
-			c.check(t, i, exchange{key: k(fmt.Sprint(i)), get: "503 store_unavailable"})
+			c.Check(t, i, idemtest.Exchange{Key: fmt.Sprint(i), Get: "503 store_unavailable"})
 		}
 		time.Sleep(20 * time.Minute)
 		mu.Lock()
@@ -387,22 +345,22 @@ func TestGivingBackManyThings(t *testing.T) {
 // around it.
 func TestGivingBackInsideOfAnother(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := &scriptedStore{MemoryStore: idempotency.NewMemoryStore()}
-		s.acquire = func(int, context.Context, string, idempotency.Claim) (idempotency.Record, error) {
+		s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+		s.OnAcquire = func(int, context.Context, string, idempotency.Claim) (idempotency.Record, error) {
 			return idempotency.Record{}, errors.New("down")
 		}
-		s.release = func(ctx context.Context, key, token string) error {
+		s.OnRelease = func(ctx context.Context, key, token string) error {
 			_, ok := idempotency.FromContext(ctx)
 			require.False(t, ok)
 			return s.MemoryStore.Release(ctx, key, token, time.Minute)
 		}
 		inner := idempotency.Middleware(s, &idempotency.Options{Scope: func(*http.Request) string { return "inner" }})(http.NotFoundHandler())
-		c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-			execution(r).Attach("the outer transaction")
+		c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+			idemtest.Execution(r).Attach("the outer transaction")
 			inner.ServeHTTP(w, r)
 			time.Sleep(time.Minute)
 		})
-		c.check(t, 0, exchange{key: k("a"), get: "503 store_unavailable"})
-		require.NotZero(t, s.released.Load())
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 store_unavailable"})
+		require.NotZero(t, s.Released.Load())
 	})
 }

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/stretchr/testify/require"
 )
 
@@ -18,16 +19,16 @@ func TestHandlerContextTellsWhatHappenedBefore(t *testing.T) {
 	for name, withDeadline := range map[string]bool{"with a deadline": true, "without one": false} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				store := &faultyStore{Store: idempotency.NewMemoryStore()}
-				c := newAPI(store, &idempotency.Options{}, nil)
+				store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+				c := idemtest.NewClient(store, &idempotency.Options{}, nil)
 				ctx := t.Context()
 				if withDeadline {
 					var cancel context.CancelFunc
 					ctx, cancel = context.WithTimeout(ctx, time.Hour)
 					defer cancel()
 				}
-				handler := newAPI(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-					store.fail("Acquire", errors.New("down"))
+				handler := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+					store.Fail("Acquire", errors.New("down"))
 					time.Sleep(time.Minute) // the lease ends, and nobody listens
 					require.ErrorIs(t, r.Context().Err(), context.Canceled)
 					require.ErrorIs(t, context.Cause(r.Context()), idempotency.ErrLeaseLost)
@@ -36,8 +37,8 @@ func TestHandlerContextTellsWhatHappenedBefore(t *testing.T) {
 					defer cancel()
 					require.ErrorIs(t, context.Cause(derived), idempotency.ErrLeaseLost)
 				})
-				handler.do(c.request(exchange{key: k("a")}).WithContext(ctx))
-				require.Equal(t, 1, handler.runs())
+				handler.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx))
+				require.Equal(t, 1, handler.Runs())
 			})
 		})
 	}
@@ -50,14 +51,14 @@ func TestHandlerContextKeepsItsFirstCause(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				opts := idempotency.Options{MaxExecution: 40 * time.Second}
 				var inside context.Context
-				c := newAPI(idempotency.NewMemoryStore(), &opts, func(w http.ResponseWriter, r *http.Request) {
+				c := idemtest.NewClient(idempotency.NewMemoryStore(), &opts, func(w http.ResponseWriter, r *http.Request) {
 					inside = r.Context()
 					if listens {
 						<-inside.Done()
 					}
 					time.Sleep(5 * time.Minute) // longer than the lease as well
 				})
-				c.do(c.request(exchange{key: k("a")}))
+				c.Do(c.Request(idemtest.Exchange{Key: "a"}))
 				require.ErrorIs(t, context.Cause(inside), context.DeadlineExceeded)
 				require.ErrorIs(t, inside.Err(), context.Canceled)
 			})
@@ -77,7 +78,7 @@ func TestHandlerContextPassesItsCauseOn(t *testing.T) {
 					ctx, cancel = context.WithTimeout(ctx, timeout)
 					defer cancel()
 				}
-				c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{MaxExecution: time.Minute},
+				c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxExecution: time.Minute},
 					func(w http.ResponseWriter, r *http.Request) {
 						derived, cancel := context.WithCancel(r.Context())
 						defer cancel()
@@ -87,8 +88,8 @@ func TestHandlerContextPassesItsCauseOn(t *testing.T) {
 						require.ErrorIs(t, context.Cause(derived), context.DeadlineExceeded)
 						require.ErrorIs(t, derived.Err(), context.Canceled)
 					})
-				c.do(c.request(exchange{key: k("a")}).WithContext(ctx))
-				require.Equal(t, 1, c.runs())
+				c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx))
+				require.Equal(t, 1, c.Runs())
 			})
 		})
 	}
@@ -97,14 +98,14 @@ func TestHandlerContextPassesItsCauseOn(t *testing.T) {
 // Two middlewares that a request meets under different keys protect both.
 func TestNestedMiddlewareOfAnotherKey(t *testing.T) {
 	var keys []string
-	inner := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{Header: "Inner-Key"}, func(w http.ResponseWriter, r *http.Request) {
-		keys = append(keys, execution(r).Key())
+	inner := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{Header: "Inner-Key"}, func(w http.ResponseWriter, r *http.Request) {
+		keys = append(keys, idemtest.Execution(r).Key())
 		w.WriteHeader(http.StatusCreated)
 	})
-	outer := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, inner.handler.ServeHTTP)
+	outer := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, inner.Handler.ServeHTTP)
 	for _, key := range []string{"a", "b"} {
-		outer.do(outer.request(exchange{key: k(key), header: http.Header{"Inner-Key": {"inner"}}}))
+		outer.Do(outer.Request(idemtest.Exchange{Key: key, Header: http.Header{"Inner-Key": {"inner"}}}))
 	}
 	require.Equal(t, []string{"inner"}, keys)
-	require.Equal(t, 2, outer.runs())
+	require.Equal(t, 2, outer.Runs())
 }

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/stretchr/testify/require"
 )
 
@@ -17,13 +18,13 @@ func TestLeaseIsRenewedEveryThirdOfIt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		start := time.Now()
 		var asked []time.Duration
-		store := &observedStore{idempotency.NewMemoryStore(), func(_ context.Context, method string) {
+		store := &idemtest.ObservedStore{Store: idempotency.NewMemoryStore(), Look: func(_ context.Context, method string) {
 			if method == "Acquire" {
 				asked = append(asked, time.Since(start))
 			}
 		}}
-		c := newAPI(store, &idempotency.Options{Lease: 3 * time.Minute}, lasting(4*time.Minute+time.Second))
-		c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
+		c := idemtest.NewClient(store, &idempotency.Options{Lease: 3 * time.Minute}, idemtest.Lasting(4*time.Minute+time.Second))
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
 		const m = time.Minute
 		require.Equal(t, []time.Duration{0, m, 2 * m, 3 * m, 4 * m}, asked)
 	})
@@ -34,22 +35,22 @@ func TestLeaseIsRenewedEveryThirdOfIt(t *testing.T) {
 func TestRenewalClaimsALostKeyAnew(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const lease, moment = 3 * time.Minute, time.Millisecond
-		store := &faultyStore{Store: idempotency.NewMemoryStore()}
+		store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
 		opts := idempotency.Options{Lease: lease, Wait: idempotency.NoWait}
-		c := newAPI(store, &opts, lasting(lease+time.Second))
+		c := idemtest.NewClient(store, &opts, idemtest.Lasting(lease+time.Second))
 		first := make(chan *http.Response, 1)
-		go func() { first <- c.do(c.request(exchange{key: k("a")})) }()
+		go func() { first <- c.Do(c.Request(idemtest.Exchange{Key: "a"})) }()
 		time.Sleep(lease/3 + moment) // it has just been renewed
 		empty := idempotency.NewMemoryStore()
-		store.replace(empty)
+		store.Replace(empty)
 		time.Sleep(lease/3 - 2*moment)
 		require.Zero(t, empty.Len(), "until the next renewal")
 		time.Sleep(2 * moment)
-		c.check(t, 1, exchange{key: k("a"), get: "409 in_progress"})
-		answer, _ := describe(t, <-first)
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
+		answer, _ := idemtest.Describe(t, <-first)
 		require.Equal(t, "201 charge 1", answer)
-		c.check(t, 2, exchange{key: k("a"), get: "replay 201 charge 1"})
-		require.Equal(t, 1, c.runs())
+		c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "replay 201 charge 1"})
+		require.Equal(t, 1, c.Runs())
 	})
 }
 
@@ -58,39 +59,39 @@ func TestRenewalClaimsALostKeyAnew(t *testing.T) {
 func TestLeaseEndsWithTheLastRenewal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var sent time.Time
-		slow := &observedStore{idempotency.NewMemoryStore(), func(_ context.Context, method string) {
+		slow := &idemtest.ObservedStore{Store: idempotency.NewMemoryStore(), Look: func(_ context.Context, method string) {
 			if method == "Acquire" {
 				sent = time.Now()
 				time.Sleep(300 * time.Millisecond)
 			}
 		}}
-		store := &faultyStore{Store: slow}
-		c := newAPI(store, &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
+		store := &idemtest.FaultyStore{Store: slow}
+		c := idemtest.NewClient(store, &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
 			time.Sleep(25 * time.Second) // two renewals
-			store.fail("Acquire", errors.New("down"))
+			store.Fail("Acquire", errors.New("down"))
 			<-r.Context().Done()
 			require.ErrorIs(t, context.Cause(r.Context()), idempotency.ErrLeaseLost)
 			require.Equal(t, 30*time.Second, time.Since(sent))
 		})
-		c.check(t, 0, exchange{key: k("a"), get: "409 outcome_unknown"})
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "409 outcome_unknown"})
 	})
 }
 
 // A Commit is a renewal too.
 func TestLeaseEndsWithTheLastCommit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		store := &faultyStore{Store: idempotency.NewMemoryStore()}
-		c := newAPI(store, &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
-			store.fail("Acquire", errors.New("down"))
+		store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+		c := idemtest.NewClient(store, &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
+			store.Fail("Acquire", errors.New("down"))
 			time.Sleep(24 * time.Second)
-			store.fail("Acquire", nil)
+			store.Fail("Acquire", nil)
 			committed := time.Now()
-			require.NoError(t, execution(r).Commit(r.Context()))
-			store.fail("Acquire", errors.New("down"))
+			require.NoError(t, idemtest.Execution(r).Commit(r.Context()))
+			store.Fail("Acquire", errors.New("down"))
 			<-r.Context().Done()
 			require.ErrorIs(t, context.Cause(r.Context()), idempotency.ErrLeaseLost)
 			require.Equal(t, 30*time.Second, time.Since(committed))
 		})
-		c.check(t, 0, exchange{key: k("a"), get: "409 outcome_unknown"})
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "409 outcome_unknown"})
 	})
 }

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/stretchr/testify/require"
 )
 
@@ -37,7 +38,7 @@ func (w *labelWriter) WriteHeader(status int) {
 func TestOuterHeadersOfAnInformationalResponse(t *testing.T) {
 	for _, outer := range []string{"", "of the outer"} {
 		t.Run("outer header "+outer, func(t *testing.T) {
-			c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, _ *http.Request) {
+			c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, _ *http.Request) {
 				w.Header().Set("X-Handler", "1")
 				w.WriteHeader(http.StatusEarlyHints)
 				w.Header().Add("Vary", "Accept")
@@ -49,14 +50,14 @@ func TestOuterHeadersOfAnInformationalResponse(t *testing.T) {
 					w.Header().Set("X-Internal", outer)
 				}
 				label := fmt.Sprint("request ", i)
-				c.handler.ServeHTTP(&labelWriter{ResponseWriter: w, label: label}, c.request(exchange{key: k("a")}))
+				c.Handler.ServeHTTP(&labelWriter{ResponseWriter: w, label: label}, c.Request(idemtest.Exchange{Key: "a"}))
 				h := w.Result().Header
 				require.Equal(t, []string{label}, h["X-Label"])
 				require.ElementsMatch(t, []string{"Accept-Encoding", "Accept"}, h["Vary"])
 				require.Equal(t, "1", h.Get("X-Handler"))
 				require.NotContains(t, h, "X-Internal")
 			}
-			require.Equal(t, 1, c.runs())
+			require.Equal(t, 1, c.Runs())
 		})
 	}
 }
@@ -78,7 +79,7 @@ func (w *goneWriter) Write(p []byte) (int, error) {
 // handler, which streams to him.
 func TestStreamGoesOnWithoutItsClient(t *testing.T) {
 	writer := &goneWriter{ResponseRecorder: httptest.NewRecorder()}
-	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{MaxResponseBytes: 20}, func(w http.ResponseWriter, _ *http.Request) {
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxResponseBytes: 20}, func(w http.ResponseWriter, _ *http.Request) {
 		_, err := io.WriteString(w, "one ")
 		require.NoError(t, err)
 		require.NoError(t, http.NewResponseController(w).Flush())
@@ -89,7 +90,7 @@ func TestStreamGoesOnWithoutItsClient(t *testing.T) {
 			require.Equal(t, len(part), n)
 		}
 	})
-	c.handler.ServeHTTP(writer, c.request(exchange{key: k("a")}))
-	c.check(t, 1, exchange{key: k("a"), get: "replay 200 one two three "})
-	require.Equal(t, 1, c.runs())
+	c.Handler.ServeHTTP(writer, c.Request(idemtest.Exchange{Key: "a"}))
+	c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "replay 200 one two three "})
+	require.Equal(t, 1, c.Runs())
 }

@@ -20,6 +20,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/go-idempotency/idempotency/storetest"
 )
 
@@ -33,8 +34,8 @@ func connect(t testing.TB, opts redis.UniversalOptions) redis.UniversalClient {
 }
 
 // connectTo is for a look at one server, behind the back of any store.
-func connectTo(t testing.TB, s *redisServer) redis.UniversalClient {
-	return connect(t, redis.UniversalOptions{Addrs: []string{s.addr}})
+func connectTo(t testing.TB, s *idemtest.RedisServer) redis.UniversalClient {
+	return connect(t, redis.UniversalOptions{Addrs: []string{s.Addr}})
 }
 
 // A browser sends requests with keys.
@@ -43,7 +44,7 @@ type browser struct{ client *http.Client }
 func newBrowser(t *testing.T) browser {
 	transport := &http.Transport{MaxIdleConnsPerHost: 500}
 	t.Cleanup(transport.CloseIdleConnections)
-	return browser{&http.Client{Transport: transport, Timeout: patience}}
+	return browser{&http.Client{Transport: transport, Timeout: idemtest.Patience}}
 }
 
 // ask posts to url. It returns "status body", for a problem "status code", both
@@ -66,7 +67,7 @@ func (b browser) ask(url, key string, headers ...string) string {
 	if err != nil {
 		return "broken: " + err.Error()
 	}
-	var p problem
+	var p idemtest.Problem
 	if resp.StatusCode >= 400 && json.Unmarshal(body, &p) == nil {
 		body = []byte(p.Code)
 	}
@@ -186,7 +187,7 @@ func (x *traffic) send(client int) {
 func (x *traffic) insist(key string) string {
 	path, _, _ := strings.Cut(key, "-")
 	answer := ""
-	for deadline := time.Now().Add(patience); time.Now().Before(deadline); {
+	for deadline := time.Now().Add(idemtest.Patience); time.Now().Before(deadline); {
 		answer = strings.TrimPrefix(x.browser.ask(x.url+"/"+path, key), "replay ")
 		if final := x.note(key, answer); final {
 			return answer
@@ -221,7 +222,7 @@ func (x *traffic) flows(answers int) {
 	x.mu.Lock()
 	x.streak = 0
 	x.mu.Unlock()
-	await(x.t, "traffic flows", func() bool {
+	idemtest.Await(x.t, "traffic flows", func() bool {
 		x.mu.Lock()
 		defer x.mu.Unlock()
 		return x.streak >= answers
@@ -327,7 +328,7 @@ func (x *traffic) errorsAfter(since time.Time) time.Duration {
 // node n+3.
 type redisCluster struct {
 	t      *testing.T
-	nodes  []*redisServer
+	nodes  []*idemtest.RedisServer
 	admins []redis.UniversalClient // of each node
 	client redis.UniversalClient
 }
@@ -336,14 +337,14 @@ func startCluster(t *testing.T) *redisCluster {
 	c := &redisCluster{t: t}
 	var addrs, busPorts []string
 	for range 6 {
-		busPorts = append(busPorts, freePort(t))
-		node := startRedis(t, "--cluster-enabled", "yes", "--cluster-port", busPorts[len(busPorts)-1],
+		busPorts = append(busPorts, idemtest.FreePort(t))
+		node := idemtest.StartRedis(t, "--cluster-enabled", "yes", "--cluster-port", busPorts[len(busPorts)-1],
 			"--cluster-node-timeout", "500", "--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1")
-		c.nodes, addrs = append(c.nodes, node), append(addrs, node.addr)
+		c.nodes, addrs = append(c.nodes, node), append(addrs, node.Addr)
 		c.admins = append(c.admins, connectTo(t, node))
 	}
 	do := func(node int, args ...any) {
-		await(t, fmt.Sprint(args...), func() bool { return c.admins[node].Do(t.Context(), args...).Err() == nil })
+		idemtest.Await(t, fmt.Sprint(args...), func() bool { return c.admins[node].Do(t.Context(), args...).Err() == nil })
 	}
 	for n, slots := range [][2]int{{0, 5460}, {5461, 10922}, {10923, 16383}} {
 		do(n, "cluster", "addslotsrange", slots[0], slots[1])
@@ -361,10 +362,10 @@ func startCluster(t *testing.T) *redisCluster {
 	}
 	c.client = connect(t, redis.UniversalOptions{Addrs: addrs})
 	for n := range 6 {
-		await(t, "the cluster", func() bool { return c.isWhole(n) })
+		idemtest.Await(t, "the cluster", func() bool { return c.isWhole(n) })
 	}
 	for n := range 3 {
-		await(t, "replicas", func() bool { return c.replication(n, "state=online") })
+		idemtest.Await(t, "replicas", func() bool { return c.replication(n, "state=online") })
 	}
 	return c
 }
@@ -398,7 +399,7 @@ func TestRedisClusterContract(t *testing.T) {
 	check := idempotency.NewRedisStore(c.client, nil).Check
 	require.NoError(t, check(t.Context()))
 	require.NoError(t, c.admins[2].ConfigSet(t.Context(), "maxmemory-policy", "volatile-ttl").Err())
-	require.ErrorContains(t, check(t.Context()), c.nodes[2].addr, "one master is enough")
+	require.ErrorContains(t, check(t.Context()), c.nodes[2].Addr, "one master is enough")
 
 	for name, opts := range map[string]*idempotency.RedisOptions{"defaults": nil, "MinReplicas": {MinReplicas: 1}} {
 		t.Run(name, func(t *testing.T) {
@@ -422,14 +423,14 @@ func TestRedisClusterFailover(t *testing.T) {
 	require.Zero(t, lax.errors+strict.errors, "before anything happened")
 
 	killed := time.Now()
-	c.nodes[0].kill()
-	await(t, "the replica is master", func() bool { return c.replication(3, "role:master") })
+	c.nodes[0].Kill()
+	idemtest.Await(t, "the replica is master", func() bool { return c.replication(3, "role:master") })
 	promoted := time.Now()
 	lax.flows(300)
 	recovered := time.Now()
-	await(t, "a claim without a replica is refused", func() bool { return strict.errorsAfter(recovered) > 0 })
-	c.nodes[0].restart()
-	await(t, "the old master is a replica", func() bool {
+	idemtest.Await(t, "a claim without a replica is refused", func() bool { return strict.errorsAfter(recovered) > 0 })
+	c.nodes[0].Restart()
+	idemtest.Await(t, "the old master is a replica", func() bool {
 		return c.replication(0, "role:slave", "master_link_status:up") && c.replication(3, "state=online")
 	})
 	replicated := time.Now()

@@ -63,7 +63,7 @@ func TestFailoverMinReplicasOfAllKeepsTheClaim(t *testing.T) {
 			})
 			p.cut()
 			require.Equal(t, "503 store_unavailable", c.ask(), "one replica is not enough")
-			require.ErrorIs(t, c.events.last().Err, idempotency.ErrTooFewReplicas)
+			require.ErrorIs(t, c.events.Last().Err, idempotency.ErrTooFewReplicas)
 			require.Empty(t, c.runs())
 			p.mend()
 

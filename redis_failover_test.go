@@ -17,6 +17,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 )
 
 // These tests show what a failover of Redis can lose, and what MinReplicas
@@ -28,9 +29,9 @@ import (
 // cut, and a client of whichever is the primary now.
 type redisPair struct {
 	t                *testing.T
-	primary, replica *redisServer
-	link             *redisProxy
-	other            *redisServer           // a second replica, over no link
+	primary, replica *idemtest.RedisServer
+	link             *idemtest.RedisProxy
+	other            *idemtest.RedisServer  // a second replica, over no link
 	address          atomic.Pointer[string] // what the client dials
 	client           *redis.Client
 
@@ -40,19 +41,19 @@ type redisPair struct {
 // startPair starts both and waits until they are in step. args are the
 // primary's.
 func startPair(t *testing.T, args ...string) *redisPair {
-	p := &redisPair{t: t, primary: startRedis(t, append(args, "--repl-diskless-sync-delay", "0")...)}
-	p.link = startProxy(t, p.primary.addr)
-	host, port, err := net.SplitHostPort(p.link.addr())
+	p := &redisPair{t: t, primary: idemtest.StartRedis(t, append(args, "--repl-diskless-sync-delay", "0")...)}
+	p.link = idemtest.StartProxy(t, p.primary.Addr)
+	host, port, err := net.SplitHostPort(p.link.Addr())
 	require.NoError(t, err)
-	p.replica = startRedis(t, "--replicaof", host+" "+port, "--repl-diskless-sync-delay", "0")
+	p.replica = idemtest.StartRedis(t, "--replicaof", host+" "+port, "--repl-diskless-sync-delay", "0")
 	p.onPrimary, p.onReplica = connectTo(t, p.primary), connectTo(t, p.replica)
-	p.address.Store(&p.primary.addr)
-	p.client = newClient(t, p.primary.addr, func(o *redis.Options) {
+	p.address.Store(&p.primary.Addr)
+	p.client = idemtest.DialRedis(t, p.primary.Addr, func(o *redis.Options) {
 		o.Dialer = func(ctx context.Context, network, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, network, *p.address.Load())
 		}
 	})
-	awaitReplicas(t, p.onPrimary, 1)
+	idemtest.AwaitReplicas(t, p.onPrimary, 1)
 	return p
 }
 
@@ -60,27 +61,14 @@ func startPair(t *testing.T, args ...string) *redisPair {
 func startTrio(t *testing.T, args ...string) *redisPair {
 	p := startPair(t, args...)
 	p.other = startReplica(t, p.primary)
-	awaitReplicas(t, p.onPrimary, 2)
+	idemtest.AwaitReplicas(t, p.onPrimary, 2)
 	return p
 }
 
-func startReplica(t *testing.T, of *redisServer) *redisServer {
-	host, port, err := net.SplitHostPort(of.addr)
+func startReplica(t *testing.T, of *idemtest.RedisServer) *idemtest.RedisServer {
+	host, port, err := net.SplitHostPort(of.Addr)
 	require.NoError(t, err)
-	return startRedis(t, "--replicaof", host+" "+port, "--repl-diskless-sync-delay", "0")
-}
-
-// awaitReplicas waits until a primary has n replicas that acknowledge writes. One
-// that is online may not get any yet.
-func awaitReplicas(t *testing.T, primary redis.UniversalClient, n int) {
-	t.Helper()
-	await(t, "replicas", func() bool {
-		pipe := primary.Pipeline()
-		pipe.Set(t.Context(), "written", "", 0)
-		replicas := pipe.Do(t.Context(), "wait", n, 50)
-		_, err := pipe.Exec(t.Context())
-		return err == nil && replicas.Val() == int64(n)
-	})
+	return idemtest.StartRedis(t, "--replicaof", host+" "+port, "--repl-diskless-sync-delay", "0")
 }
 
 // replicas returns how many the primary has while the link is whole.
@@ -95,18 +83,18 @@ func (p *redisPair) replicas() int {
 // replica.
 func (p *redisPair) cut() {
 	p.t.Helper()
-	p.link.set(func(redisCommand) verdict { return cutBefore })
-	p.link.cut()
+	p.link.Set(func(idemtest.RedisCommand) idemtest.Verdict { return idemtest.CutBefore })
+	p.link.Cut()
 	left := fmt.Sprintf("connected_slaves:%d", p.replicas()-1)
-	await(p.t, "the primary misses its replica", func() bool {
+	idemtest.Await(p.t, "the primary misses its replica", func() bool {
 		return strings.Contains(p.onPrimary.Info(p.t.Context(), "replication").Val(), left)
 	})
 }
 
 // mend lets the replica connect again and get what it missed.
 func (p *redisPair) mend() {
-	p.link.set(nil)
-	awaitReplicas(p.t, p.onPrimary, p.replicas())
+	p.link.Set(nil)
+	idemtest.AwaitReplicas(p.t, p.onPrimary, p.replicas())
 }
 
 // failOver kills the primary, makes the replica the primary, and has the client
@@ -117,11 +105,11 @@ func (p *redisPair) failOver() {
 }
 
 // failOverTo is failOver to that replica.
-func (p *redisPair) failOverTo(promoted *redisServer) {
+func (p *redisPair) failOverTo(promoted *idemtest.RedisServer) {
 	p.t.Helper()
-	p.primary.kill()
+	p.primary.Kill()
 	require.NoError(p.t, connectTo(p.t, promoted).Do(p.t.Context(), "replicaof", "no", "one").Err())
-	p.address.Store(&promoted.addr)
+	p.address.Store(&promoted.Addr)
 }
 
 // addReplica gives the new primary a replica. Without one no claim can be made
@@ -129,7 +117,7 @@ func (p *redisPair) failOverTo(promoted *redisServer) {
 func (p *redisPair) addReplica() {
 	p.t.Helper()
 	startReplica(p.t, p.replica)
-	awaitReplicas(p.t, p.onReplica, 1)
+	idemtest.AwaitReplicas(p.t, p.onReplica, 1)
 }
 
 // cell returns the state of the one cell that a server has: C, D or R, and 0
@@ -154,14 +142,14 @@ func (p *redisPair) replicaHas(state byte) {
 
 func (p *redisPair) has(on redis.UniversalClient, state byte) {
 	p.t.Helper()
-	await(p.t, fmt.Sprintf("a cell in state %c", state), func() bool { return p.cell(on) == state })
+	idemtest.Await(p.t, fmt.Sprintf("a cell in state %c", state), func() bool { return p.cell(on) == state })
 }
 
 // A cashier is a service on a redisPair whose Nth run answers 201 "charge N".
 type cashier struct {
 	url     string
 	browser browser
-	events  *eventLog
+	events  *idemtest.EventLog
 
 	mu       sync.Mutex // guards what follows
 	attempts []int
@@ -171,12 +159,12 @@ type cashier struct {
 // answers, and the status of the answer unless that is 0.
 func (p *redisPair) open(minReplicas int, opts idempotency.Options, charge func(run int, r *http.Request) int) *cashier {
 	store := idempotency.NewRedisStore(p.client, &idempotency.RedisOptions{MinReplicas: minReplicas})
-	c := &cashier{browser: newBrowser(p.t), events: &eventLog{}}
+	c := &cashier{browser: newBrowser(p.t), events: &idemtest.EventLog{}}
 	if opts.Lease == 0 { // so long that nothing here depends on it
 		opts.Lease, opts.StoreTimeout = time.Minute, 2*time.Second
 	}
-	opts.OnEvent, opts.Logger = c.events.add, slog.New(slog.DiscardHandler)
-	c.url = openShop(p.t, store, &opts, func(w http.ResponseWriter, r *http.Request) {
+	opts.OnEvent, opts.Logger = c.events.Add, slog.New(slog.DiscardHandler)
+	c.url = idemtest.OpenShop(p.t, store, &opts, func(w http.ResponseWriter, r *http.Request) {
 		e, _ := idempotency.FromContext(r.Context())
 		c.mu.Lock()
 		c.attempts = append(c.attempts, e.Attempt())
@@ -277,7 +265,7 @@ func TestFailoverMinReplicasRefusesWhatCouldBeLost(t *testing.T) {
 	c := p.open(1, idempotency.Options{}, nil)
 	p.cut()
 	require.Equal(t, "503 store_unavailable", c.ask())
-	require.ErrorIs(t, c.events.last().Err, idempotency.ErrTooFewReplicas)
+	require.ErrorIs(t, c.events.Last().Err, idempotency.ErrTooFewReplicas)
 	p.mend()
 	require.Equal(t, "201 charge 1", c.ask())
 	p.replicaHas('D')
@@ -388,7 +376,7 @@ func TestFailoverMinReplicasToWriteKeepsTheResponse(t *testing.T) {
 		return 0
 	})
 	require.Equal(t, "201 charge 1", c.ask())
-	require.Error(t, c.events.last().Err, "it was not stored before it was sent")
+	require.Error(t, c.events.Last().Err, "it was not stored before it was sent")
 	require.Equal(t, byte('C'), p.cell(p.onPrimary))
 	p.failOver()
 	p.replicaHas('D')

@@ -15,28 +15,29 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 )
 
 // What the network can do to one command.
-var faults = map[string]verdict{
-	"slow":              slow,
-	"its reply is lost": swallow,
-	"the connection breaks before it arrives":    cutBefore,
-	"the connection breaks before its reply":     cutAfter,
-	"it arrives late, when all is long finished": keepForLate,
+var faults = map[string]idemtest.Verdict{
+	"slow":              idemtest.Slow,
+	"its reply is lost": idemtest.Swallow,
+	"the connection breaks before it arrives":    idemtest.CutBefore,
+	"the connection breaks before its reply":     idemtest.CutAfter,
+	"it arrives late, when all is long finished": idemtest.KeepForLate,
 }
 
 // eachFault runs a test for every fault, with a client that sends a command
 // again by itself, which is go-redis's default, and with one that does not.
-func eachFault(t *testing.T, test func(t *testing.T, v verdict, proxy *redisProxy, store *idempotency.RedisStore)) {
+func eachFault(t *testing.T, test func(t *testing.T, v idemtest.Verdict, proxy *idemtest.RedisProxy, store *idempotency.RedisStore)) {
 	eachRedis(t, func(t *testing.T, addr string) {
 		for name, v := range faults {
 			for again, retries := range map[string]int{"sent again by go-redis": 3, "sent once": -1} {
 				t.Run(name+", "+again, func(t *testing.T) {
 					t.Parallel()
-					proxy := startProxy(t, addr)
+					proxy := idemtest.StartProxy(t, addr)
 					store := idempotency.NewRedisStore(
-						newClient(t, proxy.addr(), func(o *redis.Options) { o.MaxRetries = retries }),
+						idemtest.DialRedis(t, proxy.Addr(), func(o *redis.Options) { o.MaxRetries = retries }),
 						&idempotency.RedisOptions{Prefix: t.Name()})
 					warmUp(t, store)
 					test(t, v, proxy, store)
@@ -60,14 +61,14 @@ func warmUp(t *testing.T, store idempotency.Store) {
 var faultOptions = &idempotency.Options{StoreTimeout: 600 * time.Millisecond, Wait: idempotency.NoWait}
 
 // writing matches commands that write a cell of this state, by a script or not.
-func writing(state byte, names ...string) func(redisCommand) bool {
-	return func(c redisCommand) bool { return c.writes() == state && c.is(names...) }
+func writing(state byte, names ...string) func(idemtest.RedisCommand) bool {
+	return func(c idemtest.RedisCommand) bool { return c.Writes() == state && c.Is(names...) }
 }
 
 // finish delivers what is late, after which all must be as it was.
-func finish(t *testing.T, v verdict, happened <-chan struct{}, proxy *redisProxy) {
+func finish(t *testing.T, v idemtest.Verdict, happened <-chan struct{}, proxy *idemtest.RedisProxy) {
 	t.Helper()
-	await(t, "the fault has happened", func() bool {
+	idemtest.Await(t, "the fault has happened", func() bool {
 		select {
 		case <-happened:
 			return true
@@ -75,36 +76,36 @@ func finish(t *testing.T, v verdict, happened <-chan struct{}, proxy *redisProxy
 			return false
 		}
 	})
-	if v == keepForLate {
-		proxy.deliver()
+	if v == idemtest.KeepForLate {
+		proxy.Deliver()
 	}
 }
 
 func TestRedisFaultOfAClaim(t *testing.T) {
-	eachFault(t, func(t *testing.T, v verdict, proxy *redisProxy, store *idempotency.RedisStore) {
-		shop := openShop(t, store, faultOptions, nil)
-		happened := proxy.once(v, writing('C', "set"))
-		require.Equal(t, "201 charge 1", shop.post("key"))
-		require.Equal(t, "201 charge 1 replayed", shop.post("key"))
+	eachFault(t, func(t *testing.T, v idemtest.Verdict, proxy *idemtest.RedisProxy, store *idempotency.RedisStore) {
+		shop := idemtest.OpenShop(t, store, faultOptions, nil)
+		happened := proxy.Once(v, writing('C', "set"))
+		require.Equal(t, "201 charge 1", shop.Post("key"))
+		require.Equal(t, "201 charge 1 replayed", shop.Post("key"))
 		finish(t, v, happened, proxy)
-		require.Equal(t, "201 charge 1 replayed", shop.post("key"))
+		require.Equal(t, "201 charge 1 replayed", shop.Post("key"))
 	})
 }
 
 func TestRedisFaultOfACommit(t *testing.T) {
-	eachFault(t, func(t *testing.T, v verdict, proxy *redisProxy, store *idempotency.RedisStore) {
-		shop := openShop(t, store, faultOptions, func(w http.ResponseWriter, r *http.Request) {
+	eachFault(t, func(t *testing.T, v idemtest.Verdict, proxy *idemtest.RedisProxy, store *idempotency.RedisStore) {
+		shop := idemtest.OpenShop(t, store, faultOptions, func(w http.ResponseWriter, r *http.Request) {
 			e, _ := idempotency.FromContext(r.Context())
 			if err := e.Commit(r.Context()); err != nil {
 				t.Error(err)
 			}
 			_, _ = io.WriteString(w, "done")
 		})
-		happened := proxy.once(v, writing('C', "evalsha"))
-		require.Equal(t, "200 done", shop.post("key"))
+		happened := proxy.Once(v, writing('C', "evalsha"))
+		require.Equal(t, "200 done", shop.Post("key"))
 		finish(t, v, happened, proxy)
-		require.Equal(t, "200 done replayed", shop.post("key"))
-		require.EqualValues(t, 1, shop.runs.Load())
+		require.Equal(t, "200 done replayed", shop.Post("key"))
+		require.EqualValues(t, 1, shop.Runs.Load())
 	})
 }
 
@@ -112,57 +113,57 @@ func TestRedisFaultOfACommit(t *testing.T) {
 func TestRedisFaultOfARenewal(t *testing.T) {
 	opts := *faultOptions
 	opts.Lease, opts.StoreTimeout = 1200*time.Millisecond, 200*time.Millisecond
-	eachFault(t, func(t *testing.T, v verdict, proxy *redisProxy, store *idempotency.RedisStore) {
+	eachFault(t, func(t *testing.T, v idemtest.Verdict, proxy *idemtest.RedisProxy, store *idempotency.RedisStore) {
 		renewals := func() (n int) {
-			for _, c := range proxy.commands() {
+			for _, c := range proxy.Commands() {
 				if writing('C', "evalsha")(c) {
 					n++
 				}
 			}
 			return n
 		}
-		proxy.forget()
-		shop := openShop(t, store, &opts, func(w http.ResponseWriter, r *http.Request) {
-			await(t, "renewals", func() bool { return renewals() >= 2 })
+		proxy.Forget()
+		shop := idemtest.OpenShop(t, store, &opts, func(w http.ResponseWriter, r *http.Request) {
+			idemtest.Await(t, "renewals", func() bool { return renewals() >= 2 })
 			if err := context.Cause(r.Context()); err != nil {
 				t.Error(err)
 			}
 			_, _ = io.WriteString(w, "done")
 		})
-		happened := proxy.once(v, writing('C', "evalsha"))
-		require.Equal(t, "200 done", shop.post("key"))
+		happened := proxy.Once(v, writing('C', "evalsha"))
+		require.Equal(t, "200 done", shop.Post("key"))
 		finish(t, v, happened, proxy)
-		require.Equal(t, "200 done replayed", shop.post("key"))
-		require.EqualValues(t, 1, shop.runs.Load())
+		require.Equal(t, "200 done replayed", shop.Post("key"))
+		require.EqualValues(t, 1, shop.Runs.Load())
 	})
 }
 
 func TestRedisFaultOfAComplete(t *testing.T) {
-	eachFault(t, func(t *testing.T, v verdict, proxy *redisProxy, store *idempotency.RedisStore) {
-		shop := openShop(t, store, faultOptions, nil)
-		happened := proxy.once(v, writing('D', "evalsha"))
-		require.Equal(t, "201 charge 1", shop.post("key"))
-		require.Equal(t, "201 charge 1 replayed", shop.post("key"))
+	eachFault(t, func(t *testing.T, v idemtest.Verdict, proxy *idemtest.RedisProxy, store *idempotency.RedisStore) {
+		shop := idemtest.OpenShop(t, store, faultOptions, nil)
+		happened := proxy.Once(v, writing('D', "evalsha"))
+		require.Equal(t, "201 charge 1", shop.Post("key"))
+		require.Equal(t, "201 charge 1 replayed", shop.Post("key"))
 		finish(t, v, happened, proxy)
-		require.Equal(t, "201 charge 1 replayed", shop.post("key"))
+		require.Equal(t, "201 charge 1 replayed", shop.Post("key"))
 	})
 }
 
 func TestRedisFaultOfARelease(t *testing.T) {
-	eachFault(t, func(t *testing.T, v verdict, proxy *redisProxy, store *idempotency.RedisStore) {
+	eachFault(t, func(t *testing.T, v idemtest.Verdict, proxy *idemtest.RedisProxy, store *idempotency.RedisStore) {
 		var attempts []int
-		shop := openShop(t, store, faultOptions, func(w http.ResponseWriter, r *http.Request) {
+		shop := idemtest.OpenShop(t, store, faultOptions, func(w http.ResponseWriter, r *http.Request) {
 			e, _ := idempotency.FromContext(r.Context())
 			attempts = append(attempts, e.Attempt())
 			if len(attempts) == 1 {
 				w.WriteHeader(http.StatusServiceUnavailable)
 			}
 		})
-		happened := proxy.once(v, writing('R', "evalsha"))
-		require.Equal(t, "503 Service Unavailable", shop.post("key"))
-		require.Equal(t, "200 ", shop.post("key"))
+		happened := proxy.Once(v, writing('R', "evalsha"))
+		require.Equal(t, "503 Service Unavailable", shop.Post("key"))
+		require.Equal(t, "200 ", shop.Post("key"))
 		finish(t, v, happened, proxy)
-		require.Equal(t, "200  replayed", shop.post("key"))
+		require.Equal(t, "200  replayed", shop.Post("key"))
 		require.Equal(t, []int{1, 2}, attempts)
 	})
 }
@@ -171,25 +172,25 @@ func TestRedisFaultOfARelease(t *testing.T) {
 // after that, it must not take the key.
 func TestRedisClaimArrivesAfterItWasGivenUp(t *testing.T) {
 	eachRedis(t, func(t *testing.T, addr string) {
-		proxy := startProxy(t, addr)
-		client := newClient(t, proxy.addr(), func(o *redis.Options) { o.MaxRetries = -1 })
-		shop := openShop(t, idempotency.NewRedisStore(client, nil), faultOptions, nil)
+		proxy := idemtest.StartProxy(t, addr)
+		client := idemtest.DialRedis(t, proxy.Addr(), func(o *redis.Options) { o.MaxRetries = -1 })
+		shop := idemtest.OpenShop(t, idempotency.NewRedisStore(client, nil), faultOptions, nil)
 		released := make(chan struct{}, 8)
-		proxy.set(func(c redisCommand) verdict {
+		proxy.Set(func(c idemtest.RedisCommand) idemtest.Verdict {
 			if writing('C', "set")(c) {
-				return keepForLate
+				return idemtest.KeepForLate
 			}
-			if c.writes() == 'R' && c.is("eval") {
+			if c.Writes() == 'R' && c.Is("eval") {
 				released <- struct{}{}
 			}
-			return pass
+			return idemtest.Pass
 		})
-		require.Equal(t, "503 Service Unavailable", shop.post("key"))
+		require.Equal(t, "503 Service Unavailable", shop.Post("key"))
 		<-released
-		await(t, "the marker", func() bool { return client.DBSize(t.Context()).Val() == 1 })
-		proxy.set(nil)
-		proxy.deliver()
-		require.Equal(t, "201 charge 1", shop.post("key"))
+		idemtest.Await(t, "the marker", func() bool { return client.DBSize(t.Context()).Val() == 1 })
+		proxy.Set(nil)
+		proxy.Deliver()
+		require.Equal(t, "201 charge 1", shop.Post("key"))
 	})
 }
 
@@ -254,17 +255,17 @@ func TestRedisLateCommandsChangeNothing(t *testing.T) {
 			}
 			t.Run(call+" after the key was "+event, func(t *testing.T) {
 				mini := miniredis.RunT(t)
-				proxy := startProxy(t, mini.Addr())
+				proxy := idemtest.StartProxy(t, mini.Addr())
 				through := idempotency.NewRedisStore(
-					newClient(t, proxy.addr(), func(o *redis.Options) { o.MaxRetries = -1 }), nil)
-				direct := miniStore{idempotency.NewRedisStore(newClient(t, mini.Addr()), nil), mini}
+					idemtest.DialRedis(t, proxy.Addr(), func(o *redis.Options) { o.MaxRetries = -1 }), nil)
+				direct := miniStore{idempotency.NewRedisStore(idemtest.DialRedis(t, mini.Addr()), nil), mini}
 				warmUp(t, direct)
 				acquireAs(t, direct, "key", "A")
-				proxy.once(keepForLate, func(c redisCommand) bool { return c.writes() != 0 })
+				proxy.Once(idemtest.KeepForLate, func(c idemtest.RedisCommand) bool { return c.Writes() != 0 })
 				require.Error(t, op(t.Context(), through))
 				happen(t, direct)
 				before, ttl := mini.Dump(), mini.TTL("idem:key")
-				proxy.deliver()
+				proxy.Deliver()
 				require.Equal(t, before, mini.Dump())
 				require.Equal(t, ttl, mini.TTL("idem:key"))
 			})
@@ -275,45 +276,45 @@ func TestRedisLateCommandsChangeNothing(t *testing.T) {
 // Duplicates are told as much when Pub/Sub does not work, only later.
 func TestRedisWithoutPubSub(t *testing.T) {
 	const requests = 20
-	serve := func(t *testing.T, addr string, judge func(redisCommand) verdict, change ...func(*redis.Options)) {
-		proxy := startProxy(t, addr)
-		proxy.set(judge)
+	serve := func(t *testing.T, addr string, judge func(idemtest.RedisCommand) idemtest.Verdict, change ...func(*redis.Options)) {
+		proxy := idemtest.StartProxy(t, addr)
+		proxy.Set(judge)
 		release := make(chan struct{})
-		store := idempotency.NewRedisStore(newClient(t, proxy.addr(), change...),
+		store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr(), change...),
 			&idempotency.RedisOptions{Prefix: t.Name()})
-		shop := openShop(t, store, nil, func(w http.ResponseWriter, r *http.Request) {
+		shop := idemtest.OpenShop(t, store, nil, func(w http.ResponseWriter, r *http.Request) {
 			<-release
 			_, _ = io.WriteString(w, "charged")
 		})
 		go func() {
-			for proxy.count("subscribe") == 0 { // somebody waits
+			for proxy.Count("subscribe") == 0 { // somebody waits
 				<-time.After(time.Millisecond)
 			}
 			close(release)
 		}()
 		require.Equal(t, map[string]int{"200 charged": requests}, crowd(requests, "key", shop))
-		require.EqualValues(t, 1, shop.runs.Load())
-		await(t, "nobody watches", func() bool { return redisSessions() == 0 })
+		require.EqualValues(t, 1, shop.Runs.Load())
+		idemtest.Await(t, "nobody watches", func() bool { return redisSessions() == 0 })
 	}
 	eachRedis(t, func(t *testing.T, addr string) {
-		for name, v := range map[string]verdict{"refused": cutBefore, "breaks": cutAfter, "hangs": swallow} {
+		for name, v := range map[string]idemtest.Verdict{"refused": idemtest.CutBefore, "breaks": idemtest.CutAfter, "hangs": idemtest.Swallow} {
 			t.Run(name, func(t *testing.T) {
-				serve(t, addr, func(c redisCommand) verdict {
-					if c.is("subscribe") {
+				serve(t, addr, func(c idemtest.RedisCommand) idemtest.Verdict {
+					if c.Is("subscribe") {
 						return v
 					}
-					return pass
+					return idemtest.Pass
 				})
 			})
 		}
 	})
 	t.Run("no permission", func(t *testing.T) {
-		addr := startRedis(t).addr
-		admin := newClient(t, addr)
+		addr := idemtest.StartRedis(t).Addr
+		admin := idemtest.DialRedis(t, addr)
 		require.NoError(t, admin.Do(t.Context(), "acl", "setuser", "app", "on", ">secret", "~*", "resetchannels", "+@all").Err())
 		as := func(o *redis.Options) { o.Username, o.Password = "app", "secret" }
 		serve(t, addr, nil, as)
-		store := idempotency.NewRedisStore(newClient(t, addr, as), nil)
+		store := idempotency.NewRedisStore(idemtest.DialRedis(t, addr, as), nil)
 		for _, key := range []string{"one", "two"} {
 			acquireAs(t, store, key, "A")
 			acquireAs(t, store, key, "B")
@@ -327,9 +328,9 @@ func TestRedisWithoutPubSub(t *testing.T) {
 // when that works again.
 func TestRedisWatchWhileConnectionsHang(t *testing.T) {
 	eachRedis(t, func(t *testing.T, addr string) {
-		proxy := startProxy(t, addr)
-		store := idempotency.NewRedisStore(newClient(t, proxy.addr(), hangsBriefly), nil)
-		proxy.set(func(redisCommand) verdict { return swallow })
+		proxy := idemtest.StartProxy(t, addr)
+		store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr(), hangsBriefly), nil)
+		proxy.Set(func(idemtest.RedisCommand) idemtest.Verdict { return idemtest.Swallow })
 		start := time.Now()
 		_, err := store.Watch(t.Context(), "key")
 		require.Error(t, err)
@@ -340,15 +341,15 @@ func TestRedisWatchWhileConnectionsHang(t *testing.T) {
 			require.Error(t, err)
 		}
 		require.Less(t, time.Since(start), time.Second)
-		proxy.set(nil)
+		proxy.Set(nil)
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
-		await(t, "a watch", func() bool {
+		idemtest.Await(t, "a watch", func() bool {
 			_, err := store.Watch(ctx, "key")
 			return err == nil
 		})
 		cancel()
-		await(t, "nobody watches", func() bool { return redisSessions() == 0 })
+		idemtest.Await(t, "nobody watches", func() bool { return redisSessions() == 0 })
 	})
 }
 
@@ -357,33 +358,33 @@ func TestRedisWatchWhileConnectionsHang(t *testing.T) {
 func hangsBriefly(o *redis.Options) { o.ReadTimeout = 1500 * time.Millisecond }
 
 func TestRedisWatchEndsWithItsContext(t *testing.T) {
-	proxy := startProxy(t, miniredis.RunT(t).Addr())
-	store := idempotency.NewRedisStore(newClient(t, proxy.addr(), hangsBriefly), nil)
-	proxy.set(func(redisCommand) verdict { return swallow })
+	proxy := idemtest.StartProxy(t, miniredis.RunT(t).Addr())
+	store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr(), hangsBriefly), nil)
+	proxy.Set(func(idemtest.RedisCommand) idemtest.Verdict { return idemtest.Swallow })
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	_, err := store.Watch(ctx, "key")
 	require.Error(t, err)
-	await(t, "nobody watches", func() bool { return redisSessions() == 0 })
+	idemtest.Await(t, "nobody watches", func() bool { return redisSessions() == 0 })
 }
 
 // When the connection breaks, what was published since is lost: all who wait
 // are told to look.
 func TestRedisWatchConnectionBreaks(t *testing.T) {
 	eachRedis(t, func(t *testing.T, addr string) {
-		proxy := startProxy(t, addr)
-		store := idempotency.NewRedisStore(newClient(t, proxy.addr()), nil)
+		proxy := idemtest.StartProxy(t, addr)
+		store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil)
 		var watches []<-chan struct{}
 		for _, key := range []string{"one", "two", "one"} {
 			changed, err := store.Watch(t.Context(), key)
 			require.NoError(t, err)
 			watches = append(watches, changed)
 		}
-		proxy.cut()
+		proxy.Cut()
 		for _, changed := range watches {
 			select {
 			case <-changed:
-			case <-time.After(patience):
+			case <-time.After(idemtest.Patience):
 				t.Fatal("a watch was not told")
 			}
 		}
@@ -395,8 +396,8 @@ func TestRedisWatchConnectionBreaks(t *testing.T) {
 // Those who wait are told before go-redis has given up to connect again.
 func TestRedisWatchReconnectHangs(t *testing.T) {
 	var hang atomic.Bool
-	proxy := startProxy(t, startRedis(t).addr)
-	client := newClient(t, proxy.addr(), func(o *redis.Options) {
+	proxy := idemtest.StartProxy(t, idemtest.StartRedis(t).Addr)
+	client := idemtest.DialRedis(t, proxy.Addr(), func(o *redis.Options) {
 		o.Dialer = func(ctx context.Context, network, addr string) (net.Conn, error) {
 			if hang.Load() {
 				<-ctx.Done()
@@ -408,7 +409,7 @@ func TestRedisWatchReconnectHangs(t *testing.T) {
 	changed, err := idempotency.NewRedisStore(client, nil).Watch(t.Context(), "one")
 	require.NoError(t, err)
 	hang.Store(true)
-	proxy.cut()
+	proxy.Cut()
 	ctx, cancel := context.WithTimeout(t.Context(), client.Options().DialTimeout-time.Second)
 	defer cancel()
 	select {
@@ -421,26 +422,26 @@ func TestRedisWatchReconnectHangs(t *testing.T) {
 // A watch that was not confirmed leaves nothing behind.
 func TestRedisWatchIsNotConfirmed(t *testing.T) {
 	eachRedis(t, func(t *testing.T, addr string) {
-		proxy := startProxy(t, addr)
-		store := idempotency.NewRedisStore(newClient(t, proxy.addr()), nil)
+		proxy := idemtest.StartProxy(t, addr)
+		store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil)
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		_, err := store.Watch(ctx, "one")
 		require.NoError(t, err)
-		proxy.once(ignore, func(c redisCommand) bool { return c.is("subscribe") })
+		proxy.Once(idemtest.Ignore, func(c idemtest.RedisCommand) bool { return c.Is("subscribe") })
 		_, err = store.Watch(t.Context(), "two")
 		require.Error(t, err)
 		cancel()
-		await(t, "nobody watches", func() bool { return redisSessions() == 0 })
+		idemtest.Await(t, "nobody watches", func() bool { return redisSessions() == 0 })
 	})
 }
 
 // One subscription for a key, however many wait, and none when nobody does.
 func TestRedisWatchSubscriptions(t *testing.T) {
 	eachRedis(t, func(t *testing.T, addr string) {
-		proxy := startProxy(t, addr)
-		client := newClient(t, addr)
-		store := idempotency.NewRedisStore(newClient(t, proxy.addr()), nil)
+		proxy := idemtest.StartProxy(t, addr)
+		client := idemtest.DialRedis(t, addr)
+		store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil)
 		watch := func(key string) context.CancelFunc {
 			ctx, cancel := context.WithCancel(t.Context())
 			_, err := store.Watch(ctx, key)
@@ -449,7 +450,7 @@ func TestRedisWatchSubscriptions(t *testing.T) {
 		}
 		subscribed := func(n int) {
 			t.Helper()
-			await(t, "subscriptions", func() bool {
+			idemtest.Await(t, "subscriptions", func() bool {
 				return len(client.PubSubChannels(t.Context(), "*").Val()) == n
 			})
 		}
@@ -466,7 +467,7 @@ func TestRedisWatchSubscriptions(t *testing.T) {
 		leave[1]()
 		again()
 		subscribed(0)
-		require.Equal(t, 3, proxy.count("subscribe"))
+		require.Equal(t, 3, proxy.Count("subscribe"))
 	})
 }
 
@@ -474,7 +475,7 @@ func TestRedisWatchSubscriptions(t *testing.T) {
 // somebody waits.
 func TestRedisPublishesOnlyForWaiters(t *testing.T) {
 	eachRedis(t, func(t *testing.T, addr string) {
-		client := newClient(t, addr)
+		client := idemtest.DialRedis(t, addr)
 		store := idempotency.NewRedisStore(client, nil)
 		messages := client.Subscribe(t.Context(), "idem:key............................", "the end")
 		t.Cleanup(func() { _ = messages.Close() })
@@ -506,7 +507,7 @@ func TestRedisPublishesOnlyForWaiters(t *testing.T) {
 func TestRedisSharedAnswersAreNotStale(t *testing.T) {
 	const rounds, askers = 30, 8
 	eachRedis(t, func(t *testing.T, addr string) {
-		store := idempotency.NewRedisStore(newClient(t, addr), nil)
+		store := idempotency.NewRedisStore(idemtest.DialRedis(t, addr), nil)
 		for round := range rounds {
 			key := "key " + time.Duration(round).String()
 			acquireAs(t, store, key, "A")
@@ -542,13 +543,13 @@ func TestRedisSharedAnswersAreNotStale(t *testing.T) {
 // What was on its way before the question may be old when it arrives.
 func TestRedisAnswerFromBeforeTheQuestion(t *testing.T) {
 	eachRedis(t, func(t *testing.T, addr string) {
-		proxy := startProxy(t, addr)
-		store := idempotency.NewRedisStore(newClient(t, proxy.addr()), nil)
-		elsewhere := idempotency.NewRedisStore(newClient(t, addr), nil)
+		proxy := idemtest.StartProxy(t, addr)
+		store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil)
+		elsewhere := idempotency.NewRedisStore(idemtest.DialRedis(t, addr), nil)
 		warmUp(t, store)
 		for _, key := range []string{"one", "two", "three"} {
 			acquireAs(t, elsewhere, key, "A")
-			asked := proxy.once(slowReply, writing('C', "evalsha"))
+			asked := proxy.Once(idemtest.SlowReply, writing('C', "evalsha"))
 			var asking sync.WaitGroup
 			asking.Go(func() { _, _ = store.Acquire(t.Context(), key, claimOf("B")) })
 			<-asked
@@ -568,14 +569,14 @@ func TestRedisSharedAnswersAreJudgedByEach(t *testing.T) {
 	want := []idempotency.State{idempotency.InProgress, idempotency.Mismatch, idempotency.Acquired,
 		idempotency.InProgress, idempotency.InProgress, idempotency.InProgress, idempotency.Mismatch}
 	eachRedis(t, func(t *testing.T, addr string) {
-		proxy := startProxy(t, addr)
-		store := idempotency.NewRedisStore(newClient(t, proxy.addr()), nil)
+		proxy := idemtest.StartProxy(t, addr)
+		store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil)
 		warmUp(t, store)
 		acquireAs(t, store, "key", "A")
 		for range rounds {
 			// All ask while one question is on its way.
-			first := proxy.once(slow, func(c redisCommand) bool { return c.is("set") })
-			proxy.forget()
+			first := proxy.Once(idemtest.Slow, func(c idemtest.RedisCommand) bool { return c.Is("set") })
+			proxy.Forget()
 			states := make([]idempotency.State, len(claims))
 			var asking sync.WaitGroup
 			for i, claim := range claims {
@@ -592,7 +593,7 @@ func TestRedisSharedAnswersAreJudgedByEach(t *testing.T) {
 			}
 			asking.Wait()
 			require.Equal(t, want, states)
-			require.Less(t, len(proxy.commands()), 2*len(claims), "they ask together")
+			require.Less(t, len(proxy.Commands()), 2*len(claims), "they ask together")
 		}
 	})
 }
@@ -600,10 +601,10 @@ func TestRedisSharedAnswersAreJudgedByEach(t *testing.T) {
 // A question that hangs does not hold the other duplicates of its process.
 func TestRedisHangingQuestionHoldsNobody(t *testing.T) {
 	eachRedis(t, func(t *testing.T, addr string) {
-		proxy := startProxy(t, addr)
-		store := idempotency.NewRedisStore(newClient(t, proxy.addr()), nil)
+		proxy := idemtest.StartProxy(t, addr)
+		store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil)
 		acquireAs(t, store, "key", "A")
-		hangs := proxy.once(swallow, func(c redisCommand) bool { return c.is("set") })
+		hangs := proxy.Once(idemtest.Swallow, func(c idemtest.RedisCommand) bool { return c.Is("set") })
 		ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 		defer cancel()
 		hanging := make(chan error)

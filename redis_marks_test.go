@@ -7,6 +7,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 )
 
 // Who was told that a key is in progress is told when that is over, whatever
@@ -48,7 +49,7 @@ func TestRedisMarkOfAWaiter(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := newMiniStore(t, nil)
 			acquire := func(token string) idempotency.State { return acquireAs(t, s, "key", token).State }
-			messages := newClient(t, s.mini.Addr()).Subscribe(t.Context(), "idem:key............................")
+			messages := idemtest.DialRedis(t, s.mini.Addr()).Subscribe(t.Context(), "idem:key............................")
 			t.Cleanup(func() { _ = messages.Close() })
 			_, err := messages.Receive(t.Context())
 			require.NoError(t, err)

@@ -13,7 +13,6 @@ import (
 	"os"
 	"os/exec"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -24,6 +23,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 )
 
 // processVariable holds the processConfig of a server process.
@@ -52,7 +52,7 @@ func TestServerProcess(t *testing.T) {
 		return
 	}
 	var config processConfig
-	must(json.Unmarshal([]byte(text), &config))
+	idemtest.Must(json.Unmarshal([]byte(text), &config))
 	store := idempotency.NewRedisStore(connect(t, redis.UniversalOptions{
 		Addrs: []string{config.Redis}, Username: config.Username, Password: config.Password}), nil)
 	ledger := connect(t, redis.UniversalOptions{Addrs: []string{config.Ledger}, PoolSize: 500})
@@ -62,9 +62,9 @@ func TestServerProcess(t *testing.T) {
 		mux.Handle(path, idempotency.Middleware(store, opts)(processHandler(ledger)))
 	}
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	must(err)
+	idemtest.Must(err)
 	fmt.Printf("serving on %s\n", listener.Addr())
-	go func() { must(http.Serve(listener, mux)) }()
+	go func() { idemtest.Must(http.Serve(listener, mux)) }()
 	_, _ = io.Copy(io.Discard, os.Stdin)
 	os.Exit(0)
 }
@@ -76,15 +76,15 @@ func processHandler(ledger redis.UniversalClient) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		e, _ := idempotency.FromContext(r.Context())
 		if r.URL.Path == "/commit" {
-			must(e.Commit(r.Context()))
+			idemtest.Must(e.Commit(r.Context()))
 		}
 		ctx := context.WithoutCancel(r.Context()) // what is begun is ended, whoever has the lease
 		line, err := json.Marshal(processEffect{e.Key(), e.Attempt(), os.Getpid(), time.Now()})
-		must(err)
+		idemtest.Must(err)
 		n, err := ledger.RPush(ctx, "effects", line).Result()
-		must(err)
+		idemtest.Must(err)
 		if work := r.Header.Get("Work"); work == "gated" {
-			must(ledger.BLPop(ctx, 0, gateOf(e.Key(), e.Attempt())).Err())
+			idemtest.Must(ledger.BLPop(ctx, 0, gateOf(e.Key(), e.Attempt())).Err())
 		} else if d, err := time.ParseDuration(work); err == nil {
 			<-time.After(d)
 		}
@@ -115,7 +115,7 @@ func (p *serverProcess) kill() {
 type fleet struct {
 	t         *testing.T
 	config    processConfig
-	redis     *redisServer
+	redis     *idemtest.RedisServer
 	ledger    redis.UniversalClient
 	browser   browser
 	processes []*serverProcess
@@ -123,10 +123,10 @@ type fleet struct {
 
 // startFleet starts n processes. change may change their configuration.
 func startFleet(t *testing.T, n int, change func(*fleet)) *fleet {
-	f := &fleet{t: t, redis: startRedis(t), browser: newBrowser(t)}
-	ledger := startRedis(t)
+	f := &fleet{t: t, redis: idemtest.StartRedis(t), browser: newBrowser(t)}
+	ledger := idemtest.StartRedis(t)
 	f.ledger = connectTo(t, ledger)
-	f.config = processConfig{Redis: f.redis.addr, Ledger: ledger.addr, Lease: time.Second}
+	f.config = processConfig{Redis: f.redis.Addr, Ledger: ledger.Addr, Lease: time.Second}
 	if change != nil {
 		change(f)
 	}
@@ -166,7 +166,7 @@ func (f *fleet) effects() map[string][]processEffect {
 	effects := make(map[string][]processEffect)
 	for _, line := range f.ledger.LRange(context.Background(), "effects", 0, -1).Val() {
 		var e processEffect
-		must(json.Unmarshal([]byte(line), &e))
+		idemtest.Must(json.Unmarshal([]byte(line), &e))
 		effects[e.Key] = append(effects[e.Key], e)
 	}
 	return effects
@@ -238,7 +238,7 @@ func (f *fleet) killAmong(round string, victim *serverProcess) {
 	for _, key := range doomed {
 		f.send(c, key, victim)
 	}
-	await(t, "the victim to be inside", func() bool { return len(f.insideOf(round, victim)) == len(doomed) })
+	idemtest.Await(t, "the victim to be inside", func() bool { return len(f.insideOf(round, victim)) == len(doomed) })
 	for _, key := range append(keys("open"), doomed...) {
 		for _, p := range f.processes {
 			if p != victim || !slices.Contains(doomed, key) {
@@ -246,11 +246,11 @@ func (f *fleet) killAmong(round string, victim *serverProcess) {
 			}
 		}
 	}
-	await(t, "all to be inside", func() bool { return len(f.insideOf(round, f.processes...)) == len(c.sent) })
+	idemtest.Await(t, "all to be inside", func() bool { return len(f.insideOf(round, f.processes...)) == len(c.sent) })
 
 	lost := f.insideOf(round, victim)
 	victim.kill()
-	await(t, "the take-over", func() bool {
+	idemtest.Await(t, "the take-over", func() bool {
 		effects := f.effects()
 		return !slices.ContainsFunc(lost, func(key string) bool { return strings.HasPrefix(key, "often") && len(effects[key]) < 2 })
 	})
@@ -323,7 +323,7 @@ func TestRedisProcessIsStopped(t *testing.T) {
 	f, c := startFleet(t, 2, nil), newCrowd()
 	stopped, other := f.processes[0], f.processes[1]
 	answered := func(key string, p *serverProcess) {
-		await(t, "an answer", func() bool {
+		idemtest.Await(t, "an answer", func() bool {
 			c.mu.Lock()
 			defer c.mu.Unlock()
 			return c.answers[key][p] != ""
@@ -333,12 +333,12 @@ func TestRedisProcessIsStopped(t *testing.T) {
 	for _, key := range keys {
 		f.send(c, key, stopped)
 	}
-	await(t, "all to be inside", func() bool { return len(f.insideOf("", stopped)) == len(keys) })
+	idemtest.Await(t, "all to be inside", func() bool { return len(f.insideOf("", stopped)) == len(keys) })
 	require.NoError(t, stopped.cmd.Process.Signal(syscall.SIGSTOP))
 	require.Equal(t, "409 outcome_unknown", f.ask(other, "once", ""))
 	for _, key := range keys[1:] {
 		f.send(c, key, other)
-		await(t, "the take-over", func() bool { return len(f.effects()[key]) == 2 })
+		idemtest.Await(t, "the take-over", func() bool { return len(f.effects()[key]) == 2 })
 	}
 	f.open("often/answered", 2)
 	answered("often/answered", other)
@@ -386,13 +386,13 @@ func TestRedisDuplicatesAcrossProcesses(t *testing.T) {
 			})
 			f.crowd(requests, "often/warm-up", handling.String()) // connections and scripts are there from now on
 			admin := connectTo(t, f.redis)
-			await(t, "nobody watches", func() bool { return len(admin.PubSubChannels(context.Background(), "*").Val()) == 0 })
+			idemtest.Await(t, "nobody watches", func() bool { return len(admin.PubSubChannels(context.Background(), "*").Val()) == 0 })
 			require.NoError(t, admin.ConfigResetStat(t.Context()).Err())
 
 			start := time.Now()
 			answers := f.crowd(requests, "often/key", handling.String())
 			last := time.Since(start)
-			commands, calls := commandsSent(t, admin)
+			commands, calls := idemtest.CommandsSent(t, admin)
 			t.Logf("%d commands, last answer after %v; %v", commands, last, calls)
 			require.Len(t, answers, 1, "%v", answers)
 			for answer, n := range answers {
@@ -418,33 +418,4 @@ func (f *fleet) crowd(n int, key, work string) map[string]int {
 		count[<-answers]++
 	}
 	return count
-}
-
-// commandsSent returns how many commands clients have sent for more than
-// setting up a connection, by Redis's own count. That has the commands of
-// scripts too, and every script of a RedisStore begins with a GET, which
-// nobody else sends.
-func commandsSent(t testing.TB, admin redis.UniversalClient) (sent int64, calls map[string]int64) {
-	calls = make(map[string]int64)
-	for line := range strings.Lines(admin.Info(t.Context(), "commandstats").Val()) {
-		name, stat, found := strings.Cut(strings.TrimPrefix(line, "cmdstat_"), ":calls=")
-		if !found {
-			continue
-		}
-		number, _, _ := strings.Cut(stat, ",")
-		n, err := strconv.ParseInt(number, 10, 64)
-		require.NoError(t, err)
-		calls[name] = n
-	}
-	require.LessOrEqual(t, calls["get"], calls["eval"]+calls["evalsha"], "%v", calls)
-	for name, n := range calls {
-		switch name {
-		case "get", "pttl", "pexpire", "setrange", "publish": // in scripts
-		case "hello", "auth", "client|setinfo", "client|maint_notifications": // of new connections
-		case "config|resetstat", "info": // ours
-		default:
-			sent += n
-		}
-	}
-	return sent, calls
 }

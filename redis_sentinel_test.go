@@ -16,12 +16,13 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 )
 
 // startSentinel starts one that watches a master with so many replicas, and
 // returns its address when it knows all of them. It decides by itself: how long
 // several take to agree is not for this package to test.
-func startSentinel(t *testing.T, master *redisServer, replicas int) (addr string) {
+func startSentinel(t *testing.T, master *idemtest.RedisServer, replicas int) (addr string) {
 	const conf = `port %s
 bind 127.0.0.1
 dir %s
@@ -30,38 +31,38 @@ sentinel monitor payments %s 1
 sentinel down-after-milliseconds payments 500
 sentinel failover-timeout payments 3000
 `
-	dir, port := t.TempDir(), freePort(t)
-	s := &redisServer{t: t, addr: "127.0.0.1:" + port, log: filepath.Join(dir, "log")}
+	dir, port := t.TempDir(), idemtest.FreePort(t)
+	s := &idemtest.RedisServer{T: t, Addr: "127.0.0.1:" + port, Log: filepath.Join(dir, "log")}
 	file := filepath.Join(dir, "sentinel.conf")
-	text := fmt.Sprintf(conf, port, dir, s.log, strings.Replace(master.addr, ":", " ", 1))
+	text := fmt.Sprintf(conf, port, dir, s.Log, strings.Replace(master.Addr, ":", " ", 1))
 	require.NoError(t, os.WriteFile(file, []byte(text), 0o600))
-	s.args = []string{master.args[0], file, "--sentinel"}
-	require.True(t, s.start(), "sentinel does not start")
-	t.Cleanup(s.kill)
+	s.Args = []string{master.Args[0], file, "--sentinel"}
+	require.True(t, s.Start(), "sentinel does not start")
+	t.Cleanup(s.Kill)
 	// It looks around every few seconds unless it is told to hurry, and takes a
 	// master for dead that it has not looked at for so long.
 	require.NoError(t, connectTo(t, s).Do(t.Context(), "sentinel", "debug",
 		"ping-period", 100, "info-period", 200, "publish-period", 200).Err())
-	sentinel := redis.NewSentinelClient(&redis.Options{Addr: s.addr})
+	sentinel := redis.NewSentinelClient(&redis.Options{Addr: s.Addr})
 	t.Cleanup(func() { _ = sentinel.Close() })
-	await(t, "the sentinel", func() bool {
+	idemtest.Await(t, "the sentinel", func() bool {
 		known, err := sentinel.Master(t.Context(), "payments").Result()
 		return err == nil && known["num-slaves"] == fmt.Sprint(replicas)
 	})
-	return s.addr
+	return s.Addr
 }
 
 // The master is killed among traffic, and Sentinel makes a replica the master:
 // of two that it reaches, the one that is ahead. That may cost answers.
 func TestRedisSentinelFailover(t *testing.T) {
 	const lease = 6 * time.Second // longer than a failover
-	master := startRedis(t, "--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1")
-	host, port, err := net.SplitHostPort(master.addr)
+	master := idemtest.StartRedis(t, "--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1")
+	host, port, err := net.SplitHostPort(master.Addr)
 	require.NoError(t, err)
 	for range 2 {
-		startRedis(t, "--replicaof", host+" "+port, "--repl-diskless-sync-delay", "0")
+		idemtest.StartRedis(t, "--replicaof", host+" "+port, "--repl-diskless-sync-delay", "0")
 	}
-	awaitReplicas(t, connectTo(t, master), 2)
+	idemtest.AwaitReplicas(t, connectTo(t, master), 2)
 	client := connect(t, redis.UniversalOptions{MasterName: "payments", Addrs: []string{startSentinel(t, master, 2)}})
 	store := idempotency.NewRedisStore(client, &idempotency.RedisOptions{MinReplicas: 1})
 	require.NoError(t, store.Check(t.Context()))
@@ -70,7 +71,7 @@ func TestRedisSentinelFailover(t *testing.T) {
 	x.flows(200)
 	require.Zero(t, x.errors, "before anything happened")
 	killed := time.Now()
-	master.kill()
+	master.Kill()
 	x.flows(300)
 	t.Logf("errors until %v after the kill", x.errorsAfter(killed))
 	require.NotZero(t, x.errors, "the killed master was missed")
@@ -86,13 +87,13 @@ func TestRedisSentinelFailover(t *testing.T) {
 // A Redis that keeps what it acknowledged is killed and started again among
 // traffic: nothing is lost.
 func TestRedisRestartsAmongTraffic(t *testing.T) {
-	server := startRedis(t, "--appendonly", "yes", "--appendfsync", "always")
+	server := idemtest.StartRedis(t, "--appendonly", "yes", "--appendfsync", "always")
 	store := idempotency.NewRedisStore(connectTo(t, server), nil)
 	x := startTraffic(t, store, 3*time.Second)
 	for range 3 {
 		x.flows(200)
-		server.kill()
-		server.restart()
+		server.Kill()
+		server.Restart()
 		restarted := time.Now()
 		x.flows(200)
 		require.Less(t, x.errorsAfter(restarted), 2*time.Second)
@@ -103,20 +104,20 @@ func TestRedisRestartsAmongTraffic(t *testing.T) {
 // A Redis that keeps nothing is killed and started again while a handler runs.
 // The claim is lost, but what the handler answers is stored all the same.
 func TestRedisLosesTheClaimOfARunningHandler(t *testing.T) {
-	server := startRedis(t)
+	server := idemtest.StartRedis(t)
 	store := idempotency.NewRedisStore(connectTo(t, server), nil)
-	shop := openShop(t, store, nil, func(w http.ResponseWriter, _ *http.Request) {
-		server.kill()
-		server.restart()
+	shop := idemtest.OpenShop(t, store, nil, func(w http.ResponseWriter, _ *http.Request) {
+		server.Kill()
+		server.Restart()
 		_, _ = io.WriteString(w, "charged")
 	})
-	require.Equal(t, "200 charged", shop.post("key"))
-	require.Equal(t, "200 charged replayed", shop.post("key"))
-	require.EqualValues(t, 1, shop.runs.Load())
+	require.Equal(t, "200 charged", shop.Post("key"))
+	require.Equal(t, "200 charged replayed", shop.Post("key"))
+	require.EqualValues(t, 1, shop.Runs.Load())
 }
 
 func TestRedisForgetsScriptsAmongTraffic(t *testing.T) {
-	client := connectTo(t, startRedis(t))
+	client := connectTo(t, idemtest.StartRedis(t))
 	x := startTraffic(t, idempotency.NewRedisStore(client, nil), 30*time.Second)
 	for range 50 {
 		x.flows(10)
@@ -130,7 +131,7 @@ func TestRedisForgetsScriptsAmongTraffic(t *testing.T) {
 // keys are refused until there is room again.
 func TestRedisFillsUpWhileAHandlerRuns(t *testing.T) {
 	const size = 64 << 10
-	client := connectTo(t, startRedis(t, "--maxmemory", "8mb", "--maxmemory-policy", "noeviction"))
+	client := connectTo(t, idemtest.StartRedis(t, "--maxmemory", "8mb", "--maxmemory-policy", "noeviction"))
 	var fillers []string
 	fill := func() error {
 		for len(fillers) < 1000 {
@@ -142,23 +143,23 @@ func TestRedisFillsUpWhileAHandlerRuns(t *testing.T) {
 		}
 		return nil
 	}
-	var events eventLog
-	opts := &idempotency.Options{OnEvent: events.add, Logger: slog.New(slog.DiscardHandler)}
-	shop := openShop(t, idempotency.NewRedisStore(client, nil), opts, func(w http.ResponseWriter, r *http.Request) {
+	var events idemtest.EventLog
+	opts := &idempotency.Options{OnEvent: events.Add, Logger: slog.New(slog.DiscardHandler)}
+	shop := idemtest.OpenShop(t, idempotency.NewRedisStore(client, nil), opts, func(w http.ResponseWriter, r *http.Request) {
 		if err := fill(); len(fillers) < 10 || !redis.HasErrorPrefix(err, "OOM") {
 			t.Errorf("Redis is not full after %d: %v", len(fillers), err)
 		}
 		_, _ = io.WriteString(w, strings.Repeat("x", size))
 	})
-	require.Len(t, shop.post("running"), len("200 ")+size)
-	require.Len(t, shop.post("running"), len("200 ")+size+len(" replayed"))
-	require.Equal(t, "503 Service Unavailable", shop.post("new"))
-	refused := events.last()
+	require.Len(t, shop.Post("running"), len("200 ")+size)
+	require.Len(t, shop.Post("running"), len("200 ")+size+len(" replayed"))
+	require.Equal(t, "503 Service Unavailable", shop.Post("new"))
+	refused := events.Last()
 	require.Equal(t, idempotency.OutcomeStoreUnavailable, refused.Outcome)
 	require.ErrorIs(t, refused.Err, idempotency.ErrStoreFull)
-	require.EqualValues(t, 1, shop.runs.Load())
+	require.EqualValues(t, 1, shop.Runs.Load())
 
 	require.NoError(t, client.Del(t.Context(), fillers...).Err())
-	require.Len(t, shop.post("new"), len("200 ")+size)
-	require.EqualValues(t, 2, shop.runs.Load())
+	require.Len(t, shop.Post("new"), len("200 ")+size)
+	require.EqualValues(t, 2, shop.Runs.Load())
 }

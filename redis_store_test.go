@@ -7,7 +7,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"runtime/pprof"
 	"strings"
 	"sync/atomic"
@@ -19,6 +18,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/go-idempotency/idempotency/storetest"
 )
 
@@ -38,13 +38,13 @@ func TestRedisStoreContract(t *testing.T) {
 	for name, newStore := range stores {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			client := newClient(t, startRedis(t).addr)
+			client := idemtest.DialRedis(t, idemtest.StartRedis(t).Addr)
 			storetest.Run(t, func(t *testing.T) idempotency.Store { return newStore(t, client) })
 		})
 	}
 	t.Run("RESP2", func(t *testing.T) {
 		t.Parallel()
-		client := newClient(t, startRedis(t).addr, func(o *redis.Options) { o.Protocol = 2 })
+		client := idemtest.DialRedis(t, idemtest.StartRedis(t).Addr, func(o *redis.Options) { o.Protocol = 2 })
 		storetest.Run(t, func(*testing.T) idempotency.Store { return idempotency.NewRedisStore(client, nil) })
 	})
 }
@@ -64,7 +64,7 @@ func (s watchedStore) Acquire(ctx context.Context, key string, c idempotency.Cla
 }
 
 func TestNewRedisStorePanicsOnNonsense(t *testing.T) {
-	client := newClient(t, "127.0.0.1:1")
+	client := idemtest.DialRedis(t, "127.0.0.1:1")
 	ring := redis.NewRing(&redis.RingOptions{Addrs: map[string]string{"a": "127.0.0.1:1"}})
 	t.Cleanup(func() { _ = ring.Close() })
 	pipeliner, err := client.AutoPipeline()
@@ -91,92 +91,43 @@ func TestNewRedisStorePanicsOnNonsense(t *testing.T) {
 	}
 }
 
-// A shop is a server with one Middleware, whose handler answers 201 "charge N"
-// in its Nth run unless the test says otherwise.
-type shop struct {
-	*httptest.Server
-	runs atomic.Int64
-}
-
-func openShop(t *testing.T, store idempotency.Store, opts *idempotency.Options, handler http.HandlerFunc) *shop {
-	s := new(shop)
-	charge := func(w http.ResponseWriter, r *http.Request) {
-		n := s.runs.Add(1)
-		if handler != nil {
-			handler(w, r)
-			return
-		}
-		w.WriteHeader(http.StatusCreated)
-		_, _ = fmt.Fprintf(w, "charge %d", n)
-	}
-	s.Server = httptest.NewServer(idempotency.Middleware(store, opts)(http.HandlerFunc(charge)))
-	t.Cleanup(s.Close)
-	return s
-}
-
-// post returns the status and body of the answer, and "replayed" if it says so.
-func (s *shop) post(key string) string {
-	r, err := http.NewRequest(http.MethodPost, s.URL+"/charge", strings.NewReader(`{"amount":1}`))
-	if err != nil {
-		return err.Error()
-	}
-	r.Header.Set("Idempotency-Key", key)
-	resp, err := s.Client().Do(r)
-	if err != nil {
-		return err.Error()
-	}
-	defer func() { _ = resp.Body.Close() }()
-	body, err := io.ReadAll(resp.Body)
-	if err != nil {
-		return err.Error()
-	}
-	answer := fmt.Sprintf("%d %s", resp.StatusCode, body)
-	if resp.StatusCode >= 400 {
-		answer = resp.Status
-	}
-	if resp.Header.Get("Idempotent-Replayed") != "" {
-		answer += " replayed"
-	}
-	return answer
-}
-
 func TestRedisRoundTrips(t *testing.T) {
 	eachRedis(t, func(t *testing.T, addr string) {
-		proxy := startProxy(t, addr)
-		shop := openShop(t, idempotency.NewRedisStore(newClient(t, proxy.addr()), nil), nil, nil)
-		shop.post("warm-up") // from here on the scripts are known to Redis
+		proxy := idemtest.StartProxy(t, addr)
+		shop := idemtest.OpenShop(t, idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil), nil, nil)
+		shop.Post("warm-up") // from here on the scripts are known to Redis
 
-		proxy.forget()
-		require.Equal(t, "201 charge 2", shop.post("key"))
-		require.Len(t, proxy.commands(), 2, "first execution")
-		require.Equal(t, []int{1, 1}, []int{proxy.count("set"), proxy.count("evalsha")})
+		proxy.Forget()
+		require.Equal(t, "201 charge 2", shop.Post("key"))
+		require.Len(t, proxy.Commands(), 2, "first execution")
+		require.Equal(t, []int{1, 1}, []int{proxy.Count("set"), proxy.Count("evalsha")})
 
-		proxy.forget()
-		require.Equal(t, "201 charge 2 replayed", shop.post("key"))
-		require.Len(t, proxy.commands(), 1, "replay")
+		proxy.Forget()
+		require.Equal(t, "201 charge 2 replayed", shop.Post("key"))
+		require.Len(t, proxy.Commands(), 1, "replay")
 	})
 }
 
 func TestRedisRoundTripsOfRenewalAndCommit(t *testing.T) {
 	eachRedis(t, func(t *testing.T, addr string) {
-		proxy := startProxy(t, addr)
-		store := idempotency.NewRedisStore(newClient(t, proxy.addr()), nil)
-		shop := openShop(t, store, nil, func(w http.ResponseWriter, r *http.Request) {
+		proxy := idemtest.StartProxy(t, addr)
+		store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil)
+		shop := idemtest.OpenShop(t, store, nil, func(w http.ResponseWriter, r *http.Request) {
 			e, _ := idempotency.FromContext(r.Context())
-			proxy.forget()
+			proxy.Forget()
 			if err := e.Commit(r.Context()); err != nil {
 				t.Error(err)
 			}
 		})
-		shop.post("warm-up")
-		shop.post("key")
-		require.Len(t, proxy.commands(), 2, "Commit and Complete")
+		shop.Post("warm-up")
+		shop.Post("key")
+		require.Len(t, proxy.Commands(), 2, "Commit and Complete")
 	})
 }
 
 func TestRedisForgetsScripts(t *testing.T) {
 	eachRedis(t, func(t *testing.T, addr string) {
-		client := newClient(t, addr)
+		client := idemtest.DialRedis(t, addr)
 		store := idempotency.NewRedisStore(client, nil)
 		flush := func() { require.NoError(t, client.ScriptFlush(t.Context()).Err()) }
 		flush()
@@ -250,7 +201,7 @@ func TestRedisForeignCells(t *testing.T) {
 	eachRedis(t, func(t *testing.T, addr string) {
 		for name, content := range rows {
 			t.Run(name, func(t *testing.T) {
-				client := newClient(t, addr)
+				client := idemtest.DialRedis(t, addr)
 				store := idempotency.NewRedisStore(client, nil)
 				require.NoError(t, client.FlushAll(t.Context()).Err())
 				if content == nil {
@@ -270,9 +221,9 @@ func TestRedisForeignCells(t *testing.T) {
 				require.Error(t, store.Release(t.Context(), "key", "A", time.Minute))
 				require.Equal(t, before, client.Dump(t.Context(), "idem:key").Val())
 
-				shop := openShop(t, store, nil, nil)
+				shop := idemtest.OpenShop(t, store, nil, nil)
 				require.NoError(t, client.FlushAll(t.Context()).Err())
-				require.Equal(t, "201 charge 1", shop.post("key"), "a key of its own is not disturbed")
+				require.Equal(t, "201 charge 1", shop.Post("key"), "a key of its own is not disturbed")
 			})
 		}
 	})
@@ -281,7 +232,7 @@ func TestRedisForeignCells(t *testing.T) {
 // A claim without expiry has lost its clock.
 func TestRedisClaimWithoutExpiry(t *testing.T) {
 	eachRedis(t, func(t *testing.T, addr string) {
-		client := newClient(t, addr)
+		client := idemtest.DialRedis(t, addr)
 		store := idempotency.NewRedisStore(client, nil)
 		acquireAs(t, store, "key", "A")
 		require.NoError(t, client.Persist(t.Context(), "idem:key").Err())
@@ -292,7 +243,7 @@ func TestRedisClaimWithoutExpiry(t *testing.T) {
 
 func TestRedisPrefix(t *testing.T) {
 	eachRedis(t, func(t *testing.T, addr string) {
-		client := newClient(t, addr)
+		client := idemtest.DialRedis(t, addr)
 		one := idempotency.NewRedisStore(client, &idempotency.RedisOptions{Prefix: "one:"})
 		acquireAs(t, one, "key", "A")
 		acquireAs(t, idempotency.NewRedisStore(client, nil), "key", "A")
@@ -304,8 +255,8 @@ func TestRedisPrefix(t *testing.T) {
 // A cluster is asked for its slots after errors of the network, not of Redis,
 // and not in a flood.
 func TestRedisClusterIsReloaded(t *testing.T) {
-	server := startRedis(t)
-	cluster := &fakeCluster{Client: newClient(t, server.addr, func(o *redis.Options) { o.MaxRetries, o.DialerRetries = -1, 1 })}
+	server := idemtest.StartRedis(t)
+	cluster := &fakeCluster{Client: idemtest.DialRedis(t, server.Addr, func(o *redis.Options) { o.MaxRetries, o.DialerRetries = -1, 1 })}
 	store := idempotency.NewRedisStore(cluster, nil)
 	acquireAs(t, store, "key", "A")
 	require.NoError(t, cluster.LPush(t.Context(), "idem:list", "value").Err())
@@ -313,7 +264,7 @@ func TestRedisClusterIsReloaded(t *testing.T) {
 	require.Error(t, err)
 	require.Zero(t, cluster.reloads.Load())
 
-	server.kill()
+	server.Kill()
 	for range 50 {
 		_, err := store.Acquire(t.Context(), "key", claimOf("A"))
 		require.Error(t, err)
@@ -333,7 +284,7 @@ func (c *fakeCluster) ReloadState(context.Context) { c.reloads.Add(1) }
 // A value that the store keeps has an expiry whatever happens to it.
 func TestRedisKeysExpire(t *testing.T) {
 	eachRedis(t, func(t *testing.T, addr string) {
-		client := newClient(t, addr)
+		client := idemtest.DialRedis(t, addr)
 		store := idempotency.NewRedisStore(client, nil)
 		ttl := func() time.Duration { return client.PTTL(t.Context(), "idem:key").Val() }
 		about := func(want time.Duration) {
@@ -384,14 +335,14 @@ func TestRedisAttemptsCountFar(t *testing.T) {
 }
 
 func TestRedisDown(t *testing.T) {
-	server := startRedis(t)
-	client := newClient(t, server.addr, func(o *redis.Options) { o.MaxRetries = -1 })
-	shop := openShop(t, idempotency.NewRedisStore(client, nil), nil, nil)
-	require.Equal(t, "201 charge 1", shop.post("key"))
-	server.kill()
-	require.Equal(t, "503 Service Unavailable", shop.post("key"))
-	require.Equal(t, "503 Service Unavailable", shop.post("other"))
-	require.EqualValues(t, 1, shop.runs.Load())
+	server := idemtest.StartRedis(t)
+	client := idemtest.DialRedis(t, server.Addr, func(o *redis.Options) { o.MaxRetries = -1 })
+	shop := idemtest.OpenShop(t, idempotency.NewRedisStore(client, nil), nil, nil)
+	require.Equal(t, "201 charge 1", shop.Post("key"))
+	server.Kill()
+	require.Equal(t, "503 Service Unavailable", shop.Post("key"))
+	require.Equal(t, "503 Service Unavailable", shop.Post("other"))
+	require.EqualValues(t, 1, shop.Runs.Load())
 }
 
 // A Redis that restarts without persistence has lost its records: the key runs
@@ -406,13 +357,13 @@ func TestRedisRestart(t *testing.T) {
 	}
 	for name, row := range rows {
 		t.Run(name, func(t *testing.T) {
-			server := startRedis(t, row.args...)
-			store := idempotency.NewRedisStore(newClient(t, server.addr), nil)
-			shop := openShop(t, store, nil, nil)
-			require.Equal(t, "201 charge 1", shop.post("key"))
-			server.kill()
-			server.restart()
-			require.Equal(t, row.want, shop.post("key"))
+			server := idemtest.StartRedis(t, row.args...)
+			store := idempotency.NewRedisStore(idemtest.DialRedis(t, server.Addr), nil)
+			shop := idemtest.OpenShop(t, store, nil, nil)
+			require.Equal(t, "201 charge 1", shop.Post("key"))
+			server.Kill()
+			server.Restart()
+			require.Equal(t, row.want, shop.Post("key"))
 		})
 	}
 }
@@ -420,20 +371,20 @@ func TestRedisRestart(t *testing.T) {
 // With an append-only file a claim outlives a restart too, in the middle of the
 // handler, and its owner completes it.
 func TestRedisRestartsWhileAHandlerRuns(t *testing.T) {
-	server := startRedis(t, "--appendonly", "yes", "--appendfsync", "always")
-	client := newClient(t, server.addr)
+	server := idemtest.StartRedis(t, "--appendonly", "yes", "--appendfsync", "always")
+	client := idemtest.DialRedis(t, server.Addr)
 	store := idempotency.NewRedisStore(client, nil)
-	shop := openShop(t, store, nil, func(w http.ResponseWriter, r *http.Request) {
-		server.kill()
-		server.restart()
+	shop := idemtest.OpenShop(t, store, nil, func(w http.ResponseWriter, r *http.Request) {
+		server.Kill()
+		server.Restart()
 		rec, err := store.Acquire(r.Context(), idempotencyKey(client), claimOf("B"))
 		if err != nil || rec.State != idempotency.Mismatch && rec.State != idempotency.InProgress {
 			t.Errorf("the claim is %v after a restart (%v)", rec.State, err)
 		}
 		_, _ = io.WriteString(w, "done")
 	})
-	require.Equal(t, "200 done", shop.post("key"))
-	require.Equal(t, "200 done replayed", shop.post("key"))
+	require.Equal(t, "200 done", shop.Post("key"))
+	require.Equal(t, "200 done replayed", shop.Post("key"))
 }
 
 // idempotencyKey returns the store key of the only cell.
@@ -448,8 +399,8 @@ func idempotencyKey(client *redis.Client) string {
 // When Redis is full new keys are refused, and what was let in goes on: it is
 // renewed, waited for, completed, released and replayed.
 func TestRedisFull(t *testing.T) {
-	server := startRedis(t, "--maxmemory-policy", "noeviction")
-	client := newClient(t, server.addr)
+	server := idemtest.StartRedis(t, "--maxmemory-policy", "noeviction")
+	client := idemtest.DialRedis(t, server.Addr)
 	store := idempotency.NewRedisStore(client, nil)
 	ctx := t.Context()
 	acquireAs(t, store, "running", "A")
@@ -480,17 +431,17 @@ func TestRedisFull(t *testing.T) {
 	require.Equal(t, 2, acquireAs(t, store, "failing", "B").Attempt)
 	require.Equal(t, 2, acquireAs(t, store, "released", "B").Attempt)
 
-	shop := openShop(t, store, nil, nil)
-	require.Equal(t, "503 Service Unavailable", shop.post("key"))
-	require.Zero(t, shop.runs.Load())
+	shop := idemtest.OpenShop(t, store, nil, nil)
+	require.Equal(t, "503 Service Unavailable", shop.Post("key"))
+	require.Zero(t, shop.Runs.Load())
 }
 
 func TestRedisCheck(t *testing.T) {
-	server := startRedis(t)
-	admin := newClient(t, server.addr)
+	server := idemtest.StartRedis(t)
+	admin := idemtest.DialRedis(t, server.Addr)
 	ctx := t.Context()
 	check := func(change ...func(*redis.Options)) error {
-		return idempotency.NewRedisStore(newClient(t, server.addr, change...), nil).Check(ctx)
+		return idempotency.NewRedisStore(idemtest.DialRedis(t, server.Addr, change...), nil).Check(ctx)
 	}
 	require.NoError(t, check())
 
@@ -508,14 +459,14 @@ func TestRedisCheck(t *testing.T) {
 	require.NoError(t, check(as("secret")))
 	require.ErrorContains(t, check(as("wrong")), "WRONGPASS")
 
-	server.kill()
+	server.Kill()
 	require.Error(t, check())
 }
 
 // A program that checks its store at the start can be tested on miniredis.
 func TestRedisCheckOnMiniredis(t *testing.T) {
 	server := miniredis.RunT(t)
-	require.NoError(t, idempotency.NewRedisStore(newClient(t, server.Addr()), nil).Check(t.Context()))
+	require.NoError(t, idempotency.NewRedisStore(idemtest.DialRedis(t, server.Addr()), nil).Check(t.Context()))
 }
 
 func TestRedisCheckVersion(t *testing.T) {
@@ -528,7 +479,7 @@ func TestRedisCheckVersion(t *testing.T) {
 		"# Server\r\nredis_git_sha1:0\r\n":                                                  "",
 	}
 	for info, want := range rows {
-		client := newClient(t, "127.0.0.1:1")
+		client := idemtest.DialRedis(t, "127.0.0.1:1")
 		client.AddHook(infoHook(info))
 		err := idempotency.NewRedisStore(client, nil).Check(t.Context())
 		if want == "" {
@@ -564,13 +515,13 @@ func (h infoHook) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.Proc
 
 // crowd sends a request with one key to each of the shops in turn, n in all and
 // all at once, and returns the answers and how often each came.
-func crowd(n int, key string, shops ...*shop) map[string]int {
+func crowd(n int, key string, shops ...*idemtest.Shop) map[string]int {
 	answers := make(chan string, n)
 	start := make(chan struct{})
 	for i := range n {
 		go func() {
 			<-start
-			answers <- strings.TrimSuffix(shops[i%len(shops)].post(key), " replayed")
+			answers <- strings.TrimSuffix(shops[i%len(shops)].Post(key), " replayed")
 		}()
 	}
 	close(start)
@@ -584,28 +535,28 @@ func crowd(n int, key string, shops ...*shop) map[string]int {
 func TestRedisDuplicatesOverTwoProcesses(t *testing.T) {
 	const requests, handling = 200, 50 * time.Millisecond
 	eachRedis(t, func(t *testing.T, addr string) {
-		proxy := startProxy(t, addr)
+		proxy := idemtest.StartProxy(t, addr)
 		handler := func(w http.ResponseWriter, r *http.Request) {
 			<-time.After(handling)
 			_, _ = io.WriteString(w, "charged")
 		}
-		var shops []*shop
+		var shops []*idemtest.Shop
 		for range 2 {
-			store := idempotency.NewRedisStore(newClient(t, proxy.addr()), nil)
-			shops = append(shops, openShop(t, store, nil, handler))
+			store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil)
+			shops = append(shops, idemtest.OpenShop(t, store, nil, handler))
 		}
 		crowd(20, "warm-up", shops...)
-		before := shops[0].runs.Load() + shops[1].runs.Load()
-		await(t, "nobody watches", func() bool { return redisSessions() == 0 })
+		before := shops[0].Runs.Load() + shops[1].Runs.Load()
+		idemtest.Await(t, "nobody watches", func() bool { return redisSessions() == 0 })
 
-		proxy.forget()
+		proxy.Forget()
 		start := time.Now()
 		require.Equal(t, map[string]int{"200 charged": requests}, crowd(requests, "key", shops...))
-		t.Logf("%d commands in %v for %d requests", len(proxy.commands()), time.Since(start), requests)
-		require.EqualValues(t, 1, shops[0].runs.Load()+shops[1].runs.Load()-before)
-		require.LessOrEqual(t, len(proxy.commands()), 2*requests+10)
-		require.LessOrEqual(t, proxy.count("subscribe"), 10, "one for each process, and for stragglers")
-		await(t, "nobody watches", func() bool { return redisSessions() == 0 })
+		t.Logf("%d commands in %v for %d requests", len(proxy.Commands()), time.Since(start), requests)
+		require.EqualValues(t, 1, shops[0].Runs.Load()+shops[1].Runs.Load()-before)
+		require.LessOrEqual(t, len(proxy.Commands()), 2*requests+10)
+		require.LessOrEqual(t, proxy.Count("subscribe"), 10, "one for each process, and for stragglers")
+		idemtest.Await(t, "nobody watches", func() bool { return redisSessions() == 0 })
 	})
 }
 
@@ -618,10 +569,10 @@ func redisSessions() int {
 
 // A claim that too few replicas have is given back before the handler runs.
 func TestRedisMinReplicas(t *testing.T) {
-	master := startRedis(t, "--repl-diskless-sync-delay", "0")
-	admin := newClient(t, master.addr)
-	proxy := startProxy(t, master.addr)
-	store := idempotency.NewRedisStore(newClient(t, proxy.addr()),
+	master := idemtest.StartRedis(t, "--repl-diskless-sync-delay", "0")
+	admin := idemtest.DialRedis(t, master.Addr)
+	proxy := idemtest.StartProxy(t, master.Addr)
+	store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()),
 		&idempotency.RedisOptions{MinReplicas: 1, ReplicaTimeout: 50 * time.Millisecond})
 	ctx := t.Context()
 
@@ -631,25 +582,25 @@ func TestRedisMinReplicas(t *testing.T) {
 		require.Equal(t, idempotency.Lost, acquireAs(t, store, "key", "A").State, "it was released")
 		require.NoError(t, admin.Del(ctx, "idem:key").Err())
 	}
-	shop := openShop(t, store, nil, nil)
-	require.Equal(t, "503 Service Unavailable", shop.post("post"))
-	require.Zero(t, shop.runs.Load())
+	shop := idemtest.OpenShop(t, store, nil, nil)
+	require.Equal(t, "503 Service Unavailable", shop.Post("post"))
+	require.Zero(t, shop.Runs.Load())
 
-	host, port, err := net.SplitHostPort(master.addr)
+	host, port, err := net.SplitHostPort(master.Addr)
 	require.NoError(t, err)
-	replica := startRedis(t, "--replicaof", host+" "+port)
-	awaitReplicas(t, admin, 1)
-	require.Equal(t, "201 charge 1", shop.post("post"))
-	proxy.forget()
-	require.Equal(t, "201 charge 2", shop.post("another"))
-	require.Equal(t, []int{1, 1, 1, 3}, []int{proxy.count("set"), proxy.count("wait"), proxy.count("evalsha"), len(proxy.commands())})
+	replica := idemtest.StartRedis(t, "--replicaof", host+" "+port)
+	idemtest.AwaitReplicas(t, admin, 1)
+	require.Equal(t, "201 charge 1", shop.Post("post"))
+	proxy.Forget()
+	require.Equal(t, "201 charge 2", shop.Post("another"))
+	require.Equal(t, []int{1, 1, 1, 3}, []int{proxy.Count("set"), proxy.Count("wait"), proxy.Count("evalsha"), len(proxy.Commands())})
 	require.Equal(t, idempotency.Acquired, acquireAs(t, store, "taken", "A").State)
 	require.Equal(t, idempotency.InProgress, acquireAs(t, store, "taken", "B").State)
 
 	// A renewal that no replica has fails, but the claim of a running handler
 	// is not released. What changes nothing is answered all the same.
-	replica.kill()
-	await(t, "no replica", func() bool {
+	replica.Kill()
+	idemtest.Await(t, "no replica", func() bool {
 		return strings.Contains(admin.Info(ctx, "replication").Val(), "connected_slaves:0")
 	})
 	_, err = store.Acquire(ctx, "taken", renewalOf("A", 1))
@@ -673,82 +624,82 @@ func TestRedisMinReplicas(t *testing.T) {
 // The claim of a running handler is not released, not even when Redis has lost
 // it and the renewal makes it anew: the handler would run a second time.
 func TestRedisMinReplicasOfARunningHandler(t *testing.T) {
-	master := startRedis(t, "--repl-diskless-sync-delay", "0")
-	admin := newClient(t, master.addr)
-	host, port, err := net.SplitHostPort(master.addr)
+	master := idemtest.StartRedis(t, "--repl-diskless-sync-delay", "0")
+	admin := idemtest.DialRedis(t, master.Addr)
+	host, port, err := net.SplitHostPort(master.Addr)
 	require.NoError(t, err)
-	replica := startRedis(t, "--replicaof", host+" "+port)
-	awaitReplicas(t, admin, 1)
-	store := idempotency.NewRedisStore(newClient(t, master.addr),
+	replica := idemtest.StartRedis(t, "--replicaof", host+" "+port)
+	idemtest.AwaitReplicas(t, admin, 1)
+	store := idempotency.NewRedisStore(idemtest.DialRedis(t, master.Addr),
 		&idempotency.RedisOptions{MinReplicas: 1, ReplicaTimeout: 50 * time.Millisecond})
 	commit := make(chan error, 1)
-	shop := openShop(t, store, nil, func(w http.ResponseWriter, r *http.Request) {
-		replica.kill()
-		await(t, "no replica", func() bool {
+	shop := idemtest.OpenShop(t, store, nil, func(w http.ResponseWriter, r *http.Request) {
+		replica.Kill()
+		idemtest.Await(t, "no replica", func() bool {
 			return strings.Contains(admin.Info(r.Context(), "replication").Val(), "connected_slaves:0")
 		})
 		_ = admin.FlushAll(r.Context())
-		commit <- execution(r).Commit(r.Context())
+		commit <- idemtest.Execution(r).Commit(r.Context())
 		w.WriteHeader(http.StatusCreated)
 	})
-	require.Equal(t, "201", strings.TrimSpace(shop.post("key")))
+	require.Equal(t, "201", strings.TrimSpace(shop.Post("key")))
 	require.ErrorIs(t, <-commit, idempotency.ErrTooFewReplicas)
-	require.Contains(t, shop.post("key"), "replayed")
-	require.EqualValues(t, 1, shop.runs.Load())
+	require.Contains(t, shop.Post("key"), "replayed")
+	require.EqualValues(t, 1, shop.Runs.Load())
 }
 
 // A refusal for lack of replicas is final, and FailOpen is no way around it.
 func TestRedisMinReplicasIsARefusal(t *testing.T) {
-	addr := startRedis(t).addr
-	store := idempotency.NewRedisStore(newClient(t, addr),
+	addr := idemtest.StartRedis(t).Addr
+	store := idempotency.NewRedisStore(idemtest.DialRedis(t, addr),
 		&idempotency.RedisOptions{MinReplicas: 1, ReplicaTimeout: 20 * time.Millisecond})
-	events := &eventLog{}
-	shop := openShop(t, store, &idempotency.Options{FailOpen: true, OnEvent: events.add}, nil)
-	require.Equal(t, "503 Service Unavailable", shop.post("key"))
-	require.ErrorIs(t, events.last().Err, idempotency.ErrTooFewReplicas)
-	require.Zero(t, shop.runs.Load())
+	events := &idemtest.EventLog{}
+	shop := idemtest.OpenShop(t, store, &idempotency.Options{FailOpen: true, OnEvent: events.Add}, nil)
+	require.Equal(t, "503 Service Unavailable", shop.Post("key"))
+	require.ErrorIs(t, events.Last().Err, idempotency.ErrTooFewReplicas)
+	require.Zero(t, shop.Runs.Load())
 }
 
 // Renewals by the timer take one command each.
 func TestRedisRenewalIsOneCommand(t *testing.T) {
-	proxy := startProxy(t, startRedis(t).addr)
-	store := idempotency.NewRedisStore(newClient(t, proxy.addr()), nil)
-	shop := openShop(t, store, &idempotency.Options{Lease: 300 * time.Millisecond}, func(w http.ResponseWriter, r *http.Request) {
-		proxy.forget()
-		await(t, "three renewals", func() bool { return proxy.count("evalsha") >= 3 })
+	proxy := idemtest.StartProxy(t, idemtest.StartRedis(t).Addr)
+	store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil)
+	shop := idemtest.OpenShop(t, store, &idempotency.Options{Lease: 300 * time.Millisecond}, func(w http.ResponseWriter, r *http.Request) {
+		proxy.Forget()
+		idemtest.Await(t, "three renewals", func() bool { return proxy.Count("evalsha") >= 3 })
 		w.WriteHeader(http.StatusCreated)
 	})
-	require.Equal(t, "201", strings.TrimSpace(shop.post("key")))
-	require.Zero(t, proxy.count("set"))
+	require.Equal(t, "201", strings.TrimSpace(shop.Post("key")))
+	require.Zero(t, proxy.Count("set"))
 }
 
 // Duplicates that come one by one cannot ask together, only wait together.
 func TestRedisDuplicatesOneByOne(t *testing.T) {
 	const duplicates = 60
 	eachRedis(t, func(t *testing.T, addr string) {
-		proxy := startProxy(t, addr)
-		store := idempotency.NewRedisStore(newClient(t, proxy.addr()), nil)
+		proxy := idemtest.StartProxy(t, addr)
+		store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil)
 		warmUp(t, store)
 		release := make(chan struct{})
 		var waiting atomic.Int64
-		shop := openShop(t, countingStore{store, &waiting}, nil, func(w http.ResponseWriter, r *http.Request) {
+		shop := idemtest.OpenShop(t, countingStore{store, &waiting}, nil, func(w http.ResponseWriter, r *http.Request) {
 			<-release
 			_, _ = io.WriteString(w, "charged")
 		})
-		proxy.forget()
+		proxy.Forget()
 		answers := make(chan string, duplicates+1)
 		for i := range duplicates + 1 {
-			go func() { answers <- shop.post("key") }()
-			await(t, "it waits", func() bool { return waiting.Load() >= int64(i) && shop.runs.Load() == 1 })
+			go func() { answers <- shop.Post("key") }()
+			idemtest.Await(t, "it waits", func() bool { return waiting.Load() >= int64(i) && shop.Runs.Load() == 1 })
 		}
-		require.LessOrEqual(t, len(proxy.commands()), 2*duplicates+5)
-		proxy.forget()
+		require.LessOrEqual(t, len(proxy.Commands()), 2*duplicates+5)
+		proxy.Forget()
 		close(release)
 		for range duplicates + 1 {
 			require.Contains(t, <-answers, "200 charged")
 		}
-		t.Logf("%d commands when the key is completed", len(proxy.commands()))
-		require.LessOrEqual(t, len(proxy.commands()), duplicates/2, "they ask together")
+		t.Logf("%d commands when the key is completed", len(proxy.Commands()))
+		require.LessOrEqual(t, len(proxy.Commands()), duplicates/2, "they ask together")
 	})
 }
 
@@ -779,10 +730,10 @@ func TestRedisDuplicatesOfARequestThatFails(t *testing.T) {
 				w.WriteHeader(http.StatusServiceUnavailable)
 			}
 		}
-		var shops []*shop
+		var shops []*idemtest.Shop
 		for range 2 {
-			store := idempotency.NewRedisStore(newClient(t, addr), nil)
-			shops = append(shops, openShop(t, store, nil, handler))
+			store := idempotency.NewRedisStore(idemtest.DialRedis(t, addr), nil)
+			shops = append(shops, idemtest.OpenShop(t, store, nil, handler))
 		}
 		want := map[string]int{"503 Service Unavailable": failures, "200 ": requests - failures}
 		require.Equal(t, want, crowd(requests, "key", shops...))
@@ -818,7 +769,7 @@ func TestRedisWatchOfALostCell(t *testing.T) {
 			end(t, store)
 			select {
 			case <-changed:
-			case <-time.After(patience):
+			case <-time.After(idemtest.Patience):
 				t.Fatal("not told")
 			}
 		})

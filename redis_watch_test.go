@@ -11,18 +11,19 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 )
 
 // A Pub/Sub connection over which nothing comes any more is noticed.
 func TestRedisWatchConnectionFallsSilent(t *testing.T) {
-	proxy := startProxy(t, startRedis(t).addr)
-	store := idempotency.NewRedisStore(newClient(t, proxy.addr()), nil)
+	proxy := idemtest.StartProxy(t, idemtest.StartRedis(t).Addr)
+	store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil)
 	changed, err := store.Watch(t.Context(), "key")
 	require.NoError(t, err)
-	proxy.set(func(redisCommand) verdict { return swallow })
+	proxy.Set(func(idemtest.RedisCommand) idemtest.Verdict { return idemtest.Swallow })
 	select {
 	case <-changed:
-	case <-time.After(patience):
+	case <-time.After(idemtest.Patience):
 		t.Fatal("the watch was not told")
 	}
 }
@@ -30,8 +31,8 @@ func TestRedisWatchConnectionFallsSilent(t *testing.T) {
 // A panic in the dialer ends no process.
 func TestRedisWatchDialerPanics(t *testing.T) {
 	var broken atomic.Bool
-	addr := startRedis(t).addr
-	client := newClient(t, addr, func(o *redis.Options) {
+	addr := idemtest.StartRedis(t).Addr
+	client := idemtest.DialRedis(t, addr, func(o *redis.Options) {
 		o.Dialer = func(ctx context.Context, network, addr string) (net.Conn, error) {
 			if broken.Load() {
 				panic("a dialer")
@@ -48,10 +49,10 @@ func TestRedisWatchDialerPanics(t *testing.T) {
 
 	// The connection breaks, and go-redis dials again before it says so.
 	broken.Store(true)
-	require.NoError(t, newClient(t, addr).ClientKillByFilter(t.Context(), "TYPE", "pubsub").Err())
+	require.NoError(t, idemtest.DialRedis(t, addr).ClientKillByFilter(t.Context(), "TYPE", "pubsub").Err())
 	select {
 	case <-changed:
-	case <-time.After(patience):
+	case <-time.After(idemtest.Patience):
 		t.Fatal("the watch was not told")
 	}
 }

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/stretchr/testify/require"
 )
 
@@ -65,13 +66,13 @@ func TestKeyForms(t *testing.T) {
 	} {
 		t.Run(line, func(t *testing.T) {
 			var got string
-			c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
-				got = execution(r).Key()
+			c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
+				got = idemtest.Execution(r).Key()
 			})
-			resp := c.do(c.request(exchange{key: k(line)}))
+			resp := c.Do(c.Request(idemtest.Exchange{Keys: []string{line}}))
 			require.Equal(t, want, got)
 			if want == "" {
-				answer, p := describe(t, resp)
+				answer, p := idemtest.Describe(t, resp)
 				require.Equal(t, "400 key_invalid", answer)
 				require.NotEmpty(t, p.Detail)
 			}
@@ -82,40 +83,40 @@ func TestKeyForms(t *testing.T) {
 // storeKey returns the cell that a request reaches.
 func storeKey(t *testing.T, opts *idempotency.Options, r *http.Request) string {
 	t.Helper()
-	s := &faultyStore{Store: idempotency.NewMemoryStore()}
-	newAPI(s, opts, nil).do(r)
-	require.NotEmpty(t, s.lastKey())
-	return s.lastKey()
+	s := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+	idemtest.NewClient(s, opts, nil).Do(r)
+	require.NotEmpty(t, s.LastKey())
+	return s.LastKey()
 }
 
 func TestStoreKey(t *testing.T) {
-	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, nil)
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, nil)
 	scope := &idempotency.Options{Scope: func(r *http.Request) string { return r.Header.Get("Tenant") }}
-	key := storeKey(t, nilOptions(), c.request(exchange{key: k("a")}))
+	key := storeKey(t, nilOptions(), c.Request(idemtest.Exchange{Key: "a"}))
 
 	// A deployment must find the records that were stored before it.
 	require.Equal(t, "X6TInVDcw8CoaojiMy5vpNMTe4uJbVLvuhjeC5l33gg", key)
 
 	same := map[string]*http.Request{
-		"quoted":              c.request(exchange{key: k(`"a"`)}),
-		"another body":        c.request(exchange{key: k("a"), body: "x"}),
-		"another query":       c.request(exchange{key: k("a"), target: "/charge?x"}),
-		"the absolute form":   c.request(exchange{key: k("a"), target: "http://other.example/charge"}),
-		"a path that was cut": stripped(c.request(exchange{key: k("a")})),
-		"not from a server":   notFromServer(c.request(exchange{key: k("a")})),
-		"another host":        withHost(c.request(exchange{key: k("a")}), "other.example"),
+		"quoted":              c.Request(idemtest.Exchange{Key: `"a"`}),
+		"another body":        c.Request(idemtest.Exchange{Key: "a", Body: "x"}),
+		"another query":       c.Request(idemtest.Exchange{Key: "a", Target: "/charge?x"}),
+		"the absolute form":   c.Request(idemtest.Exchange{Key: "a", Target: "http://other.example/charge"}),
+		"a path that was cut": stripped(c.Request(idemtest.Exchange{Key: "a"})),
+		"not from a server":   notFromServer(c.Request(idemtest.Exchange{Key: "a"})),
+		"another host":        withHost(c.Request(idemtest.Exchange{Key: "a"}), "other.example"),
 	}
 	for name, r := range same {
 		require.Equal(t, key, storeKey(t, nilOptions(), r), name)
 	}
 	different := map[string]string{
-		"another key":    storeKey(t, nilOptions(), c.request(exchange{key: k("b")})),
-		"another path":   storeKey(t, nilOptions(), c.request(exchange{key: k("a"), target: "/charge/"})),
-		"other escapes":  storeKey(t, nilOptions(), c.request(exchange{key: k("a"), target: "/%63harge"})),
-		"another method": storeKey(t, nilOptions(), c.request(exchange{key: k("a"), method: "PUT"})),
-		"a scope":        storeKey(t, scope, c.request(exchange{key: k("a"), header: http.Header{"Tenant": {"t"}}})),
-		"scope and key":  storeKey(t, scope, c.request(exchange{key: k("ta"), header: http.Header{"Tenant": {""}}})),
-		"the root":       storeKey(t, nilOptions(), c.request(exchange{key: k("a"), target: "http://charge?"})),
+		"another key":    storeKey(t, nilOptions(), c.Request(idemtest.Exchange{Key: "b"})),
+		"another path":   storeKey(t, nilOptions(), c.Request(idemtest.Exchange{Key: "a", Target: "/charge/"})),
+		"other escapes":  storeKey(t, nilOptions(), c.Request(idemtest.Exchange{Key: "a", Target: "/%63harge"})),
+		"another method": storeKey(t, nilOptions(), c.Request(idemtest.Exchange{Key: "a", Method: "PUT"})),
+		"a scope":        storeKey(t, scope, c.Request(idemtest.Exchange{Key: "a", Header: http.Header{"Tenant": {"t"}}})),
+		"scope and key":  storeKey(t, scope, c.Request(idemtest.Exchange{Key: "ta", Header: http.Header{"Tenant": {""}}})),
+		"the root":       storeKey(t, nilOptions(), c.Request(idemtest.Exchange{Key: "a", Target: "http://charge?"})),
 	}
 	seen := map[string]string{key: "the first"}
 	for name, key := range different {
@@ -158,24 +159,24 @@ func (b *brokenBody) Read(p []byte) (int, error) {
 func (b *brokenBody) Close() error { return nil }
 
 func TestBodyThatBreaksOffBeforeTheClaim(t *testing.T) {
-	s := &faultyStore{Store: idempotency.NewMemoryStore()}
-	c := newAPI(s, nilOptions(), nil)
-	r := c.request(exchange{key: k("a")})
+	s := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+	c := idemtest.NewClient(s, nilOptions(), nil)
+	r := c.Request(idemtest.Exchange{Key: "a"})
 	r.Body = &brokenBody{strings.NewReader(`{"amo`), io.ErrUnexpectedEOF}
-	got, p := describe(t, c.do(r))
+	got, p := idemtest.Describe(t, c.Do(r))
 	require.Equal(t, "400 body_incomplete", got)
 	require.True(t, p.Retryable)
-	require.Zero(t, s.count("Acquire"))
-	c.check(t, 1, exchange{key: k("a"), get: "201 charge 1"})
+	require.Zero(t, s.Count("Acquire"))
+	c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
 }
 
 func TestOuterMaxBytesReader(t *testing.T) {
-	c := newAPI(idempotency.NewMemoryStore(), nilOptions(), nil)
-	r := c.request(exchange{key: k("a")})
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), nilOptions(), nil)
+	r := c.Request(idemtest.Exchange{Key: "a"})
 	r.Body = http.MaxBytesReader(nil, r.Body, 5)
-	got, _ := describe(t, c.do(r))
+	got, _ := idemtest.Describe(t, c.Do(r))
 	require.Equal(t, "413 body_too_large", got)
-	require.Zero(t, c.runs())
+	require.Zero(t, c.Runs())
 }
 
 // upload is a body over the limit of the tests below, with n bytes of fill.
@@ -230,20 +231,20 @@ func TestLargeBodies(t *testing.T) {
 	for name, row := range rows {
 		t.Run(name, func(t *testing.T) {
 			eachWay(t, func(t *testing.T, store idempotency.Store) {
-				c := newAPI(store, &small, row.handler)
+				c := idemtest.NewClient(store, &small, row.handler)
 				request := func(body string) *http.Request {
-					r := c.request(exchange{key: k("a"), body: body})
+					r := c.Request(idemtest.Exchange{Key: "a", Body: body})
 					if row.unsized {
 						r.ContentLength = -1
 					}
 					return r
 				}
-				got, _ := describe(t, c.do(request(row.first)))
+				got, _ := idemtest.Describe(t, c.Do(request(row.first)))
 				require.Equal(t, "201 ", got)
 				retry := request(row.retry)
-				got, _ = describe(t, c.do(retry))
+				got, _ = idemtest.Describe(t, c.Do(retry))
 				require.Equal(t, row.retryGet, got)
-				require.Equal(t, 1, c.runs())
+				require.Equal(t, 1, c.Runs())
 				rest, err := io.ReadAll(retry.Body)
 				require.NoError(t, err)
 				require.Empty(t, rest, "the rest was drained")
@@ -256,13 +257,13 @@ func TestLargeBodies(t *testing.T) {
 // the old and the new one: it is refused, and does not run again.
 func TestLimitChangesBetweenTries(t *testing.T) {
 	store := idempotency.NewMemoryStore()
-	large := newAPI(store, &idempotency.Options{MaxBufferedBody: 64}, reading(-1))
-	small := newAPI(store, &idempotency.Options{MaxBufferedBody: 4096}, reading(-1))
-	for i, pair := range [][2]*api{{large, small}, {small, large}} {
-		key := k(string(rune('a' + i)))
-		pair[0].check(t, i, exchange{key: key, body: upload(500, 'x'), get: "201 "})
-		pair[1].check(t, i, exchange{key: key, body: upload(500, 'x'), get: "422 key_reused"})
-		pair[0].check(t, i, exchange{key: key, body: upload(500, 'x'), get: "replay 201 "})
+	large := idemtest.NewClient(store, &idempotency.Options{MaxBufferedBody: 64}, reading(-1))
+	small := idemtest.NewClient(store, &idempotency.Options{MaxBufferedBody: 4096}, reading(-1))
+	for i, pair := range [][2]*idemtest.Client{{large, small}, {small, large}} {
+		key := string(rune('a' + i))
+		pair[0].Check(t, i, idemtest.Exchange{Key: key, Body: upload(500, 'x'), Get: "201 "})
+		pair[1].Check(t, i, idemtest.Exchange{Key: key, Body: upload(500, 'x'), Get: "422 key_reused"})
+		pair[0].Check(t, i, idemtest.Exchange{Key: key, Body: upload(500, 'x'), Get: "replay 201 "})
 	}
 }
 
@@ -276,11 +277,11 @@ func TestTakeOverByAnotherRequest(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64}, panicOnce)
-				c.check(t, 0, exchange{key: k("a"), header: auth("alice"), body: bodies[0], get: "panic"})
+				c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64}, idemtest.PanicOnce)
+				c.Check(t, 0, idemtest.Exchange{Key: "a", Header: auth("alice"), Body: bodies[0], Get: "panic"})
 				time.Sleep(time.Minute)
-				c.check(t, 1, exchange{key: k("a"), header: auth("mallory"), body: bodies[1], get: "422 key_reused"})
-				c.check(t, 2, exchange{key: k("a"), header: auth("alice"), body: bodies[0], get: "201 attempt 2"})
+				c.Check(t, 1, idemtest.Exchange{Key: "a", Header: auth("mallory"), Body: bodies[1], Get: "422 key_reused"})
+				c.Check(t, 2, idemtest.Exchange{Key: "a", Header: auth("alice"), Body: bodies[0], Get: "201 attempt 2"})
 			})
 		})
 	}
@@ -289,13 +290,13 @@ func TestTakeOverByAnotherRequest(t *testing.T) {
 // A form that an outer middleware parsed is not there to be read any more, but
 // it still tells two requests apart.
 func TestFormThatWasParsedOutside(t *testing.T) {
-	c := newAPI(idempotency.NewMemoryStore(), nilOptions(), func(w http.ResponseWriter, r *http.Request) {
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), nilOptions(), func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.WriteString(w, r.PostFormValue("amount"))
 	})
 	send := func(body string) string {
-		r := c.request(exchange{key: k("a"), body: body, header: http.Header{"Content-Type": {"application/x-www-form-urlencoded"}}})
+		r := c.Request(idemtest.Exchange{Key: "a", Body: body, Header: http.Header{"Content-Type": {"application/x-www-form-urlencoded"}}})
 		require.NoError(t, r.ParseForm())
-		got, _ := describe(t, c.do(r))
+		got, _ := idemtest.Describe(t, c.Do(r))
 		return got
 	}
 	require.Equal(t, "200 1", send("amount=1"))
@@ -305,9 +306,9 @@ func TestFormThatWasParsedOutside(t *testing.T) {
 
 // The credentials count for a large body as well.
 func TestLargeBodyWithOtherCredentials(t *testing.T) {
-	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64}, reading(-1))
-	c.check(t, 0, exchange{key: k("a"), body: upload(500, 'x'), header: auth("alice"), get: "201 "})
-	c.check(t, 1, exchange{key: k("a"), body: upload(500, 'x'), header: auth("mallory"), get: "422 key_reused"})
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64}, reading(-1))
+	c.Check(t, 0, idemtest.Exchange{Key: "a", Body: upload(500, 'x'), Header: auth("alice"), Get: "201 "})
+	c.Check(t, 1, idemtest.Exchange{Key: "a", Body: upload(500, 'x'), Header: auth("mallory"), Get: "422 key_reused"})
 }
 
 func TestLargeBodyThatBreaksOff(t *testing.T) {
@@ -322,24 +323,24 @@ func TestLargeBodyThatBreaksOff(t *testing.T) {
 		"at a limit: every retry meets it": {false, &http.MaxBytesError{Limit: 600}, "replay 201 http: request body too large", 0},
 	} {
 		t.Run(name, func(t *testing.T) {
-			c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64, AtMostOnce: row.atMostOnce}, reading(-1))
-			r := c.request(exchange{key: k("a"), body: upload(600, 'x')})
+			c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64, AtMostOnce: row.atMostOnce}, reading(-1))
+			r := c.Request(idemtest.Exchange{Key: "a", Body: upload(600, 'x')})
 			r.Body = &brokenBody{strings.NewReader(upload(500, 'x')), row.err}
-			got, _ := describe(t, c.do(r))
+			got, _ := idemtest.Describe(t, c.Do(r))
 			require.Equal(t, "201 "+row.err.Error(), got)
-			c.check(t, 1, exchange{key: k("a"), body: upload(600, 'x'), get: row.retryGet, original: row.original})
+			c.Check(t, 1, idemtest.Exchange{Key: "a", Body: upload(600, 'x'), Get: row.retryGet, Original: row.original})
 		})
 	}
 }
 
 func TestRetryOfALargeBodyBreaksOff(t *testing.T) {
-	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64}, reading(-1))
-	c.check(t, 0, exchange{key: k("a"), body: upload(500, 'x'), get: "201 "})
-	r := c.request(exchange{key: k("a"), body: upload(500, 'x')})
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64}, reading(-1))
+	c.Check(t, 0, idemtest.Exchange{Key: "a", Body: upload(500, 'x'), Get: "201 "})
+	r := c.Request(idemtest.Exchange{Key: "a", Body: upload(500, 'x')})
 	r.Body = &brokenBody{strings.NewReader(upload(400, 'x')), errors.New("connection reset")}
-	got, _ := describe(t, c.do(r))
+	got, _ := idemtest.Describe(t, c.Do(r))
 	require.Equal(t, "400 body_incomplete", got)
-	require.Equal(t, 1, c.runs())
+	require.Equal(t, 1, c.Runs())
 }
 
 // A goroutine that a handler leaves behind reads nothing, least of all the body
@@ -348,12 +349,12 @@ func TestBodyAfterTheHandlerReturned(t *testing.T) {
 	for name, body := range map[string]string{"small": "small", "large": upload(500, 'x')} {
 		t.Run(name, func(t *testing.T) {
 			var kept io.ReadCloser
-			c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64}, func(w http.ResponseWriter, r *http.Request) {
+			c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64}, func(w http.ResponseWriter, r *http.Request) {
 				kept = r.Body
 				_, err := r.Body.Read(make([]byte, 2))
 				require.NoError(t, err)
 			})
-			c.check(t, 0, exchange{key: k("a"), body: body, get: "200 "})
+			c.Check(t, 0, idemtest.Exchange{Key: "a", Body: body, Get: "200 "})
 			n, err := kept.Read(make([]byte, 10))
 			require.Zero(t, n)
 			require.ErrorIs(t, err, http.ErrBodyReadAfterClose)
@@ -366,9 +367,9 @@ func TestBodyAfterTheHandlerReturned(t *testing.T) {
 func TestReadThatOutlivesTheHandler(t *testing.T) {
 	in, out := io.Pipe()
 	read := make(chan error, 1)
-	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64}, func(w http.ResponseWriter, r *http.Request) {
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64}, func(w http.ResponseWriter, r *http.Request) {
 		_, err := io.CopyN(io.Discard, r.Body, 100)
-		must(err)
+		idemtest.Must(err)
 		started := make(chan struct{})
 		go func() {
 			close(started)
@@ -377,27 +378,27 @@ func TestReadThatOutlivesTheHandler(t *testing.T) {
 		}()
 		<-started
 	})
-	r := c.request(exchange{key: k("a"), body: upload(500, 'x')})
+	r := c.Request(idemtest.Exchange{Key: "a", Body: upload(500, 'x')})
 	r.Body = in
 	go func() { _, _ = io.WriteString(out, upload(0, 'x')) }()
-	got, _ := describe(t, c.do(r))
+	got, _ := idemtest.Describe(t, c.Do(r))
 	require.Equal(t, "200 ", got)
 	go func() { _, _ = io.WriteString(out, "more") }()
 	require.ErrorIs(t, <-read, http.ErrBodyReadAfterClose)
-	c.check(t, 1, exchange{key: k("a"), body: upload(500, 'y'), get: "replay 200 "})
+	c.Check(t, 1, idemtest.Exchange{Key: "a", Body: upload(500, 'y'), Get: "replay 200 "})
 }
 
 func TestClosedBodyStaysClosed(t *testing.T) {
-	c := newAPI(idempotency.NewMemoryStore(), nilOptions(), func(w http.ResponseWriter, r *http.Request) {
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), nilOptions(), func(w http.ResponseWriter, r *http.Request) {
 		require.NoError(t, r.Body.Close())
 		_, err := r.Body.Read(make([]byte, 1))
 		require.ErrorIs(t, err, http.ErrBodyReadAfterClose)
 	})
-	c.check(t, 0, exchange{key: k("a"), get: "200 "})
+	c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "200 "})
 }
 
 func TestRequestWithoutABody(t *testing.T) {
-	c := newAPI(idempotency.NewMemoryStore(), nilOptions(), func(w http.ResponseWriter, r *http.Request) {
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), nilOptions(), func(w http.ResponseWriter, r *http.Request) {
 		require.Equal(t, http.NoBody, r.Body)
 		require.Zero(t, r.ContentLength)
 	})
@@ -406,10 +407,10 @@ func TestRequestWithoutABody(t *testing.T) {
 		"nil":    {Method: "DELETE", RequestURI: "/charge/2", Header: http.Header{}},
 	} {
 		r.Header.Set("Idempotency-Key", "a")
-		got, _ := describe(t, c.do(r))
+		got, _ := idemtest.Describe(t, c.Do(r))
 		require.Equal(t, "200 ", got, name)
 	}
-	require.Equal(t, 2, c.runs())
+	require.Equal(t, 2, c.Runs())
 }
 
 // Temporary files of a form that the handler parsed are removed.
@@ -429,17 +430,17 @@ func TestMultipartFilesAreRemoved(t *testing.T) {
 		return len(names)
 	}
 	for _, panics := range []bool{false, true} {
-		c := newAPI(idempotency.NewMemoryStore(), nilOptions(), nil)
-		c.handler = idempotency.Middleware(idempotency.NewMemoryStore(), nil)(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		c := idemtest.NewClient(idempotency.NewMemoryStore(), nilOptions(), nil)
+		c.Handler = idempotency.Middleware(idempotency.NewMemoryStore(), nil)(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			require.NoError(t, r.ParseMultipartForm(0))
 			require.Equal(t, 1, files())
 			if panics {
 				panic("boom")
 			}
 		}))
-		r := c.request(exchange{key: k("a"), body: form.String()})
+		r := c.Request(idemtest.Exchange{Key: "a", Body: form.String()})
 		r.Header.Set("Content-Type", mw.FormDataContentType())
-		c.do(r)
+		c.Do(r)
 		require.Zero(t, files())
 	}
 }
@@ -451,8 +452,8 @@ func TestCustomFingerprintSeesTheBody(t *testing.T) {
 		sum := sha256.Sum256(body)
 		return sum[:]
 	}}
-	c := newAPI(idempotency.NewMemoryStore(), &opts, nil)
-	c.check(t, 0, exchange{key: k("a"), body: "payload", get: "201 charge 1"})
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &opts, nil)
+	c.Check(t, 0, idemtest.Exchange{Key: "a", Body: "payload", Get: "201 charge 1"})
 	require.Equal(t, "payload", seen)
 }
 
@@ -460,26 +461,26 @@ func TestCustomFingerprintSeesTheBody(t *testing.T) {
 // its body.
 func TestStoreLearnsNoSecrets(t *testing.T) {
 	fingerprint := func(key string) []byte {
-		s := &faultyStore{Store: idempotency.NewMemoryStore()}
-		c := newAPI(s, nilOptions(), nil)
-		c.do(c.request(exchange{key: k(key), header: auth("secret")}))
-		require.NotContains(t, s.lastKey(), key)
-		require.NotContains(t, string(s.lastResult().Value), key)
-		require.Len(t, s.lastResult().Fingerprint, sha256.Size)
-		return s.lastResult().Fingerprint
+		s := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+		c := idemtest.NewClient(s, nilOptions(), nil)
+		c.Do(c.Request(idemtest.Exchange{Key: key, Header: auth("secret")}))
+		require.NotContains(t, s.LastKey(), key)
+		require.NotContains(t, string(s.LastResult().Value), key)
+		require.Len(t, s.LastResult().Fingerprint, sha256.Size)
+		return s.LastResult().Fingerprint
 	}
 	require.NotEqual(t, fingerprint("first-key"), fingerprint("other-key"))
 }
 
 func TestClientThatHangsUpWhileWaiting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newAPI(idempotency.NewMemoryStore(), nilOptions(), lasting(time.Minute))
-		go c.do(c.request(exchange{key: k("a")}))
+		c := idemtest.NewClient(idempotency.NewMemoryStore(), nilOptions(), idemtest.Lasting(time.Minute))
+		go c.Do(c.Request(idemtest.Exchange{Key: "a"}))
 		synctest.Wait()
 		ctx, hangUp := context.WithCancel(t.Context())
 		time.AfterFunc(time.Second, hangUp)
 		start := time.Now()
-		got, _ := describe(t, c.do(c.request(exchange{key: k("a")}).WithContext(ctx)))
+		got, _ := idemtest.Describe(t, c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx)))
 		require.Equal(t, "409 in_progress", got)
 		require.Equal(t, time.Second, time.Since(start))
 		time.Sleep(time.Minute) // the first ends
@@ -494,13 +495,13 @@ func TestUploadThatWasAskedForIsDrained(t *testing.T) {
 		left int
 	}{"asked for": {100, 0}, "not asked for": {0, 600}} {
 		t.Run(name, func(t *testing.T) {
-			s := &scriptedStore{MemoryStore: idempotency.NewMemoryStore()}
-			s.complete = func(context.Context, string, string, idempotency.Result) error { return idempotency.ErrLeaseLost }
-			c := newAPI(s, &idempotency.Options{MaxBufferedBody: 64}, reading(row.read))
+			s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+			s.OnComplete = func(context.Context, string, string, idempotency.Result) error { return idempotency.ErrLeaseLost }
+			c := idemtest.NewClient(s, &idempotency.Options{MaxBufferedBody: 64}, reading(row.read))
 			sent := strings.NewReader(upload(500, 'x'))
-			r := c.request(exchange{key: k("a"), body: upload(500, 'x'), header: http.Header{"Expect": {"100-continue"}}})
+			r := c.Request(idemtest.Exchange{Key: "a", Body: upload(500, 'x'), Header: http.Header{"Expect": {"100-continue"}}})
 			r.Body = io.NopCloser(sent)
-			got, _ := describe(t, c.do(r))
+			got, _ := idemtest.Describe(t, c.Do(r))
 			require.Equal(t, "409 in_progress", got)
 			require.Equal(t, row.left, sent.Len())
 		})

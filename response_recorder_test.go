@@ -28,6 +28,7 @@ import (
 	"time"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/stretchr/testify/require"
 )
 
@@ -763,15 +764,15 @@ func (w *holdingWriter) Write(p []byte) (int, error) {
 
 // What a client did not take must not turn into the answer for another.
 func TestRecorderDoesNotReuseWhatAFailedWriteHolds(t *testing.T) {
-	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
 		_, err := io.Copy(w, r.Body)
-		must(err)
+		idemtest.Must(err)
 	})
 	first := &holdingWriter{ResponseWriter: httptest.NewRecorder()}
-	c.handler.ServeHTTP(first, c.request(exchange{key: k("first"), body: "the first answer"}))
+	c.Handler.ServeHTTP(first, c.Request(idemtest.Exchange{Key: "first", Body: "the first answer"}))
 	require.Equal(t, "the first answer", string(first.held))
 	for i := range 100 {
-		c.check(t, i, exchange{key: k(fmt.Sprint(i)), body: "another's answer", get: "200 another's answer"})
+		c.Check(t, i, idemtest.Exchange{Key: fmt.Sprint(i), Body: "another's answer", Get: "200 another's answer"})
 	}
 	require.Equal(t, "the first answer", string(first.held))
 }

@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/stretchr/testify/require"
 )
 
@@ -210,7 +211,7 @@ func TestServerTrailersOfTheRequest(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := newServer(t, nil, func(w http.ResponseWriter, r *http.Request) {
 				_, err := io.Copy(io.Discard, r.Body)
-				must(err)
+				idemtest.Must(err)
 				fmt.Fprint(w, r.Trailer.Get("X-Sum"))
 			})
 			r, err := http.NewRequest("POST", s.URL, io.LimitReader(zeros{}, int64(size)))
@@ -235,7 +236,7 @@ func TestServerUndeclaredTrailersOfTheRequest(t *testing.T) {
 			seen := make(chan string, 1)
 			s := newServer(t, nil, func(w http.ResponseWriter, r *http.Request) {
 				_, err := io.Copy(io.Discard, r.Body)
-				must(err)
+				idemtest.Must(err)
 				seen <- r.Trailer.Get("X-Sum")
 			})
 			status, _ := raw(t, s, fmt.Sprintf("POST / HTTP/1.1\r\nHost: x\r\nIdempotency-Key: a\r\nTransfer-Encoding: chunked\r\n\r\n"+
@@ -295,7 +296,7 @@ func raw(t *testing.T, s *httptest.Server, send string) (status string, continue
 func TestServerExpectContinue(t *testing.T) {
 	s := newServer(t, nil, func(w http.ResponseWriter, r *http.Request) {
 		b, err := io.ReadAll(r.Body)
-		must(err)
+		idemtest.Must(err)
 		if string(b) != "body!" {
 			panic(fmt.Sprintf("body is %q", b))
 		}
@@ -326,7 +327,7 @@ func TestServerStreams(t *testing.T) {
 	s := newServer(t, nil, func(w http.ResponseWriter, r *http.Request) {
 		for i := range 3 {
 			fmt.Fprintf(w, "event %d\n", i)
-			must(http.NewResponseController(w).Flush())
+			idemtest.Must(http.NewResponseController(w).Flush())
 			<-next
 		}
 	})

@@ -15,29 +15,9 @@ import (
 	"time"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/stretchr/testify/require"
 )
-
-// observedStore calls look with the context of every call.
-type observedStore struct {
-	idempotency.Store
-	look func(ctx context.Context, method string)
-}
-
-func (s *observedStore) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
-	s.look(ctx, "Acquire")
-	return s.Store.Acquire(ctx, key, c)
-}
-
-func (s *observedStore) Complete(ctx context.Context, key, token string, r idempotency.Result) error {
-	s.look(ctx, "Complete")
-	return s.Store.Complete(ctx, key, token, r)
-}
-
-func (s *observedStore) Release(ctx context.Context, key, token string, keep time.Duration) error {
-	s.look(ctx, "Release")
-	return s.Store.Release(ctx, key, token, keep)
-}
 
 // The client's end is not that of a store call, in whichever way a store, or
 // what it is built on, looks at its context.
@@ -46,7 +26,7 @@ func TestStoreCallsOutliveTheClient(t *testing.T) {
 		var mu sync.Mutex
 		var kept []context.Context
 		seen := map[string]int{}
-		store := &observedStore{idempotency.NewMemoryStore(), func(ctx context.Context, method string) {
+		store := &idemtest.ObservedStore{Store: idempotency.NewMemoryStore(), Look: func(ctx context.Context, method string) {
 			require.NoError(t, ctx.Err())
 			require.NoError(t, context.Cause(ctx))
 			require.Equal(t, "acme", ctx.Value(tenantKey{}))
@@ -58,16 +38,16 @@ func TestStoreCallsOutliveTheClient(t *testing.T) {
 			seen[method]++
 			kept = append(kept, ctx)
 		}}
-		c := newAPI(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-			must(execution(r).Commit(r.Context()))
+		c := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+			idemtest.Must(idemtest.Execution(r).Commit(r.Context()))
 			time.Sleep(time.Minute) // renewals
 			w.WriteHeader(http.StatusCreated)
 		})
 		ctx, hangUp := context.WithCancel(context.WithValue(t.Context(), tenantKey{}, "acme"))
 		hangUp()
-		c.do(c.request(exchange{key: k("a")}).WithContext(ctx))
-		freeing := newAPI(store, &idempotency.Options{}, answering(503))
-		freeing.do(freeing.request(exchange{key: k("b")}).WithContext(ctx))
+		c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx))
+		freeing := idemtest.NewClient(store, &idempotency.Options{}, idemtest.Answering(503))
+		freeing.Do(freeing.Request(idemtest.Exchange{Key: "b"}).WithContext(ctx))
 		require.Greater(t, seen["Acquire"], 4)
 		require.Equal(t, 1, seen["Complete"])
 		require.Equal(t, 1, seen["Release"])
@@ -83,7 +63,7 @@ func TestStoreCallsOutliveTheClient(t *testing.T) {
 func TestStoreCallsEndInTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var took []time.Duration
-		store := &observedStore{idempotency.NewMemoryStore(), func(ctx context.Context, _ string) {
+		store := &idemtest.ObservedStore{Store: idempotency.NewMemoryStore(), Look: func(ctx context.Context, _ string) {
 			require.NoError(t, ctx.Err())
 			start := time.Now()
 			<-ctx.Done()
@@ -91,10 +71,10 @@ func TestStoreCallsEndInTime(t *testing.T) {
 			require.ErrorIs(t, context.Cause(ctx), context.DeadlineExceeded)
 			took = append(took, time.Since(start))
 		}}
-		c := newAPI(store, &idempotency.Options{}, nil)
+		c := idemtest.NewClient(store, &idempotency.Options{}, nil)
 		ctx, hangUp := context.WithCancel(t.Context())
 		hangUp()
-		c.do(c.request(exchange{key: k("a")}).WithContext(ctx))
+		c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx))
 		require.Equal(t, []time.Duration{time.Second / 2, time.Second / 2}, took)
 	})
 }
@@ -102,7 +82,7 @@ func TestStoreCallsEndInTime(t *testing.T) {
 // So is one that only asks now and then whether it may go on.
 func TestStoreCallsKnowTheirEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		store := &observedStore{idempotency.NewMemoryStore(), func(ctx context.Context, _ string) {
+		store := &idemtest.ObservedStore{Store: idempotency.NewMemoryStore(), Look: func(ctx context.Context, _ string) {
 			deadline, _ := ctx.Deadline()
 			time.Sleep(time.Until(deadline) - 1)
 			require.NoError(t, ctx.Err())
@@ -110,8 +90,8 @@ func TestStoreCallsKnowTheirEnd(t *testing.T) {
 			require.ErrorIs(t, ctx.Err(), context.DeadlineExceeded)
 			<-ctx.Done()
 		}}
-		c := newAPI(store, &idempotency.Options{}, nil)
-		c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
+		c := idemtest.NewClient(store, &idempotency.Options{}, nil)
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
 	})
 }
 
@@ -123,7 +103,7 @@ func TestBodyIsClosedBeforeTheResponseIsStored(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			var left *http.Request
 			looked := false
-			store := &observedStore{idempotency.NewMemoryStore(), func(_ context.Context, method string) {
+			store := &idemtest.ObservedStore{Store: idempotency.NewMemoryStore(), Look: func(_ context.Context, method string) {
 				if method == "Complete" {
 					looked = true
 					n, err := left.Body.Read(make([]byte, 10))
@@ -131,8 +111,8 @@ func TestBodyIsClosedBeforeTheResponseIsStored(t *testing.T) {
 					require.ErrorIs(t, err, http.ErrBodyReadAfterClose)
 				}
 			}}
-			c := newAPI(store, &idempotency.Options{MaxBufferedBody: 64}, func(_ http.ResponseWriter, r *http.Request) { left = r })
-			c.check(t, 0, exchange{key: k("a"), body: body, get: "200 "})
+			c := idemtest.NewClient(store, &idempotency.Options{MaxBufferedBody: 64}, func(_ http.ResponseWriter, r *http.Request) { left = r })
+			c.Check(t, 0, idemtest.Exchange{Key: "a", Body: body, Get: "200 "})
 			require.True(t, looked)
 		})
 	}
@@ -144,18 +124,18 @@ func TestStoredBeforeSent(t *testing.T) {
 		t.Run(http.StatusText(status), func(t *testing.T) {
 			w := httptest.NewRecorder()
 			settled := 0
-			store := &observedStore{idempotency.NewMemoryStore(), func(_ context.Context, method string) {
+			store := &idemtest.ObservedStore{Store: idempotency.NewMemoryStore(), Look: func(_ context.Context, method string) {
 				if method != "Acquire" {
 					settled++
 					require.Zero(t, w.Body.Len())
 				}
 			}}
-			c := newAPI(store, &idempotency.Options{}, func(w http.ResponseWriter, _ *http.Request) {
+			c := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, _ *http.Request) {
 				w.WriteHeader(status)
 				_, err := io.WriteString(w, "the answer")
-				must(err)
+				idemtest.Must(err)
 			})
-			c.handler.ServeHTTP(w, c.request(exchange{key: k("a")}))
+			c.Handler.ServeHTTP(w, c.Request(idemtest.Exchange{Key: "a"}))
 			require.Equal(t, 1, settled)
 			require.Equal(t, status, w.Code)
 			require.Equal(t, "the answer", w.Body.String())
@@ -173,18 +153,18 @@ func TestSealedBodies(t *testing.T) {
 	for _, size := range []int{10, 1000, 10_000, 100_000} {
 		t.Run(fmt.Sprint(size), func(t *testing.T) {
 			eachWay(t, func(t *testing.T, store idempotency.Store) {
-				events := &eventLog{}
+				events := &idemtest.EventLog{}
 				body := strings.Repeat("x", size)
 				nonces := map[string]bool{}
-				c := newAPI(store, &idempotency.Options{AEAD: aead, OnEvent: events.add}, func(w http.ResponseWriter, _ *http.Request) {
+				c := idemtest.NewClient(store, &idempotency.Options{AEAD: aead, OnEvent: events.Add}, func(w http.ResponseWriter, _ *http.Request) {
 					_, err := io.WriteString(w, body)
-					must(err)
+					idemtest.Must(err)
 				})
 				for i := range 5 {
-					key := k(fmt.Sprint("key", i))
-					c.check(t, i, exchange{key: key, get: "200 " + body})
-					c.check(t, i, exchange{key: key, get: "replay 200 " + body})
-					rec, err := store.Acquire(t.Context(), events.last().StoreKey,
+					key := fmt.Sprint("key", i)
+					c.Check(t, i, idemtest.Exchange{Key: key, Get: "200 " + body})
+					c.Check(t, i, idemtest.Exchange{Key: key, Get: "replay 200 " + body})
+					rec, err := store.Acquire(t.Context(), events.Last().StoreKey,
 						idempotency.Claim{Token: "1", Lease: time.Second, TTL: time.Second})
 					require.NoError(t, err)
 					require.Greater(t, len(rec.Value), size)
@@ -200,18 +180,18 @@ func TestSealedBodies(t *testing.T) {
 // What is refused for certain has made no claim, and none is given back.
 func TestRefusalsCostNoRelease(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		store := &faultyStore{Store: idempotency.NewMemoryStore()}
-		c := newAPI(store, &idempotency.Options{Wait: idempotency.NoWait}, lasting(time.Second))
+		store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+		c := idemtest.NewClient(store, &idempotency.Options{Wait: idempotency.NoWait}, idemtest.Lasting(time.Second))
 		var first sync.WaitGroup
-		first.Go(func() { c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"}) })
+		first.Go(func() { c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"}) })
 		synctest.Wait()
-		c.check(t, 1, exchange{key: k("a"), get: "409 in_progress"})
-		c.check(t, 2, exchange{key: k("a"), body: "other", get: "422 key_reused"})
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
+		c.Check(t, 2, idemtest.Exchange{Key: "a", Body: "other", Get: "422 key_reused"})
 		first.Wait()
-		store.fail("Acquire", idempotency.ErrStoreFull)
-		c.check(t, 3, exchange{key: k("b"), get: "503 store_unavailable"})
+		store.Fail("Acquire", idempotency.ErrStoreFull)
+		c.Check(t, 3, idemtest.Exchange{Key: "b", Get: "503 store_unavailable"})
 		time.Sleep(time.Hour)
-		require.Zero(t, store.count("Release"))
-		require.Equal(t, 4, store.count("Acquire"), "a full store is not asked twice")
+		require.Zero(t, store.Count("Release"))
+		require.Equal(t, 4, store.Count("Acquire"), "a full store is not asked twice")
 	})
 }

@@ -17,47 +17,46 @@ import (
 	"time"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/stretchr/testify/require"
 )
 
-var errDown = errors.New("secret-host:6379 is down")
-
 // withFaults runs test in virtual time with a memory store that can fail.
-func withFaults(t *testing.T, opts idempotency.Options, handler http.HandlerFunc, test func(t *testing.T, s *faultyStore, c *api, events *eventLog)) {
+func withFaults(t *testing.T, opts idempotency.Options, handler http.HandlerFunc, test func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, events *idemtest.EventLog)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		s, events := &faultyStore{Store: idempotency.NewMemoryStore()}, &eventLog{}
-		opts.OnEvent = events.add
-		test(t, s, newAPI(s, &opts, handler), events)
+		s, events := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}, &idemtest.EventLog{}
+		opts.OnEvent = events.Add
+		test(t, s, idemtest.NewClient(s, &opts, handler), events)
 		time.Sleep(time.Hour) // what goes on in the background ends
 	})
 }
 
 func TestStoreDownBeforeTheHandler(t *testing.T) {
-	for name, fail := range map[string]func(s *faultyStore){
-		"and the claim was not made":         func(s *faultyStore) { s.fail("Acquire", errDown) },
-		"and the claim was made unnoticed":   func(s *faultyStore) { s.failAfter("Acquire", errDown) },
-		"and it answers what is not a state": func(s *faultyStore) { s.Store = zeroStateStore{s.Store} },
+	for name, fail := range map[string]func(s *idemtest.FaultyStore){
+		"and the claim was not made":         func(s *idemtest.FaultyStore) { s.Fail("Acquire", idemtest.ErrDown) },
+		"and the claim was made unnoticed":   func(s *idemtest.FaultyStore) { s.FailAfter("Acquire", idemtest.ErrDown) },
+		"and it answers what is not a state": func(s *idemtest.FaultyStore) { s.Store = zeroStateStore{s.Store} },
 	} {
 		t.Run(name, func(t *testing.T) {
-			withFaults(t, idempotency.Options{}, nil, func(t *testing.T, s *faultyStore, c *api, events *eventLog) {
+			withFaults(t, idempotency.Options{}, nil, func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, events *idemtest.EventLog) {
 				memory := s.Store
 				fail(s)
-				resp := c.do(c.request(exchange{key: k("a")}))
+				resp := c.Do(c.Request(idemtest.Exchange{Key: "a"}))
 				require.Equal(t, "1", resp.Header.Get("Retry-After"))
-				got, p := describe(t, resp)
+				got, p := idemtest.Describe(t, resp)
 				require.Equal(t, "503 store_unavailable", got)
 				require.True(t, p.Retryable)
 				require.NotContains(t, p.Detail, "secret-host")
-				require.Equal(t, 2, s.count("Acquire"), "tried once more with the same token")
-				require.ErrorIs(t, events.last().Err, idempotency.ErrStoreUnavailable)
+				require.Equal(t, 2, s.Count("Acquire"), "tried once more with the same token")
+				require.ErrorIs(t, events.Last().Err, idempotency.ErrStoreUnavailable)
 
 				s.Store = memory
-				s.fail("Acquire", nil)
-				s.failAfter("Acquire", nil)
+				s.Fail("Acquire", nil)
+				s.FailAfter("Acquire", nil)
 				time.Sleep(time.Second) // the uncertain claim is given back, long before its lease ends
-				c.check(t, 1, exchange{key: k("a"), get: "201 charge 1"})
-				require.Equal(t, 1, c.runs())
+				c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
+				require.Equal(t, 1, c.Runs())
 			})
 		})
 	}
@@ -70,10 +69,10 @@ func (s zeroStateStore) Acquire(context.Context, string, idempotency.Claim) (ide
 }
 
 func TestLostReplyOfAClaimIsNotAStranger(t *testing.T) {
-	withFaults(t, idempotency.Options{Wait: idempotency.NoWait}, nil, func(t *testing.T, s *faultyStore, c *api, _ *eventLog) {
+	withFaults(t, idempotency.Options{Wait: idempotency.NoWait}, nil, func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, _ *idemtest.EventLog) {
 		lost := &oneLostReply{Store: s.Store}
 		s.Store = lost
-		c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
 		require.Equal(t, 1, lost.lost)
 	})
 }
@@ -88,24 +87,24 @@ func (s *oneLostReply) Acquire(ctx context.Context, key string, c idempotency.Cl
 	rec, err := s.Store.Acquire(ctx, key, c)
 	if s.lost == 0 {
 		s.lost++
-		return idempotency.Record{}, errDown
+		return idempotency.Record{}, idemtest.ErrDown
 	}
 	return rec, err
 }
 
 // A claim that arrives after it was given up must not hold the key.
 func TestDelayedClaim(t *testing.T) {
-	withFaults(t, idempotency.Options{AtMostOnce: true}, nil, func(t *testing.T, s *faultyStore, c *api, _ *eventLog) {
+	withFaults(t, idempotency.Options{AtMostOnce: true}, nil, func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, _ *idemtest.EventLog) {
 		arrive := make(chan struct{})
 		delayed := &delayingStore{Store: s.Store, arrive: arrive}
 		s.Store = delayed
-		c.check(t, 0, exchange{key: k("a"), get: "503 store_unavailable", took: time.Second})
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 store_unavailable", Took: time.Second})
 		time.Sleep(time.Second) // released in the background
 		close(arrive)
 		synctest.Wait()
 		require.Equal(t, []idempotency.State{idempotency.Lost, idempotency.Lost}, delayed.late)
 		delayed.arrive = nil
-		c.check(t, 1, exchange{key: k("a"), get: "201 charge 1"})
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
 	})
 }
 
@@ -134,60 +133,60 @@ func (s *delayingStore) Acquire(ctx context.Context, key string, c idempotency.C
 
 func TestFailOpen(t *testing.T) {
 	handler := func(w http.ResponseWriter, r *http.Request) {
-		e := execution(r)
+		e := idemtest.Execution(r)
 		require.Equal(t, "a", e.Key())
 		require.Equal(t, 1, e.Attempt())
 		require.NotEmpty(t, e.DownstreamKey("psp"))
 		require.ErrorIs(t, e.Commit(r.Context()), idempotency.ErrStoreUnavailable)
-		lasting(0)(w, r)
+		idemtest.Lasting(0)(w, r)
 	}
-	withFaults(t, idempotency.Options{FailOpen: true}, handler, func(t *testing.T, s *faultyStore, c *api, events *eventLog) {
-		s.fail("Acquire", errDown)
-		c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
-		c.check(t, 1, exchange{key: k("a"), get: "201 charge 2"})
-		require.Equal(t, []string{"unprotected 0", "unprotected 0"}, events.all())
-		require.ErrorIs(t, events.last().Err, errDown)
+	withFaults(t, idempotency.Options{FailOpen: true}, handler, func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, events *idemtest.EventLog) {
+		s.Fail("Acquire", idemtest.ErrDown)
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 charge 2"})
+		require.Equal(t, []string{"unprotected 0", "unprotected 0"}, events.All())
+		require.ErrorIs(t, events.Last().Err, idemtest.ErrDown)
 	})
 }
 
 // The claim that was made unnoticed protects an unprotected run for a while.
 func TestFailOpenKeepsAnUncertainClaim(t *testing.T) {
-	withFaults(t, idempotency.Options{FailOpen: true, Wait: idempotency.NoWait}, lasting(10*time.Second), func(t *testing.T, s *faultyStore, c *api, _ *eventLog) {
-		s.failAfter("Acquire", errDown)
-		go c.do(c.request(exchange{key: k("a")}))
+	withFaults(t, idempotency.Options{FailOpen: true, Wait: idempotency.NoWait}, idemtest.Lasting(10*time.Second), func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, _ *idemtest.EventLog) {
+		s.FailAfter("Acquire", idemtest.ErrDown)
+		go c.Do(c.Request(idemtest.Exchange{Key: "a"}))
 		synctest.Wait()
-		s.failAfter("Acquire", nil)
+		s.FailAfter("Acquire", nil)
 		time.Sleep(5 * time.Second)
-		c.check(t, 1, exchange{key: k("a"), get: "409 in_progress"})
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
 	})
 }
 
 func TestFailOpenPanicIsReported(t *testing.T) {
-	withFaults(t, idempotency.Options{FailOpen: true}, panicOnce, func(t *testing.T, s *faultyStore, c *api, events *eventLog) {
-		s.fail("Acquire", errDown)
-		c.check(t, 0, exchange{key: k("a"), get: "panic"})
-		require.Equal(t, []string{"panicked 0"}, events.all())
+	withFaults(t, idempotency.Options{FailOpen: true}, idemtest.PanicOnce, func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, events *idemtest.EventLog) {
+		s.Fail("Acquire", idemtest.ErrDown)
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "panic"})
+		require.Equal(t, []string{"panicked 0"}, events.All())
 	})
 }
 
 // A first try whose reply is lost may still arrive: after the second try has
 // found someone else, and that one has left.
 func TestGhostOfAClaim(t *testing.T) {
-	withFaults(t, idempotency.Options{AtMostOnce: true, Wait: idempotency.NoWait}, answering(429, 201), func(t *testing.T, s *faultyStore, c *api, _ *eventLog) {
+	withFaults(t, idempotency.Options{AtMostOnce: true, Wait: idempotency.NoWait}, idemtest.Answering(429, 201), func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, _ *idemtest.EventLog) {
 		inner := s.Store
 		ghost := &ghostStore{Store: inner}
-		c.check(t, 0, exchange{key: k("other"), get: "429 "})
+		c.Check(t, 0, idemtest.Exchange{Key: "other", Get: "429 "})
 		rec, err := inner.Acquire(t.Context(), storeKeyOfA, idempotency.Claim{Token: "first", Lease: time.Minute, TTL: time.Hour})
 		require.NoError(t, err)
 		require.Equal(t, idempotency.Acquired, rec.State)
-		s.replace(ghost)
-		c.check(t, 1, exchange{key: k("a"), get: "409 in_progress"})
-		s.replace(inner)
+		s.Replace(ghost)
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
+		s.Replace(inner)
 		require.NoError(t, inner.Release(t.Context(), storeKeyOfA, "first", time.Minute))
 		time.Sleep(25 * time.Millisecond)
 		ghost.arrive(t) // before the claim is given back
 		time.Sleep(time.Second)
-		c.check(t, 2, exchange{key: k("a"), get: "201 "})
+		c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "201 "})
 	})
 }
 
@@ -203,7 +202,7 @@ type ghostStore struct {
 func (s *ghostStore) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
 	if s.kept == nil {
 		s.kept = &c
-		return idempotency.Record{}, errDown
+		return idempotency.Record{}, idemtest.ErrDown
 	}
 	return s.Store.Acquire(ctx, key, c)
 }
@@ -218,58 +217,58 @@ func (s *ghostStore) arrive(t *testing.T) {
 // With FailOpen a store that goes down while a duplicate waits does not make it
 // run beside the first.
 func TestFailOpenDoesNotRunBesideAnother(t *testing.T) {
-	withFaults(t, idempotency.Options{FailOpen: true}, lasting(3*time.Second), func(t *testing.T, s *faultyStore, c *api, _ *eventLog) {
+	withFaults(t, idempotency.Options{FailOpen: true}, idemtest.Lasting(3*time.Second), func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, _ *idemtest.EventLog) {
 		first := make(chan struct{})
 		go func() {
 			defer close(first)
-			c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
+			c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
 		}()
 		synctest.Wait()
 		go func() {
 			time.Sleep(time.Second)
-			s.fail("Acquire", errDown)
+			s.Fail("Acquire", idemtest.ErrDown)
 		}()
-		c.check(t, 1, exchange{key: k("a"), get: "503 store_unavailable"})
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "503 store_unavailable"})
 		<-first
-		require.Equal(t, 1, c.runs())
+		require.Equal(t, 1, c.Runs())
 	})
 }
 
 func TestCompleteFails(t *testing.T) {
 	for name, row := range map[string]struct {
-		fail  func(s *faultyStore)
+		fail  func(s *idemtest.FaultyStore)
 		until time.Duration // the store is back
 		then  string
 		runs  int
 		once  bool
 	}{
-		"until just before the lease ends": {fail: func(s *faultyStore) { s.fail("Complete", errDown) }, until: 29900 * time.Millisecond, then: "replay 201 charge 1", runs: 1},
-		"longer, for an at-most-once key":  {fail: func(s *faultyStore) { s.fail("Complete", errDown) }, until: 5 * time.Minute, then: "replay 201 charge 1", runs: 1, once: true},
-		"too long for an at-most-once key": {fail: func(s *faultyStore) { s.fail("Complete", errDown) }, until: 15 * time.Minute, then: "409 outcome_unknown", runs: 1, once: true},
-		"for a moment":                     {fail: func(s *faultyStore) { s.fail("Complete", errDown) }, until: 200 * time.Millisecond, then: "replay 201 charge 1", runs: 1},
-		"for a while":                      {fail: func(s *faultyStore) { s.fail("Complete", errDown) }, until: 20 * time.Second, then: "replay 201 charge 1", runs: 1},
-		"but took effect":                  {fail: func(s *faultyStore) { s.failAfter("Complete", errDown) }, until: 20 * time.Second, then: "replay 201 charge 1", runs: 1},
-		"for longer than the lease":        {fail: func(s *faultyStore) { s.fail("Complete", errDown) }, until: 40 * time.Second, then: "201 charge 2", runs: 2},
+		"until just before the lease ends": {fail: func(s *idemtest.FaultyStore) { s.Fail("Complete", idemtest.ErrDown) }, until: 29900 * time.Millisecond, then: "replay 201 charge 1", runs: 1},
+		"longer, for an at-most-once key":  {fail: func(s *idemtest.FaultyStore) { s.Fail("Complete", idemtest.ErrDown) }, until: 5 * time.Minute, then: "replay 201 charge 1", runs: 1, once: true},
+		"too long for an at-most-once key": {fail: func(s *idemtest.FaultyStore) { s.Fail("Complete", idemtest.ErrDown) }, until: 15 * time.Minute, then: "409 outcome_unknown", runs: 1, once: true},
+		"for a moment":                     {fail: func(s *idemtest.FaultyStore) { s.Fail("Complete", idemtest.ErrDown) }, until: 200 * time.Millisecond, then: "replay 201 charge 1", runs: 1},
+		"for a while":                      {fail: func(s *idemtest.FaultyStore) { s.Fail("Complete", idemtest.ErrDown) }, until: 20 * time.Second, then: "replay 201 charge 1", runs: 1},
+		"but took effect":                  {fail: func(s *idemtest.FaultyStore) { s.FailAfter("Complete", idemtest.ErrDown) }, until: 20 * time.Second, then: "replay 201 charge 1", runs: 1},
+		"for longer than the lease":        {fail: func(s *idemtest.FaultyStore) { s.Fail("Complete", idemtest.ErrDown) }, until: 40 * time.Second, then: "201 charge 2", runs: 2},
 	} {
 		t.Run(name, func(t *testing.T) {
-			withFaults(t, idempotency.Options{Wait: idempotency.NoWait, AtMostOnce: row.once}, nil, func(t *testing.T, s *faultyStore, c *api, events *eventLog) {
+			withFaults(t, idempotency.Options{Wait: idempotency.NoWait, AtMostOnce: row.once}, nil, func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, events *idemtest.EventLog) {
 				row.fail(s)
 				go func() {
 					time.Sleep(row.until)
-					s.fail("Complete", nil)
-					s.failAfter("Complete", nil)
+					s.Fail("Complete", nil)
+					s.FailAfter("Complete", nil)
 				}()
 				start := time.Now()
-				c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
+				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
 				require.LessOrEqual(t, time.Since(start), time.Second, "the client does not wait longer than StoreTimeout")
 				if row.until > time.Second {
-					require.ErrorIs(t, events.last().Err, errDown)
-					got, _ := describe(t, c.do(c.request(exchange{key: k("a")})))
+					require.ErrorIs(t, events.Last().Err, idemtest.ErrDown)
+					got, _ := idemtest.Describe(t, c.Do(c.Request(idemtest.Exchange{Key: "a"})))
 					require.NotContains(t, got, "charge 2", "the claim stands meanwhile")
 				}
 				time.Sleep(row.until + 10*time.Second)
-				c.check(t, 1, exchange{key: k("a"), get: row.then})
-				require.Equal(t, row.runs, c.runs())
+				c.Check(t, 1, idemtest.Exchange{Key: "a", Get: row.then})
+				require.Equal(t, row.runs, c.Runs())
 			})
 		})
 	}
@@ -279,16 +278,16 @@ func TestCompleteFails(t *testing.T) {
 func TestOneLostReply(t *testing.T) {
 	for _, method := range []string{"Acquire", "Complete", "Release"} {
 		t.Run(method, func(t *testing.T) {
-			withFaults(t, idempotency.Options{Wait: idempotency.NoWait}, answering(201, 500), func(t *testing.T, s *faultyStore, c *api, events *eventLog) {
+			withFaults(t, idempotency.Options{Wait: idempotency.NoWait}, idemtest.Answering(201, 500), func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, events *idemtest.EventLog) {
 				if method == "Release" {
-					c.check(t, 0, exchange{key: k("first"), get: "201 "})
+					c.Check(t, 0, idemtest.Exchange{Key: "first", Get: "201 "})
 				}
-				s.loseReply(method)
+				s.LoseReply(method)
 				start := time.Now()
-				resp := c.do(c.request(exchange{key: k("a")}))
+				resp := c.Do(c.Request(idemtest.Exchange{Key: "a"}))
 				require.Less(t, time.Since(start), time.Second)
 				require.Less(t, resp.StatusCode, 502)
-				require.NoError(t, events.last().Err)
+				require.NoError(t, events.Last().Err)
 			})
 		})
 	}
@@ -299,39 +298,39 @@ func TestBrokenWatch(t *testing.T) {
 	for name, watch := range map[string]func() (<-chan struct{}, error){
 		"fires at once": func() (<-chan struct{}, error) { c := make(chan struct{}); close(c); return c, nil },
 		"never fires":   func() (<-chan struct{}, error) { return make(chan struct{}), nil },
-		"fails":         func() (<-chan struct{}, error) { return nil, errDown },
+		"fails":         func() (<-chan struct{}, error) { return nil, idemtest.ErrDown },
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				s := &fakeWatcher{faultyStore: &faultyStore{Store: idempotency.NewMemoryStore()}, watch: watch}
-				c := newAPI(s, &idempotency.Options{Lease: 4 * time.Second}, panicOnce)
-				c.check(t, 0, exchange{key: k("a"), get: "panic"})
+				s := &fakeWatcher{FaultyStore: &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}, watch: watch}
+				c := idemtest.NewClient(s, &idempotency.Options{Lease: 4 * time.Second}, idemtest.PanicOnce)
+				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "panic"})
 				start := time.Now()
-				c.check(t, 1, exchange{key: k("a"), get: "201 attempt 2"})
+				c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 attempt 2"})
 				require.InDelta(t, 4, time.Since(start).Seconds(), 0.1)
-				require.Less(t, s.count("Acquire"), 1000)
+				require.Less(t, s.Count("Acquire"), 1000)
 			})
 		})
 	}
 }
 
 type fakeWatcher struct {
-	*faultyStore
+	*idemtest.FaultyStore
 	watch func() (<-chan struct{}, error)
 }
 
 func (s *fakeWatcher) Watch(context.Context, string) (<-chan struct{}, error) { return s.watch() }
 
 func TestReleaseFailsForAWhile(t *testing.T) {
-	withFaults(t, idempotency.Options{Wait: idempotency.NoWait}, answering(500, 201), func(t *testing.T, s *faultyStore, c *api, events *eventLog) {
-		s.fail("Release", errDown)
-		c.check(t, 0, exchange{key: k("a"), get: "500 "})
-		require.Equal(t, []string{"released 500"}, events.all())
-		require.ErrorIs(t, events.last().Err, errDown)
-		c.check(t, 1, exchange{key: k("a"), get: "409 in_progress"})
-		s.fail("Release", nil)
+	withFaults(t, idempotency.Options{Wait: idempotency.NoWait}, idemtest.Answering(500, 201), func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, events *idemtest.EventLog) {
+		s.Fail("Release", idemtest.ErrDown)
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "500 "})
+		require.Equal(t, []string{"released 500"}, events.All())
+		require.ErrorIs(t, events.Last().Err, idemtest.ErrDown)
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
+		s.Fail("Release", nil)
 		time.Sleep(6 * time.Second)
-		c.check(t, 2, exchange{key: k("a"), get: "201 "})
+		c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "201 "})
 	})
 }
 
@@ -340,7 +339,7 @@ func TestReleaseFailsForAWhile(t *testing.T) {
 // lease: else it would be said to be unknown for all of the TTL.
 func TestReleaseFailsForLongerThanTheLease(t *testing.T) {
 	commits := func(w http.ResponseWriter, r *http.Request) {
-		if run(r) == 1 && execution(r).Commit(r.Context()) != nil { // the claim may be marked all the same
+		if idemtest.Run(r) == 1 && idemtest.Execution(r).Commit(r.Context()) != nil { // the claim may be marked all the same
 			w.WriteHeader(429)
 		}
 	}
@@ -349,20 +348,20 @@ func TestReleaseFailsForLongerThanTheLease(t *testing.T) {
 		handler http.HandlerFunc
 		then    string
 	}{
-		"at most once":                        {true, answering(429, 201), "201 "},
+		"at most once":                        {true, idemtest.Answering(429, 201), "201 "},
 		"after a Commit whose reply was lost": {false, commits, "200 "},
 	} {
 		t.Run(name, func(t *testing.T) {
-			withFaults(t, idempotency.Options{AtMostOnce: row.once, Wait: idempotency.NoWait}, row.handler, func(t *testing.T, s *faultyStore, c *api, _ *eventLog) {
-				s.fail("Release", errDown)
+			withFaults(t, idempotency.Options{AtMostOnce: row.once, Wait: idempotency.NoWait}, row.handler, func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, _ *idemtest.EventLog) {
+				s.Fail("Release", idemtest.ErrDown)
 				if !row.once {
-					s.replace(&lostCommits{Store: s.inner()})
+					s.Replace(&lostCommits{Store: s.Store})
 				}
-				c.check(t, 0, exchange{key: k("a"), get: "429 "})
+				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "429 "})
 				time.Sleep(time.Minute)
-				s.fail("Release", nil)
+				s.Fail("Release", nil)
 				time.Sleep(10 * time.Second)
-				c.check(t, 1, exchange{key: k("a"), get: row.then})
+				c.Check(t, 1, idemtest.Exchange{Key: "a", Get: row.then})
 			})
 		})
 	}
@@ -374,7 +373,7 @@ type lostCommits struct{ idempotency.Store }
 func (s *lostCommits) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
 	rec, err := s.Store.Acquire(ctx, key, c)
 	if c.Once {
-		return idempotency.Record{}, errDown
+		return idempotency.Record{}, idemtest.ErrDown
 	}
 	return rec, err
 }
@@ -383,43 +382,43 @@ func (s *lostCommits) Acquire(ctx context.Context, key string, c idempotency.Cla
 // beside that one, whatever becomes of its own Complete.
 func TestStaleOwnerDoesNotAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		memory, events := idempotency.NewMemoryStore(), &eventLog{}
-		store := &faultyStore{Store: memory}
-		stale := newAPI(store, &idempotency.Options{OnEvent: events.add}, func(w http.ResponseWriter, r *http.Request) {
-			store.fail("Acquire", errDown)
+		memory, events := idempotency.NewMemoryStore(), &idemtest.EventLog{}
+		store := &idemtest.FaultyStore{Store: memory}
+		stale := idemtest.NewClient(store, &idempotency.Options{OnEvent: events.Add}, func(w http.ResponseWriter, r *http.Request) {
+			store.Fail("Acquire", idemtest.ErrDown)
 			time.Sleep(time.Minute) // it charges, and does not look at its context
-			store.fail("Acquire", nil)
-			require.ErrorIs(t, execution(r).Commit(r.Context()), idempotency.ErrLeaseLost)
-			store.fail("Complete", errDown)
-			lasting(0)(w, r)
+			store.Fail("Acquire", nil)
+			require.ErrorIs(t, idemtest.Execution(r).Commit(r.Context()), idempotency.ErrLeaseLost)
+			store.Fail("Complete", idemtest.ErrDown)
+			idemtest.Lasting(0)(w, r)
 		})
-		other := newAPI(memory, &idempotency.Options{}, lasting(0))
+		other := idemtest.NewClient(memory, &idempotency.Options{}, idemtest.Lasting(0))
 		go func() {
 			time.Sleep(45 * time.Second)
-			other.check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
+			other.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
 		}()
-		stale.check(t, 0, exchange{key: k("a"), get: "409 in_progress"})
-		require.Equal(t, []string{"lease_lost 409"}, events.all())
-		store.fail("Complete", nil)
-		stale.check(t, 1, exchange{key: k("a"), get: "replay 201 charge 1"})
+		stale.Check(t, 0, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
+		require.Equal(t, []string{"lease_lost 409"}, events.All())
+		store.Fail("Complete", nil)
+		stale.Check(t, 1, idemtest.Exchange{Key: "a", Get: "replay 201 charge 1"})
 	})
 }
 
 func TestStoreFull(t *testing.T) {
-	withFaults(t, idempotency.Options{}, nil, func(t *testing.T, s *faultyStore, c *api, events *eventLog) {
+	withFaults(t, idempotency.Options{}, nil, func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, events *idemtest.EventLog) {
 		s.Store = &idempotency.MemoryStore{MaxBytes: 1}
-		c.check(t, 0, exchange{key: k("a"), get: "503 store_unavailable"})
-		require.ErrorIs(t, events.last().Err, idempotency.ErrStoreFull)
-		require.Zero(t, c.runs())
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 store_unavailable"})
+		require.ErrorIs(t, events.Last().Err, idempotency.ErrStoreFull)
+		require.Zero(t, c.Runs())
 	})
 }
 
 func TestAttachedTransaction(t *testing.T) {
 	attaching := func(commit bool, status int) http.HandlerFunc {
 		return func(w http.ResponseWriter, r *http.Request) {
-			execution(r).Attach("transaction")
+			idemtest.Execution(r).Attach("transaction")
 			if commit {
-				must(execution(r).Commit(r.Context()))
+				idemtest.Must(idemtest.Execution(r).Commit(r.Context()))
 			}
 			w.WriteHeader(status)
 		}
@@ -435,23 +434,23 @@ func TestAttachedTransaction(t *testing.T) {
 		"rolled back frees the key":         {attaching(false, 201), fmt.Errorf("serialization: %w", idempotency.ErrRolledBack), "503 store_unavailable", "store_unavailable 503", "201 "},
 		"rolled back, the lease being lost": {attaching(false, 201), errors.Join(idempotency.ErrRolledBack, idempotency.ErrLeaseLost), "409 in_progress", "lease_lost 409", "201 "},
 		"rolled back after Commit":          {attaching(true, 201), idempotency.ErrRolledBack, "503 store_unavailable", "store_unavailable 503", "409 outcome_unknown"},
-		"unknown is not answered":           {attaching(false, 201), errDown, "503 store_unavailable", "store_unavailable 503", "201 "},
+		"unknown is not answered":           {attaching(false, 201), idemtest.ErrDown, "503 store_unavailable", "store_unavailable 503", "201 "},
 	} {
 		t.Run(name, func(t *testing.T) {
-			withFaults(t, idempotency.Options{}, row.handler, func(t *testing.T, s *faultyStore, c *api, events *eventLog) {
+			withFaults(t, idempotency.Options{}, row.handler, func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, events *idemtest.EventLog) {
 				carrier := &contextStore{Store: s.Store}
 				s.Store = carrier
-				s.fail("Complete", row.err)
-				c.check(t, 0, exchange{key: k("a"), get: row.get})
-				require.Equal(t, 1, s.count("Complete"), "a transaction ends only once")
-				require.Equal(t, []string{row.event}, events.all())
-				s.fail("Complete", nil)
+				s.Fail("Complete", row.err)
+				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: row.get})
+				require.Equal(t, 1, s.Count("Complete"), "a transaction ends only once")
+				require.Equal(t, []string{row.event}, events.All())
+				s.Fail("Complete", nil)
 				if row.later == "201 " && errors.Is(row.err, idempotency.ErrRolledBack) && !errors.Is(row.err, idempotency.ErrLeaseLost) {
-					c.check(t, 1, exchange{key: k("a"), get: "201 "}) // at once
+					c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 "}) // at once
 					return
 				}
 				time.Sleep(31 * time.Second)
-				c.check(t, 1, exchange{key: k("a"), get: row.later})
+				c.Check(t, 1, idemtest.Exchange{Key: "a", Get: row.later})
 			})
 		})
 	}
@@ -462,13 +461,13 @@ func TestUnknownOutcomesAreNotCalledUnprocessed(t *testing.T) {
 	for name, commit := range map[string]bool{"unknown": false, "rolled back after Commit": true} {
 		t.Run(name, func(t *testing.T) {
 			withFaults(t, idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-				execution(r).Attach("transaction")
+				idemtest.Execution(r).Attach("transaction")
 				if commit {
-					must(execution(r).Commit(r.Context()))
+					idemtest.Must(idemtest.Execution(r).Commit(r.Context()))
 				}
-			}, func(t *testing.T, s *faultyStore, c *api, _ *eventLog) {
-				s.fail("Complete", map[bool]error{false: errDown, true: idempotency.ErrRolledBack}[commit])
-				_, p := describe(t, c.do(c.request(exchange{key: k("a")})))
+			}, func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, _ *idemtest.EventLog) {
+				s.Fail("Complete", map[bool]error{false: idemtest.ErrDown, true: idempotency.ErrRolledBack}[commit])
+				_, p := idemtest.Describe(t, c.Do(c.Request(idemtest.Exchange{Key: "a"})))
 				require.Contains(t, p.Detail, "is not known")
 			})
 		})
@@ -478,28 +477,28 @@ func TestUnknownOutcomesAreNotCalledUnprocessed(t *testing.T) {
 // A transaction is ended even when the key was lost.
 func TestLostLeaseEndsTheTransaction(t *testing.T) {
 	withFaults(t, idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-		execution(r).Attach("transaction")
+		idemtest.Execution(r).Attach("transaction")
 		<-r.Context().Done()
 		w.WriteHeader(http.StatusInternalServerError)
-	}, func(t *testing.T, s *faultyStore, c *api, events *eventLog) {
+	}, func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, events *idemtest.EventLog) {
 		carrier := &contextStore{Store: s.Store}
 		s.Store = carrier
-		time.AfterFunc(time.Second, func() { s.fail("Acquire", errDown) })
-		c.check(t, 0, exchange{key: k("a"), get: "409 in_progress"})
-		require.Equal(t, []string{"lease_lost 409"}, events.all())
+		time.AfterFunc(time.Second, func() { s.Fail("Acquire", idemtest.ErrDown) })
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
+		require.Equal(t, []string{"lease_lost 409"}, events.All())
 		require.Equal(t, []string{"Release transaction"}, carrier.seen)
 	})
 }
 
 func TestStoreSeesTheAttachment(t *testing.T) {
 	withFaults(t, idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-		execution(r).Attach("transaction")
-		w.WriteHeader([]int{0, 500, 201}[run(r)])
-	}, func(t *testing.T, s *faultyStore, c *api, _ *eventLog) {
+		idemtest.Execution(r).Attach("transaction")
+		w.WriteHeader([]int{0, 500, 201}[idemtest.Run(r)])
+	}, func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, _ *idemtest.EventLog) {
 		carrier := &contextStore{Store: s.Store}
 		s.Store = carrier
-		c.check(t, 0, exchange{key: k("a"), get: "500 "})
-		c.check(t, 1, exchange{key: k("a"), get: "201 "})
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "500 "})
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 "})
 		require.Equal(t, []string{"Release transaction", "Complete transaction"}, carrier.seen)
 	})
 }
@@ -532,14 +531,14 @@ func (s *contextStore) Release(ctx context.Context, key, token string, keep time
 // A store that goes down, or hands the key to someone else, after the response
 // began to stream: the client must not take what it has for a whole answer.
 func TestWithheldStreamIsAborted(t *testing.T) {
-	store := &faultyStore{Store: idempotency.NewMemoryStore()}
-	c := newAPI(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+	store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+	c := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
 		_, _ = w.Write([]byte("half"))
 		w.(http.Flusher).Flush()
-		store.fail("Complete", idempotency.ErrLeaseLost)
+		store.Fail("Complete", idempotency.ErrLeaseLost)
 	})
 	require.PanicsWithValue(t, http.ErrAbortHandler, func() {
-		c.handler.ServeHTTP(httptest.NewRecorder(), c.request(exchange{key: k("a")}))
+		c.Handler.ServeHTTP(httptest.NewRecorder(), c.Request(idemtest.Exchange{Key: "a"}))
 	})
 }
 
@@ -553,37 +552,37 @@ func newAEAD(t *testing.T, fill byte) cipher.AEAD {
 }
 
 func TestAEAD(t *testing.T) {
-	store := &faultyStore{Store: idempotency.NewMemoryStore()}
-	sealed := newAPI(store, &idempotency.Options{AEAD: newAEAD(t, 1)}, nil)
-	sealed.check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
-	sealed.check(t, 1, exchange{key: k("a"), get: "replay 201 charge 1"})
-	require.NotContains(t, string(store.lastResult().Value), "charge")
+	store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+	sealed := idemtest.NewClient(store, &idempotency.Options{AEAD: newAEAD(t, 1)}, nil)
+	sealed.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
+	sealed.Check(t, 1, idemtest.Exchange{Key: "a", Get: "replay 201 charge 1"})
+	require.NotContains(t, string(store.LastResult().Value), "charge")
 
 	// A value that was moved to another cell is as bad as one that was forged.
-	value := store.lastResult().Value
-	sealed.check(t, 2, exchange{key: k("b"), get: "201 charge 2"})
+	value := store.LastResult().Value
+	sealed.Check(t, 2, idemtest.Exchange{Key: "b", Get: "201 charge 2"})
 	moved := idempotency.NewMemoryStore()
-	require.NoError(t, moved.Complete(t.Context(), store.lastKey(), "x", idempotency.Result{
-		Fingerprint: store.lastResult().Fingerprint, Value: value, TTL: time.Hour,
+	require.NoError(t, moved.Complete(t.Context(), store.LastKey(), "x", idempotency.Result{
+		Fingerprint: store.LastResult().Fingerprint, Value: value, TTL: time.Hour,
 	}))
 
-	for name, c := range map[string]*api{
-		"sealed under another key": newAPI(store, &idempotency.Options{AEAD: newAEAD(t, 2)}, nil),
-		"sealed, but no AEAD":      newAPI(store, &idempotency.Options{}, nil),
+	for name, c := range map[string]*idemtest.Client{
+		"sealed under another key": idemtest.NewClient(store, &idempotency.Options{AEAD: newAEAD(t, 2)}, nil),
+		"sealed, but no AEAD":      idemtest.NewClient(store, &idempotency.Options{}, nil),
 	} {
 		t.Run(name, func(t *testing.T) {
-			c.check(t, 0, exchange{key: k("a"), get: "500 record_unreadable"})
-			require.Zero(t, c.runs())
+			c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "500 record_unreadable"})
+			require.Zero(t, c.Runs())
 		})
 	}
 	t.Run("moved to another cell", func(t *testing.T) {
-		c := newAPI(moved, &idempotency.Options{AEAD: newAEAD(t, 1)}, nil)
-		c.check(t, 0, exchange{key: k("b"), get: "500 record_unreadable"})
+		c := idemtest.NewClient(moved, &idempotency.Options{AEAD: newAEAD(t, 1)}, nil)
+		c.Check(t, 0, idemtest.Exchange{Key: "b", Get: "500 record_unreadable"})
 	})
 	t.Run("not sealed, but AEAD", func(t *testing.T) {
-		plain := &faultyStore{Store: idempotency.NewMemoryStore()}
-		newAPI(plain, &idempotency.Options{}, nil).check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
-		newAPI(plain, &idempotency.Options{AEAD: newAEAD(t, 1)}, nil).check(t, 1, exchange{key: k("a"), get: "500 record_unreadable"})
+		plain := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+		idemtest.NewClient(plain, &idempotency.Options{}, nil).Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
+		idemtest.NewClient(plain, &idempotency.Options{AEAD: newAEAD(t, 1)}, nil).Check(t, 1, idemtest.Exchange{Key: "a", Get: "500 record_unreadable"})
 	})
 }
 
@@ -602,18 +601,18 @@ func TestPanickingCallbacks(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			var log bytes.Buffer
 			row.opts.Logger = slog.New(slog.NewTextHandler(&log, nil))
-			store := &faultyStore{Store: idempotency.NewMemoryStore()}
-			c := newAPI(store, &row.opts, func(w http.ResponseWriter, r *http.Request) {
+			store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+			c := idemtest.NewClient(store, &row.opts, func(w http.ResponseWriter, r *http.Request) {
 				w.Header().Set("X-Some", "header")
-				lasting(0)(w, r)
+				idemtest.Lasting(0)(w, r)
 			})
-			c.check(t, 0, exchange{key: k("a"), get: "201 charge 1"})
+			c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
 			require.Contains(t, log.String(), "panic in")
-			got, _ := describe(t, c.do(c.request(exchange{key: k("a")})))
+			got, _ := idemtest.Describe(t, c.Do(c.Request(idemtest.Exchange{Key: "a"})))
 			require.Equal(t, row.then, got)
-			require.Equal(t, 1, c.runs())
+			require.Equal(t, 1, c.Runs())
 			if row.opts.AEAD != nil {
-				require.NotContains(t, string(store.lastResult().Value), "charge")
+				require.NotContains(t, string(store.LastResult().Value), "charge")
 			}
 		})
 	}
@@ -627,13 +626,13 @@ func (panickingAEAD) NonceSize() int { panic("bug") }
 func TestLog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log bytes.Buffer
-		store := &faultyStore{Store: idempotency.NewMemoryStore()}
-		c := newAPI(store, &idempotency.Options{Logger: slog.New(slog.NewTextHandler(&log, nil))}, nil)
-		c.check(t, 0, exchange{key: k("fine"), get: "201 charge 1"})
-		c.check(t, 1, exchange{key: k("fine"), get: "replay 201 charge 1"})
+		store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+		c := idemtest.NewClient(store, &idempotency.Options{Logger: slog.New(slog.NewTextHandler(&log, nil))}, nil)
+		c.Check(t, 0, idemtest.Exchange{Key: "fine", Get: "201 charge 1"})
+		c.Check(t, 1, idemtest.Exchange{Key: "fine", Get: "replay 201 charge 1"})
 		require.Empty(t, log.String(), "warnings and errors only")
-		store.fail("Acquire", errDown)
-		c.check(t, 2, exchange{key: k("private-key"), body: "private-body", get: "503 store_unavailable"})
+		store.Fail("Acquire", idemtest.ErrDown)
+		c.Check(t, 2, idemtest.Exchange{Key: "private-key", Body: "private-body", Get: "503 store_unavailable"})
 		require.Contains(t, log.String(), "secret-host")
 		time.Sleep(time.Hour) // what goes on in the background ends
 		require.NotContains(t, log.String(), "private")
@@ -642,11 +641,11 @@ func TestLog(t *testing.T) {
 
 func TestEvents(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		events := &eventLog{}
-		c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{OnEvent: events.add}, lasting(2*time.Second))
-		r := c.request(exchange{key: k("a")})
-		c.do(r)
-		e := events.last()
+		events := &idemtest.EventLog{}
+		c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{OnEvent: events.Add}, idemtest.Lasting(2*time.Second))
+		r := c.Request(idemtest.Exchange{Key: "a"})
+		c.Do(r)
+		e := events.Last()
 		require.Equal(t, idempotency.OutcomeExecuted, e.Outcome)
 		require.Len(t, e.StoreKey, 43)
 		require.Equal(t, 1, e.Attempt)
@@ -656,42 +655,42 @@ func TestEvents(t *testing.T) {
 		require.NoError(t, e.Err)
 		require.Same(t, r, e.Request)
 
-		go c.do(c.request(exchange{key: k("b")}))
+		go c.Do(c.Request(idemtest.Exchange{Key: "b"}))
 		synctest.Wait()
 		time.Sleep(500 * time.Millisecond)
-		c.do(c.request(exchange{key: k("b")}))
-		e = events.last()
+		c.Do(c.Request(idemtest.Exchange{Key: "b"}))
+		e = events.Last()
 		require.Equal(t, idempotency.OutcomeReplayed, e.Outcome)
 		require.Equal(t, 1500*time.Millisecond, e.Waited)
 		require.Zero(t, e.Attempt)
 
-		c.do(c.request(exchange{})) // no key, no event
-		c.do(c.request(exchange{key: k("")}))
-		e = events.last()
+		c.Do(c.Request(idemtest.Exchange{})) // no key, no event
+		c.Do(c.Request(idemtest.Exchange{Keys: []string{""}}))
+		e = events.Last()
 		require.Equal(t, idempotency.OutcomeKeyInvalid, e.Outcome)
 		require.ErrorIs(t, e.Err, idempotency.ErrKeyInvalid)
-		require.Len(t, events.all(), 4)
+		require.Len(t, events.All(), 4)
 	})
 }
 
 func TestErrorBody(t *testing.T) {
-	c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{RequireKey: true, DocsURL: "https://docs.example/idempotency"}, nil)
-	resp := c.do(c.request(exchange{}))
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{RequireKey: true, DocsURL: "https://docs.example/idempotency"}, nil)
+	resp := c.Do(c.Request(idemtest.Exchange{}))
 	require.Equal(t, "application/problem+json", resp.Header.Get("Content-Type"))
 	require.Equal(t, "no-store", resp.Header.Get("Cache-Control"))
 	require.Equal(t, "en", resp.Header.Get("Content-Language"))
 	require.Equal(t, `<https://docs.example/idempotency>; rel="describedby"`, resp.Header.Get("Link"))
-	got, p := describe(t, resp)
+	got, p := idemtest.Describe(t, resp)
 	require.Equal(t, "400 key_missing", got)
 	require.Equal(t, "Idempotency-Key is missing", p.Title)
 	require.Equal(t, "https://docs.example/idempotency", p.Type)
 
 	var seen *idempotency.Error
-	c = newAPI(idempotency.NewMemoryStore(), &idempotency.Options{RequireKey: true, ErrorHandler: func(w http.ResponseWriter, r *http.Request, err *idempotency.Error) {
+	c = idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{RequireKey: true, ErrorHandler: func(w http.ResponseWriter, r *http.Request, err *idempotency.Error) {
 		seen = err
 		w.WriteHeader(http.StatusTeapot)
 	}}, nil)
-	require.Equal(t, http.StatusTeapot, c.do(c.request(exchange{})).StatusCode)
+	require.Equal(t, http.StatusTeapot, c.Do(c.Request(idemtest.Exchange{})).StatusCode)
 	require.ErrorIs(t, seen, idempotency.ErrKeyMissing)
 	require.Equal(t, "about:blank", seen.Type)
 }

@@ -8,56 +8,20 @@ import (
 	"net/http/httptest"
 	"runtime"
 	"testing"
-	"time"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/stretchr/testify/require"
 )
 
-// goldenResponse is a record as release 1 wrote it: 201, X-A: 1, X-A: 2, a
-// deleted X-Gone, X-More added to, trailer X-T, body "hello". It must stay
-// readable for ever.
-const goldenResponse = "0101c901002c04" + // version, kind, status 201, no digest, 44 bytes of head with 4 values
-	"03" + "0003582d41020131" + "0132" + // 3 fields; set X-A
-	"0206582d476f6e6500" + // delete X-Gone
-	"0106582d4d6f7265010132" + // add to X-More
-	"01" + "0003582d5401" + "0474" + "61696c" + // 1 trailer
-	"05" + "68656c6c6f"
-
-// goldenCommon has headers that are stored as numbers: Content-Type and its
-// value, Location and X-Request-Id, the last of the list.
-const goldenCommon = "0101c901000d03" + "03" + "20" + "3c042f632f31" + "4f0137" + "00" + "027b7d"
-
-// stored returns a store in which the cell of request has value.
-func stored(t testing.TB, c *api, value []byte) idempotency.Store {
-	return storedUnder(t, c, value, nil)
-}
-
-// storedUnder is stored with another fingerprint than that of the request.
-func storedUnder(t testing.TB, c *api, value, fingerprint []byte) idempotency.Store {
-	s := &faultyStore{Store: idempotency.NewMemoryStore()}
-	opts := idempotency.Options{}
-	probe := newAPI(s, &opts, nil)
-	probe.do(c.request(exchange{key: k("a")}))
-	golden := idempotency.NewMemoryStore()
-	result := s.lastResult()
-	result.Value, result.TTL = value, time.Hour
-	if fingerprint != nil {
-		result.Fingerprint = fingerprint
-	}
-	require.NoError(t, golden.Complete(t.Context(), s.lastKey(), "1", result))
-	return golden
-}
-
 func TestRecordsOfReleasesAreReadable(t *testing.T) {
-	value, err := hex.DecodeString(goldenResponse)
+	value, err := hex.DecodeString(idemtest.GoldenResponse)
 	require.NoError(t, err)
-	c := new(api)
-	c = newAPI(stored(t, c, value), &idempotency.Options{}, nil)
+	c := idemtest.NewClient(idemtest.Stored(t, value), &idempotency.Options{}, nil)
 	w := httptest.NewRecorder()
 	w.Header().Set("X-Gone", "outer")
 	w.Header().Set("X-More", "1")
-	c.handler.ServeHTTP(w, c.request(exchange{key: k("a")}))
+	c.Handler.ServeHTTP(w, c.Request(idemtest.Exchange{Key: "a"}))
 	resp := w.Result()
 	require.Equal(t, 201, resp.StatusCode)
 	require.Equal(t, "hello", w.Body.String())
@@ -67,11 +31,11 @@ func TestRecordsOfReleasesAreReadable(t *testing.T) {
 	require.Equal(t, "true", resp.Header.Get("Idempotent-Replayed"))
 	require.Equal(t, []string{"tail"}, w.Header()["X-T"])
 
-	value, err = hex.DecodeString(goldenCommon)
+	value, err = hex.DecodeString(idemtest.GoldenCommon)
 	require.NoError(t, err)
-	c = newAPI(stored(t, c, value), &idempotency.Options{}, nil)
+	c = idemtest.NewClient(idemtest.Stored(t, value), &idempotency.Options{}, nil)
 	w = httptest.NewRecorder()
-	c.handler.ServeHTTP(w, c.request(exchange{key: k("a")}))
+	c.Handler.ServeHTTP(w, c.Request(idemtest.Exchange{Key: "a"}))
 	require.Equal(t, "{}", w.Body.String())
 	require.Equal(t, http.Header{
 		"Content-Type": {"application/json"}, "Location": {"/c/1"}, "X-Request-Id": {"7"}, "Idempotent-Replayed": {"true"},
@@ -79,8 +43,8 @@ func TestRecordsOfReleasesAreReadable(t *testing.T) {
 
 	value, err = hex.DecodeString("0102c90100")
 	require.NoError(t, err)
-	c = newAPI(stored(t, c, value), &idempotency.Options{}, nil)
-	c.check(t, 0, exchange{key: k("a"), get: "409 response_not_stored", original: 201})
+	c = idemtest.NewClient(idemtest.Stored(t, value), &idempotency.Options{}, nil)
+	c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "409 response_not_stored", Original: 201})
 }
 
 // trustingStore answers with what it has, whoever asks.
@@ -94,20 +58,19 @@ func (s trustingStore) Acquire(ctx context.Context, key string, c idempotency.Cl
 // A response is that of the request which it was stored for, even if the store
 // does not look.
 func TestRecordOfAnotherRequest(t *testing.T) {
-	value, err := hex.DecodeString(goldenResponse)
+	value, err := hex.DecodeString(idemtest.GoldenResponse)
 	require.NoError(t, err)
 	for name, fingerprint := range map[string][]byte{"another's": make([]byte, 32), "none": {}} {
 		t.Run(name, func(t *testing.T) {
-			c := new(api)
-			c = newAPI(trustingStore{storedUnder(t, c, value, fingerprint)}, &idempotency.Options{}, nil)
-			c.check(t, 0, exchange{key: k("a"), get: "422 key_reused"})
+			c := idemtest.NewClient(trustingStore{idemtest.StoredUnder(t, value, fingerprint)}, &idempotency.Options{}, nil)
+			c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "422 key_reused"})
 		})
 	}
 }
 
 // What a client must never see: a panic, a second run, or half a response.
 func TestDamagedRecords(t *testing.T) {
-	golden, err := hex.DecodeString(goldenResponse)
+	golden, err := hex.DecodeString(idemtest.GoldenResponse)
 	require.NoError(t, err)
 	damaged := map[string][]byte{
 		"empty":            {},
@@ -125,7 +88,7 @@ func TestDamagedRecords(t *testing.T) {
 		"no such header":   {1, 1, 0xc9, 1, 0, 4, 1, 1, 0x50, 0, 0},
 		"too few values":   {1, 1, 0xc9, 1, 0, 4, 0, 1, 0x20, 0, 0},
 	}
-	common, err := hex.DecodeString(goldenCommon)
+	common, err := hex.DecodeString(idemtest.GoldenCommon)
 	require.NoError(t, err)
 	for n := range common {
 		damaged["common cut at "+hex.EncodeToString([]byte{byte(n)})] = common[:n]
@@ -135,66 +98,12 @@ func TestDamagedRecords(t *testing.T) {
 	}
 	for name, value := range damaged {
 		t.Run(name, func(t *testing.T) {
-			c := new(api)
-			c = newAPI(stored(t, c, value), &idempotency.Options{}, nil)
-			c.check(t, 0, exchange{key: k("a"), get: "500 record_unreadable"})
-			require.Zero(t, c.runs())
+			c := idemtest.NewClient(idemtest.Stored(t, value), &idempotency.Options{}, nil)
+			c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "500 record_unreadable"})
+			require.Zero(t, c.Runs())
 		})
 	}
 }
-
-// FuzzStoredForm feeds anything to the replay: it must be refused, or replayed
-// as a valid response, and never run the handler.
-func FuzzStoredForm(f *testing.F) {
-	for _, value := range recordSeeds(f) {
-		f.Add(value)
-	}
-	f.Fuzz(func(t *testing.T, value []byte) {
-		c := new(api)
-		c = newAPI(stored(t, c, value), &idempotency.Options{}, nil)
-		resp := c.do(c.request(exchange{key: k("a")}))
-		require.NotNil(t, resp, "panicked")
-		require.Zero(t, c.runs())
-		replayed := resp.Header.Get("Idempotent-Replayed") == "true"
-		require.True(t, replayed || resp.StatusCode == http.StatusInternalServerError || resp.StatusCode == http.StatusConflict)
-	})
-}
-
-// FuzzKey feeds any header line to the key parser, through the middleware.
-func FuzzKey(f *testing.F) {
-	for _, seed := range []string{"a", `"a"`, `"a\"";x=1;y="z"`, `"a", "b"`, "a b", "", "\x00", strings256} {
-		f.Add(seed)
-	}
-	f.Fuzz(func(t *testing.T, line string) {
-		var key string
-		c := newAPI(idempotency.NewMemoryStore(), &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
-			key = execution(r).Key()
-		})
-		resp := c.do(c.request(exchange{key: k(line)}))
-		require.NotNil(t, resp, "panicked")
-		if resp.StatusCode == http.StatusBadRequest {
-			require.Zero(t, c.runs())
-			return
-		}
-		require.NotEmpty(t, key)
-		require.LessOrEqual(t, len(key), 255)
-		for _, b := range []byte(key) {
-			require.True(t, ' ' <= b && b <= '~')
-		}
-		// Whatever form it came in, quoting it again gives the same key.
-		quoted := `"`
-		for _, b := range []byte(key) {
-			if b == '"' || b == '\\' {
-				quoted += `\`
-			}
-			quoted += string(rune(b))
-		}
-		got, _ := describe(t, c.do(c.request(exchange{key: k(quoted + `"`)})))
-		require.Equal(t, "replay 200 ", got)
-	})
-}
-
-var strings256 = string(make([]byte, 256))
 
 // Reading what pretends to have a great many headers takes no memory for them.
 func TestHeadOfARecordIsBounded(t *testing.T) {
@@ -203,11 +112,10 @@ func TestHeadOfARecordIsBounded(t *testing.T) {
 	value := append([]byte{1, 1, 0xc9, 1, 0}, number...) // version, kind, status 201, no digest, length of head
 	value = append(append(value, number...), number...)  // so many values, so many fields
 	value = append(value, make([]byte, size)...)
-	c := new(api)
-	c = newAPI(stored(t, c, value), &idempotency.Options{}, nil)
+	c := idemtest.NewClient(idemtest.Stored(t, value), &idempotency.Options{}, nil)
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
-	c.check(t, 0, exchange{key: k("a"), get: "500 record_unreadable"})
+	c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "500 record_unreadable"})
 	runtime.ReadMemStats(&after)
 	require.Less(t, after.TotalAlloc-before.TotalAlloc, uint64(size))
 }

@@ -1,4 +1,4 @@
-package idempotency_test
+package fuzz
 
 import (
 	"context"
@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 )
 
 // A callHistory is all that happened under one key, in its order: what the
@@ -16,8 +17,8 @@ import (
 type callHistory struct {
 	flow    storeFlow
 	store   *callStore
-	first   *api // waits for a running execution
-	another *api // a replica that does not wait, and gets the retries
+	first   *idemtest.Client // waits for a running execution
+	another *idemtest.Client // a replica that does not wait, and gets the retries
 
 	mu       sync.Mutex // guards what follows
 	clock    int        // counts what happens
@@ -75,16 +76,16 @@ func newHistory(flow storeFlow) *callHistory {
 	}
 	opts := flow.opts
 	opts.OnEvent = h.event
-	h.first = newAPI(asked, &opts, h.handle)
+	h.first = idemtest.NewClient(asked, &opts, h.handle)
 	opts.Wait = idempotency.NoWait
-	h.another = newAPI(asked, &opts, h.handle)
+	h.another = idemtest.NewClient(asked, &opts, h.handle)
 	return h
 }
 
 type requestNumber struct{}
 
 // send sends the request to c and waits for its answer.
-func (h *callHistory) send(t *testing.T, c *api) *clientAnswer {
+func (h *callHistory) send(t *testing.T, c *idemtest.Client) *clientAnswer {
 	h.mu.Lock()
 	a := &clientAnswer{sent: h.tickLocked()}
 	ctx := context.WithValue(context.Background(), requestNumber{}, len(h.answers))
@@ -92,12 +93,12 @@ func (h *callHistory) send(t *testing.T, c *api) *clientAnswer {
 	h.mu.Unlock()
 
 	start := time.Now()
-	resp := c.do(c.request(exchange{key: k("a")}).WithContext(ctx))
+	resp := c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx))
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	a.took = time.Since(start)
 	if a.text = "panic"; resp != nil {
-		a.text, _ = describe(t, resp)
+		a.text, _ = idemtest.Describe(t, resp)
 		a.status, a.run = resp.StatusCode, resp.Header.Get("X-Run")
 		a.replay = resp.Header.Get("Idempotent-Replayed") == "true"
 	}

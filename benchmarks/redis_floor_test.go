@@ -1,4 +1,4 @@
-package idempotency_test
+package benchmarks
 
 import (
 	"bufio"
@@ -19,6 +19,8 @@ import (
 
 	"github.com/redis/go-redis/v9"
 	"github.com/stretchr/testify/require"
+
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 )
 
 // redisFloor is the least code that does the job on Redis, with the kinds of
@@ -72,14 +74,14 @@ func (f *redisFloor) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	token := claim[1 : 1+floorToken]
 	*buffer = b
 	stored, err := f.client.claim(key, claim)
-	must(err)
+	idemtest.Must(err)
 	if stored == nil {
 		c := q.run(f.next, r)
 		at := len(b)
 		b = append(append(b, 'D'), q.sum[:]...)
 		b = c.appendTo(b)
 		*buffer = b
-		must(f.client.complete(key, token, b[at:]))
+		idemtest.Must(f.client.complete(key, token, b[at:]))
 		c.send(w)
 		c.free()
 		return

@@ -1,4 +1,4 @@
-package idempotency_test
+package fuzz
 
 import (
 	"bytes"
@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 )
 
 // A storeWay is one way in which a store call goes wrong.
@@ -144,13 +145,13 @@ func (s *callStore) call(ctx context.Context, method string, op func(context.Con
 	}
 	switch way.reply {
 	case fails:
-		err = errDown
+		err = idemtest.ErrDown
 	case hangs:
 		<-ctx.Done()
 		err = ctx.Err()
 	case deaf:
 		time.Sleep(deafness)
-		err = errDown
+		err = idemtest.ErrDown
 	case tardy:
 		time.Sleep(deafness)
 	}
@@ -212,13 +213,13 @@ func (s *callStore) Watch(ctx context.Context, key string) (<-chan struct{}, err
 	switch {
 	case way == nil:
 	case way.reply == fails:
-		err = errDown
+		err = idemtest.ErrDown
 	case way.reply == hangs:
 		<-ctx.Done()
 		err = ctx.Err()
 	case way.reply == deaf:
 		time.Sleep(deafness)
-		err = errDown
+		err = idemtest.ErrDown
 	case way.reply == mute:
 		changed = make(chan struct{})
 	case way.reply == jumpy:

@@ -1,4 +1,4 @@
-package idempotency_test
+package fuzz
 
 import (
 	"fmt"
@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/stretchr/testify/require"
 )
 
@@ -182,6 +183,6 @@ func (h *callHistory) isHaunted() bool {
 
 func mustNumber(s string) (n int) {
 	_, err := fmt.Sscan(s, &n)
-	must(err)
+	idemtest.Must(err)
 	return n
 }

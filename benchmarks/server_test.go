@@ -1,4 +1,4 @@
-package idempotency_test
+package benchmarks
 
 import (
 	"bufio"
@@ -20,6 +20,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 )
 
 // benchVariable holds the address of the Redis of a server process, or "none".
@@ -46,15 +47,15 @@ func TestBenchServer(t *testing.T) {
 	})
 	mux.Handle("/storm-bare", storm)
 	if addr != "none" {
-		store := idempotency.NewRedisStore(newClient(t, addr), nil)
+		store := idempotency.NewRedisStore(idemtest.DialRedis(t, addr), nil)
 		once := idempotency.Middleware(store, nil)
 		mux.Handle("/redis", once(charge))
 		mux.Handle("/storm", once(storm))
 	}
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	must(err)
+	idemtest.Must(err)
 	fmt.Printf("serving on %s\n", listener.Addr())
-	go func() { must(http.Serve(listener, mux)) }()
+	go func() { idemtest.Must(http.Serve(listener, mux)) }()
 	_, _ = io.Copy(io.Discard, os.Stdin)
 	os.Exit(0)
 }
@@ -196,9 +197,9 @@ func BenchmarkServerFirst(b *testing.B) { overWireEach(b, "none", false, "/bare"
 func BenchmarkServerReplay(b *testing.B) { overWireEach(b, "none", true, "/bare", "/floor", "/memory") }
 
 func BenchmarkServerRedisFirst(b *testing.B) {
-	overWireEach(b, startRedis(b).addr, false, "/bare", "/redis")
+	overWireEach(b, idemtest.StartRedis(b).Addr, false, "/bare", "/redis")
 }
 
 func BenchmarkServerRedisReplay(b *testing.B) {
-	overWireEach(b, startRedis(b).addr, true, "/bare", "/redis")
+	overWireEach(b, idemtest.StartRedis(b).Addr, true, "/bare", "/redis")
 }

@@ -1,4 +1,4 @@
-package idempotency_test
+package fuzz
 
 import (
 	"context"
@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/stretchr/testify/require"
 )
 
@@ -98,7 +99,7 @@ var storeBugs = map[string]storeBug{
 	}),
 	"replays another key's value": changesAnswers(func(rec *idempotency.Record, _ *error) {
 		if rec.State == idempotency.Completed {
-			rec.Value, _ = hex.DecodeString(goldenResponse)
+			rec.Value, _ = hex.DecodeString(idemtest.GoldenResponse)
 		}
 	}),
 	"ignores at most once": {acquire: func(s fullStore, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
@@ -126,7 +127,9 @@ var storeBugs = map[string]storeBug{
 	"does not end a lease":  changesClaims(func(c *idempotency.Claim) { c.Lease, c.TTL = 24*time.Hour, 24*time.Hour }),
 	"takes its time":        changesClaims(func(*idempotency.Claim) { time.Sleep(9 * time.Second) }),
 	"Complete does nothing": {complete: func(*plantedStore, context.Context, string, string, idempotency.Result) error { return nil }},
-	"Complete fails":        {complete: func(*plantedStore, context.Context, string, string, idempotency.Result) error { return errDown }},
+	"Complete fails": {complete: func(*plantedStore, context.Context, string, string, idempotency.Result) error {
+		return idemtest.ErrDown
+	}},
 	"Complete ignores the token": {complete: func(s *plantedStore, ctx context.Context, key, token string, r idempotency.Result) error {
 		s.forget()
 		return s.inner().Complete(ctx, key, token, r)
@@ -235,7 +238,7 @@ func TestFuzzMiddlewareCatchesPlantedBugs(t *testing.T) {
 
 // FuzzStoredFormReader objects to any seed that is replayed as another one.
 func TestFuzzStoredFormReaderCatchesPlantedBugs(t *testing.T) {
-	value, err := hex.DecodeString(goldenResponse)
+	value, err := hex.DecodeString(idemtest.GoldenResponse)
 	require.NoError(t, err)
 	for _, seed := range recordSeeds(t)[1:] {
 		said := objection(func(t require.TestingT) { checkReader(t, value, seed) })

@@ -1,4 +1,4 @@
-package idempotency_test
+package benchmarks
 
 import (
 	"io"
@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 )
 
 // A floor that does less than its job would make every ratio a lie.
@@ -53,7 +55,7 @@ func requireAnswers(t *testing.T, wrap func(http.Handler) http.Handler, size, ke
 		mu.Lock()
 		defer mu.Unlock()
 		body, err := io.ReadAll(r.Body)
-		must(err)
+		idemtest.Must(err)
 		bodies = append(bodies, string(body))
 		w.Header()["Run"] = []string{string(body)}
 		charge.ServeHTTP(w, r)

@@ -1,4 +1,4 @@
-package idempotency_test
+package fuzz
 
 import (
 	"flag"
@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/stretchr/testify/require"
 )
 
@@ -89,7 +90,7 @@ func panicking(always bool) func(http.ResponseWriter, *http.Request, *handlerRun
 
 func committing(next func(http.ResponseWriter, *http.Request, *handlerRun)) func(http.ResponseWriter, *http.Request, *handlerRun) {
 	return func(w http.ResponseWriter, r *http.Request, run *handlerRun) {
-		if err := execution(r).Commit(r.Context()); err != nil {
+		if err := idemtest.Execution(r).Commit(r.Context()); err != nil {
 			run.notDone = true
 			run.answer(w, http.StatusInternalServerError)
 			return
@@ -104,7 +105,7 @@ func failing(discard bool) func(http.ResponseWriter, *http.Request, *handlerRun)
 	return func(w http.ResponseWriter, r *http.Request, run *handlerRun) {
 		run.notDone = run.number == 1
 		if run.notDone && discard {
-			execution(r).Discard()
+			idemtest.Execution(r).Discard()
 		}
 		status := http.StatusCreated
 		if run.notDone {
@@ -115,7 +116,7 @@ func failing(discard bool) func(http.ResponseWriter, *http.Request, *handlerRun)
 }
 
 func attaching(w http.ResponseWriter, r *http.Request, run *handlerRun) {
-	execution(r).Attach("transaction")
+	idemtest.Execution(r).Attach("transaction")
 	run.answer(w, http.StatusCreated)
 }
 
@@ -138,7 +139,7 @@ func withImpatientDuplicate(t *testing.T, h *callHistory) []*clientAnswer {
 
 // twoRequests returns the answers of a request and of the duplicate that c gets
 // after pause.
-func twoRequests(t *testing.T, h *callHistory, pause time.Duration, c *api) []*clientAnswer {
+func twoRequests(t *testing.T, h *callHistory, pause time.Duration, c *idemtest.Client) []*clientAnswer {
 	var owner *clientAnswer
 	answered := make(chan struct{})
 	go func() {
@@ -291,7 +292,7 @@ func durationsOf(way storeWay) []string {
 // testdata/store_calls.txt, whose head says how to read it. A new call, or a
 // new outcome, fails here until someone has thought about it and has run
 //
-//	go test -run TestStoreCalls -update .
+//	go test -run TestStoreCalls -update ./fuzz
 //
 // What must hold in every row, whatever the table says, is in storeRules.
 func TestStoreCalls(t *testing.T) {

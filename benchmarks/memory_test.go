@@ -1,4 +1,6 @@
-package idempotency_test
+// Package benchmarks compares the library with the least code that does the same
+// job, and with no code at all.
+package benchmarks
 
 import (
 	"fmt"
@@ -12,11 +14,12 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 )
 
 // Every row of benchmarks has the bare handler, one or several floors, and the
 // library, in one process: what counts is the ratio. A floor
-// is the least code that does the job; see bench_floor_test.go. .ci/bench runs
+// is the least code that does the job; see floor_test.go. .ci/bench runs
 // them all and compares the ratios with the goals.
 //
 // The workload is a request with 100 bytes of JSON and a key of 36 bytes, and a
@@ -112,7 +115,7 @@ func newBenchClient(keyed bool) *benchClient {
 	c := &benchClient{lines: []string{""}, w: nullWriter{header: make(http.Header)}}
 	c.body.data = []byte(fmt.Sprintf("{%q:%q}", "memo", strings.Repeat("x", 89)))
 	r, err := http.NewRequest(http.MethodPost, benchPath, &c.body)
-	must(err)
+	idemtest.Must(err)
 	r.RequestURI = benchPath
 	r.ContentLength = int64(len(c.body.data))
 	r.Header["Content-Type"] = chargeType

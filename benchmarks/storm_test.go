@@ -1,6 +1,6 @@
 //go:build unix
 
-package idempotency_test
+package benchmarks
 
 import (
 	"context"
@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 )
 
 // BenchmarkStorm sends a hundred requests with one key at once to two processes
@@ -18,8 +20,8 @@ import (
 // request has a handler of its own: what the machine takes for a hundred answers
 // at once.
 func BenchmarkStorm(b *testing.B) {
-	addr := startRedis(b).addr
-	admin := newClient(b, addr)
+	addr := idemtest.StartRedis(b).Addr
+	admin := idemtest.DialRedis(b, addr)
 	servers := [2]string{startBenchServer(b, addr), startBenchServer(b, addr)}
 	for _, row := range []struct{ name, path string }{{"bare", "/storm-bare"}, {"idempotency", "/storm"}} {
 		b.Run(row.name, func(b *testing.B) {
@@ -33,7 +35,7 @@ func BenchmarkStorm(b *testing.B) {
 			var sent, storms int64
 			for b.Loop() {
 				b.StopTimer()
-				await(b, "nobody watches", func() bool {
+				idemtest.Await(b, "nobody watches", func() bool {
 					return len(admin.PubSubChannels(context.Background(), "*").Val()) == 0
 				})
 				require.NoError(b, admin.ConfigResetStat(b.Context()).Err())
@@ -41,7 +43,7 @@ func BenchmarkStorm(b *testing.B) {
 				took := storm(b, clients, row.path)
 				b.StopTimer()
 				last, most = last+took, max(most, took)
-				n, _ := commandsSent(b, admin)
+				n, _ := idemtest.CommandsSent(b, admin)
 				sent, storms = sent+n, storms+1
 				b.StartTimer()
 			}

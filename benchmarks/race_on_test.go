@@ -1,5 +1,5 @@
 //go:build race
 
-package idempotency_test
+package benchmarks
 
 const raceDetector = true

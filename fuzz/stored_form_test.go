@@ -1,4 +1,4 @@
-package idempotency_test
+package fuzz
 
 import (
 	"bytes"
@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/stretchr/testify/require"
 )
 
@@ -214,7 +215,7 @@ func aRecord(status uint64, values byte, fields, trailers, body string) []byte {
 
 // recordSeeds are records of every shape.
 func recordSeeds(t require.TestingT) (seeds [][]byte) {
-	for _, golden := range []string{goldenResponse, goldenCommon} {
+	for _, golden := range []string{idemtest.GoldenResponse, idemtest.GoldenCommon} {
 		value, err := hex.DecodeString(golden)
 		require.NoError(t, err)
 		seeds = append(seeds, value)
@@ -263,10 +264,10 @@ func checkReader(t require.TestingT, stored, value []byte) {
 	want := readRecord(value, outer())
 	var refused *idempotency.Error
 	opts := idempotency.Options{ErrorHandler: func(_ http.ResponseWriter, _ *http.Request, err *idempotency.Error) { refused = err }}
-	c := newAPI(recordStore{stored}, &opts, nil)
+	c := idemtest.NewClient(recordStore{stored}, &opts, nil)
 	w := &wireWriter{header: outer()}
-	c.handler.ServeHTTP(w, &http.Request{Method: "POST", RequestURI: "/", ProtoMajor: 1, Header: http.Header{"Idempotency-Key": {"a"}}})
-	require.Zero(t, c.runs())
+	c.Handler.ServeHTTP(w, &http.Request{Method: "POST", RequestURI: "/", ProtoMajor: 1, Header: http.Header{"Idempotency-Key": {"a"}}})
+	require.Zero(t, c.Runs())
 	if want.refused != "" {
 		require.NotNil(t, refused)
 		require.Equal(t, want, replayedRecord{refused: refused.Code, status: refused.OriginalStatus})

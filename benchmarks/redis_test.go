@@ -1,4 +1,4 @@
-package idempotency_test
+package benchmarks
 
 import (
 	"context"
@@ -14,15 +14,16 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 )
 
 // redisContenders returns those that are named, on one server. Each begins with
 // an empty one. The benchmark is skipped where there is no redis-server.
 func redisContenders(t testing.TB, names ...string) (list []contender, admin *redis.Client) {
-	addr := startRedis(t).addr
-	admin = newClient(t, addr)
+	addr := idemtest.StartRedis(t).Addr
+	admin = idemtest.DialRedis(t, addr)
 	loadFloorScript(t, admin)
-	client := newClient(t, addr)
+	client := idemtest.DialRedis(t, addr)
 	floor := func(make func() floorClient) func(http.Handler) http.Handler {
 		return func(next http.Handler) http.Handler {
 			return &redisFloor{next: next, prefix: "floor:", client: make()}
@@ -71,7 +72,7 @@ func (c *tripCounter) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.
 // library.
 func trips(t testing.TB) (first, replayed float64) {
 	const requests = 50
-	client := newClient(t, startRedis(t).addr)
+	client := idemtest.DialRedis(t, idemtest.StartRedis(t).Addr)
 	h := idempotency.Middleware(idempotency.NewRedisStore(client, nil), nil)(newCharge(smallBody))
 	asking := newBenchClient(true)
 	asking.do(h, keyAt(requests)) // the connection and the scripts are there

@@ -1,4 +1,4 @@
-package idempotency_test
+package fuzz
 
 import (
 	"io"
@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/stretchr/testify/require"
 )
 
@@ -182,14 +183,14 @@ func checkHeaders(t require.TestingT, store idempotency.Store, flags byte, data,
 		}
 		_, _ = io.WriteString(w, strings.Repeat("<p>", int(flags>>6)))
 		if flags&4 != 0 {
-			must(http.NewResponseController(w).Flush())
+			idemtest.Must(http.NewResponseController(w).Flush())
 		}
 		for _, op := range ops[2] {
 			op.apply(w.Header())
 		}
 	})
 	opts := idempotency.Options{ReplayHeader: func(string) bool { return true }}
-	kept := newAPI(store, &opts, handler).handler
+	kept := idemtest.NewClient(store, &opts, handler).Handler
 
 	direct := exchangeHeaders(ops[0], handler)
 	first := exchangeHeaders(ops[0], kept)

@@ -1,4 +1,6 @@
-package idempotency_test
+// Package fuzz holds the library against models and second readers of the same
+// rules: with fuzzing, and with a table of all calls of a store that can fail.
+package fuzz
 
 import (
 	"context"
@@ -13,6 +15,7 @@ import (
 	"time"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/stretchr/testify/require"
 )
 
@@ -74,7 +77,7 @@ type playedKey struct{}
 
 // A stage plays a sequence through the middleware.
 type stage struct {
-	c    *api
+	c    *idemtest.Client
 	mu   sync.Mutex
 	runs int
 }
@@ -91,7 +94,7 @@ func newStage(opts modelOptions, store idempotency.Store) *stage {
 	if opts.scope {
 		o.Scope = func(r *http.Request) string { return r.Header.Get("Tenant") }
 	}
-	s.c = newAPI(store, &o, s.handle)
+	s.c = idemtest.NewClient(store, &o, s.handle)
 	return s
 }
 
@@ -105,7 +108,7 @@ func (s *stage) handle(w http.ResponseWriter, r *http.Request) {
 	x := p.request
 	if !x.earlyEnd {
 		body, err := io.ReadAll(r.Body)
-		must(err)
+		idemtest.Must(err)
 		if string(body) != x.payload {
 			panic("the handler got another body")
 		}
@@ -113,7 +116,7 @@ func (s *stage) handle(w http.ResponseWriter, r *http.Request) {
 	if e, ok := idempotency.FromContext(r.Context()); ok {
 		p.attempt = e.Attempt()
 		if x.commit {
-			must(e.Commit(r.Context()))
+			idemtest.Must(e.Commit(r.Context()))
 		}
 		if x.discard {
 			e.Discard()
@@ -124,7 +127,7 @@ func (s *stage) handle(w http.ResponseWriter, r *http.Request) {
 	}
 	w.WriteHeader(x.status)
 	if x.flush {
-		must(http.NewResponseController(w).Flush())
+		idemtest.Must(http.NewResponseController(w).Flush())
 	}
 	_, _ = io.WriteString(w, x.body(p.run)) // refused for a status without one
 	if x.panic {
@@ -145,10 +148,10 @@ func (s *stage) send(t *testing.T, p *played) {
 	if x.key != "-" {
 		r.Header.Set("Idempotency-Key", x.key)
 	}
-	resp := s.c.do(r.WithContext(context.WithValue(context.Background(), playedKey{}, p)))
+	resp := s.c.Do(r.WithContext(context.WithValue(context.Background(), playedKey{}, p)))
 	if p.got = "panic"; resp != nil {
-		var problem problem
-		p.got, problem = describe(t, resp)
+		var problem idemtest.Problem
+		p.got, problem = idemtest.Describe(t, resp)
 		if problem.OriginalStatus != 0 {
 			p.got += fmt.Sprintf(", which was %d", problem.OriginalStatus)
 		}
