@@ -10,30 +10,30 @@ import (
 )
 
 // A redisPipe sends commands to one server. As long as few are on their way,
-// each goes by itself, at once. When there are more they wait for one that comes
-// back, and go together in one pipeline. That costs a third of the processor
-// time for each, on both sides, and hardly any patience: of eight that are on
-// their way, one is back after an eighth of a round trip.
+// each goes at once and by itself. Further commands wait for a reply to one of
+// those, and go together in one pipeline. That costs a third of the processor
+// time for each, on both sides, and hardly any delay: of eight commands on their
+// way, the first is answered after an eighth of a round trip.
 type redisPipe struct {
 	client *redis.Client
 
-	mu    sync.Mutex // guards what follows
-	lanes int        // in use
-	queue []*queuedCommand
-	alone int // so many commands go by themselves, as something large came by
+	mu        sync.Mutex // guards what follows
+	lanes     int        // in use: commands and pipelines on their way
+	queue     []*queuedCommand
+	unbatched int // how many commands go by themselves, after one with a large value
 }
 
 const (
 	maxLanes = 8
 	maxBatch = 128 // commands in a pipeline, so that none waits long for the others
 
-	// aloneAfterBulk is how many commands go by themselves after one with a
-	// large value: in one pipeline, each would wait for the values of all.
-	aloneAfterBulk = 1000
+	// unbatchedAfterLarge is how many commands go by themselves after one with
+	// a large value: in one pipeline, each would wait for the values of all.
+	unbatchedAfterLarge = 1000
 )
 
-// isBulky reports whether a command has a large value, or brought one back.
-func isBulky(cmd redis.Cmder) bool {
+// isLarge reports whether a command has a large value, or brought one back.
+func isLarge(cmd redis.Cmder) bool {
 	for _, arg := range cmd.Args() {
 		if b, ok := arg.([]byte); ok && len(b) > maxPacked {
 			return true
@@ -43,31 +43,31 @@ func isBulky(cmd redis.Cmder) bool {
 	return ok && len(reply.Val()) > maxPacked
 }
 
-// A queuedCommand waits to be sent with others. Its caller may leave when ctx
-// ends; nobody looks at cmd then.
+// A queuedCommand waits to be sent with others. Its caller returns when ctx
+// ends, and does not read cmd then.
 type queuedCommand struct {
 	ctx  context.Context
 	cmd  redis.Cmder
 	done chan struct{}
 }
 
-// process is client.Process.
+// process sends a command, as client.Process does.
 func (p *redisPipe) process(ctx context.Context, cmd redis.Cmder) error {
 	p.mu.Lock()
-	if isBulky(cmd) {
-		p.alone = aloneAfterBulk
+	if isLarge(cmd) {
+		p.unbatched = unbatchedAfterLarge
 	}
-	if p.alone > 0 {
-		p.alone--
+	if p.unbatched > 0 {
+		p.unbatched--
 		p.mu.Unlock()
-		defer p.look(cmd)
+		defer p.noteReply(cmd)
 		return p.client.Process(ctx, cmd)
 	}
 	if p.lanes < maxLanes {
 		p.lanes++
 		p.mu.Unlock()
-		defer p.free()
-		defer p.look(cmd)
+		defer p.freeLane()
+		defer p.noteReply(cmd)
 		return p.client.Process(ctx, cmd)
 	}
 	q := &queuedCommand{ctx, cmd, make(chan struct{})}
@@ -81,17 +81,17 @@ func (p *redisPipe) process(ctx context.Context, cmd redis.Cmder) error {
 	}
 }
 
-// look sees whether a command brought back something large.
-func (p *redisPipe) look(cmd redis.Cmder) {
-	if isBulky(cmd) {
+// noteReply sees whether a command brought back a large value.
+func (p *redisPipe) noteReply(cmd redis.Cmder) {
+	if isLarge(cmd) {
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		p.alone = aloneAfterBulk
+		p.unbatched = unbatchedAfterLarge
 	}
 }
 
-// free has a lane send what waits, or gives it up.
-func (p *redisPipe) free() {
+// freeLane has a lane send what waits, or ends its use.
+func (p *redisPipe) freeLane() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	n := min(len(p.queue), maxBatch)
@@ -106,9 +106,9 @@ func (p *redisPipe) free() {
 	go p.send(batch)
 }
 
-// send sends a batch. It takes as long as the most patient caller waits.
+// send sends a batch. Its deadline is the latest of its callers.
 func (p *redisPipe) send(batch []*queuedCommand) {
-	defer p.free()
+	defer p.freeLane()
 	var deadline time.Time
 	limited := true
 	for _, q := range batch {
@@ -128,23 +128,19 @@ func (p *redisPipe) send(batch []*queuedCommand) {
 		if err != nil {
 			q.cmd.SetErr(err)
 		}
-		p.look(q.cmd)
+		p.noteReply(q.cmd)
 		close(q.done)
 	}
 }
 
-// exec returns an error if a hook of the client panics: on a goroutine of its
-// own that would be the end of the process.
+// exec leaves out commands whose callers have returned: their claims would
+// belong to no request.
 func (p *redisPipe) exec(ctx context.Context, batch []*queuedCommand) (err error) {
-	defer func() {
-		if r := recover(); r != nil {
-			err = fmt.Errorf("idempotency: panic while sending to Redis: %v", r)
-		}
-	}()
+	defer containRedis(&err)
 	pipe := p.client.Pipeline()
 	for _, q := range batch {
-		if err := q.ctx.Err(); err != nil { // else a claim would be made that nobody knows of
-			q.cmd.SetErr(err) // its caller may be about to look
+		if err := q.ctx.Err(); err != nil {
+			q.cmd.SetErr(err) // its caller may be about to read it
 			continue
 		}
 		_ = pipe.Process(ctx, q.cmd)
@@ -152,8 +148,16 @@ func (p *redisPipe) exec(ctx context.Context, batch []*queuedCommand) (err error
 	return execPipeline(ctx, pipe)
 }
 
-// execPipeline returns an error that none of the commands has, which are then not
-// done: a connection that is refused when it begins, say, or that of a hook.
+// containRedis makes a panic in the client, in a hook or a dialer, an error. On
+// a goroutine of the store a panic would end the process. It is to be deferred.
+func containRedis(err *error) {
+	if p := recover(); p != nil {
+		*err = fmt.Errorf("idempotency: panic in the Redis client: %v", p)
+	}
+}
+
+// execPipeline returns an error that none of the commands has. The commands were
+// not sent then: a hook refused the pipeline, say, or Redis the connection.
 func execPipeline(ctx context.Context, pipe redis.Pipeliner) error {
 	cmds, err := pipe.Exec(ctx)
 	for _, cmd := range cmds {

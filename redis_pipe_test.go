@@ -27,7 +27,7 @@ type gate struct {
 	single    int
 	pipelines []int     // their lengths
 	deadline  time.Time // of the last pipeline
-	broken    bool      // a pipeline panics
+	broken    bool      // the hook panics
 	refused   error     // of a pipeline, whose commands do not learn of it
 	reply     string    // of a command that comes by itself, if not empty
 }
@@ -42,6 +42,9 @@ func (g *gate) ProcessHook(redis.ProcessHook) redis.ProcessHook {
 		g.single++
 		g.mu.Unlock()
 		<-g.open
+		if g.broken {
+			panic("a hook")
+		}
 		if reply, ok := cmd.(*redis.StringCmd); ok && g.reply != "" {
 			reply.SetVal(g.reply)
 			return nil
@@ -215,13 +218,17 @@ func TestRedisPipelineTellsWhoIsLeftOut(t *testing.T) {
 	})
 }
 
-func TestRedisPipelinePanic(t *testing.T) {
+// A panic in a hook is an error of the call, whether its command goes by itself
+// or in a pipeline that has a goroutine of its own.
+func TestRedisHookPanics(t *testing.T) {
 	withGate(t, func(t *testing.T, g *gate, claim func(from, to int) <-chan error) {
 		g.broken = true
 		first := claim(0, 8)
 		second := claim(8, 10)
 		close(g.open)
-		requireErrors(t, first, nil)
+		for range 8 {
+			require.ErrorContains(t, <-first, "panic")
+		}
 		for range 2 {
 			require.ErrorContains(t, <-second, "panic")
 		}

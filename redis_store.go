@@ -56,7 +56,7 @@ type RedisOptions struct {
 }
 
 // withDefaults returns a copy of o in which every field has its value. It
-// panics on nonsense.
+// panics when one of them is invalid.
 func (o *RedisOptions) withDefaults() RedisOptions {
 	var r RedisOptions
 	if o != nil {
@@ -103,11 +103,11 @@ type RedisStore struct {
 	pipe   *redisPipe // nil unless client is that of one server
 	opts   RedisOptions
 
-	mu       sync.Mutex // guards what follows and what it points to
-	flights  map[string]*redisFlight
-	session  *redisSession // nil: nobody waits
-	quiet    time.Time     // until then no new session is tried
-	reloaded time.Time     // when the Cluster's slots were last asked for
+	mu            sync.Mutex                // guards what follows and what it points to
+	questions     map[string]*redisQuestion // on their way, by the name of the key
+	session       *redisSession             // nil while no caller watches
+	notBefore     time.Time                 // when the next session may be tried
+	slotsReloaded time.Time                 // when reloadSlotsAfter last did so
 }
 
 var (
@@ -115,13 +115,13 @@ var (
 	_ Watcher = (*RedisStore)(nil)
 )
 
-// NewRedisStore returns a store on client. It panics if client is nil or opts
-// is nonsense, for a [redis.Ring], which moves keys to other servers when one is
-// down, where their claims are not known, so that handlers run twice, and for a
-// [redis.AutoPipeliner], which does not keep to deadlines. It does not connect;
-// see [RedisStore.Check].
+// NewRedisStore returns a store on client. It panics if client is nil or an
+// option is invalid. It panics for a [redis.Ring], which moves keys to another
+// server when one is down: their claims are not known there, and handlers run
+// twice. It panics for a [redis.AutoPipeliner], which does not keep to
+// deadlines. It does not connect; see [RedisStore.Check].
 func NewRedisStore(client redis.UniversalClient, opts *RedisOptions) *RedisStore {
-	s := &RedisStore{client: client, opts: opts.withDefaults(), flights: make(map[string]*redisFlight)}
+	s := &RedisStore{client: client, opts: opts.withDefaults(), questions: make(map[string]*redisQuestion)}
 	server, oneServer := client.(*redis.Client)
 	_, cluster := client.(masterFinder)
 	_, ring := client.(*redis.Ring)
@@ -146,85 +146,77 @@ func NewRedisStore(client redis.UniversalClient, opts *RedisOptions) *RedisStore
 	return s
 }
 
-// redisAnswer is a Record, and the cell that made it unless we own that now.
+// Acquire implements [Store]. It returns an error that wraps [ErrStoreFull]
+// when Redis has no room for a new key, and [ErrTooFewReplicas]. A key that
+// holds something else than a record is an error as well.
+//
+// Claims of one key through one store may share a question to Redis that was
+// sent after each of them began.
+func (s *RedisStore) Acquire(ctx context.Context, key string, c Claim) (Record, error) {
+	name := s.opts.Prefix + key
+	if c.Attempt == 0 {
+		return s.share(ctx, name, c)
+	}
+	answer, err := s.decide(ctx, name, c)
+	return answer.Record, err
+}
+
+// A redisAnswer is a Record, and the cell that it tells of. It has no cell when
+// the State is Acquired or Lost.
 type redisAnswer struct {
 	Record
 	cell redisCell
 }
 
-// Acquire implements [Store]. It returns an error that wraps [ErrStoreFull]
-// when Redis has no room for a new key, and [ErrTooFewReplicas]. A key that
-// holds something else than a record is an error as well.
-//
-// Calls of one store for one key may share a question to Redis, which begins
-// after each of them did.
-func (s *RedisStore) Acquire(ctx context.Context, key string, c Claim) (Record, error) {
-	name := s.opts.Prefix + key
-	if len(c.Fingerprint) > 0 && !isRenewal(ctx, c) {
-		return s.askTogether(ctx, name, c)
-	}
-	// A renewal is nobody else's business, and a streamed body is rare.
-	answer, err := s.ask(ctx, name, c, true)
-	return answer.Record, err
-}
-
-// isRenewal reports whether the call comes from the very execution that it is
-// for: the handler is running, even if Redis has lost the claim.
-func isRenewal(ctx context.Context, c Claim) bool {
-	return c.Attempt > 0
-}
-
-// ask asks Redis. One command is enough unless the key is claimed or released.
-// Where that is likely (contended) the script is asked at once: it decides
-// alike, but a stored value takes longer through Lua.
-func (s *RedisStore) ask(ctx context.Context, name string, c Claim, contended bool) (redisAnswer, error) {
-	sent := time.Now()
-	cell := redisCell{
-		state: redisClaimed, once: c.Once, lease: millis(c.Lease), ttl: max(millis(c.TTL), millis(c.Lease)),
-		attempt: 1, token: c.Token, fingerprint: c.Fingerprint,
-	}
-	claim, err := cell.encode()
-	if err != nil {
-		return redisAnswer{}, err
-	}
-	answer, full := redisAnswer{}, false
+// claim asks Redis for a free key. SET alone tells of a free key and of a
+// record; the script decides about a claim or a marker. It decides about all of
+// them alike, so a key that is likely to be claimed (contended) goes to the
+// script at once. Large records take longer through it.
+func (s *RedisStore) claim(ctx context.Context, name string, c Claim, contended bool) (answer redisAnswer, err error) {
 	if !contended {
-		answer, full, err = s.claim(ctx, name, c, claim, cell.ttl)
+		answer, err = s.claimFree(ctx, name, c)
 	}
-	if err == nil && answer.State == 0 {
-		answer, err = s.contend(ctx, name, c, claim, full)
+	if err != nil || answer.State != 0 {
+		return answer, err
 	}
+	return s.decide(ctx, name, c)
+}
+
+// encodeClaim returns the cell that a free key becomes, and how long it is kept
+// in milliseconds.
+func encodeClaim(c Claim) ([]byte, int64, error) {
+	cell := redisCell{
+		state: redisClaimed, lease: millis(c.Lease), ttl: max(millis(c.TTL), millis(c.Lease)),
+		attempt: max(c.Attempt, 1), token: c.Token, fingerprint: c.Fingerprint,
+	}
+	b, err := cell.encode()
+	return b, cell.ttl, err
+}
+
+// claimFree claims a key that has no cell. The answer has no State when the
+// script is needed to tell, as for the claim's own cell, which a command that
+// go-redis sent twice finds.
+func (s *RedisStore) claimFree(ctx context.Context, name string, c Claim) (answer redisAnswer, err error) {
+	claim, ttl, err := encodeClaim(c)
 	if err != nil {
 		return redisAnswer{}, err
 	}
-	s.observe(name, sent, answer)
-	return answer, nil
-}
-
-// claim is the usual way. The answer has no State when it takes the script to
-// tell: somebody has the key, or (full) there is no room for a new one.
-//
-// A command that go-redis sent again finds our own claim, which the script
-// recognises.
-func (s *RedisStore) claim(ctx context.Context, name string, c Claim, claim []byte, ttl int64) (answer redisAnswer, full bool, err error) {
 	cmd := redis.NewStringCmd(ctx, "set", name, claim, "nx", "get", "px", ttl)
 	replicated, err := s.send(ctx, name, cmd, true)
 	switch {
-	case err == nil:
 	case errors.Is(err, redis.Nil):
-		answer, err = s.claimed(ctx, name, c, 1, false, replicated)
-		return answer, false, err
+		return s.acquired(ctx, name, c, Record{State: Acquired, Attempt: 1}, replicated)
 	case isRedisFull(err):
-		return redisAnswer{}, true, nil
-	default:
-		return redisAnswer{}, false, err
+		return redisAnswer{}, nil // whether or not the key has a cell
+	case err != nil:
+		return redisAnswer{}, err
 	}
 	stored, err := cmd.Bytes()
 	if err == nil {
 		answer.cell, err = parseRedisCell(stored)
 	}
 	if err != nil {
-		return redisAnswer{}, false, err
+		return redisAnswer{}, err
 	}
 	switch {
 	case answer.cell.state == redisReleased:
@@ -233,18 +225,22 @@ func (s *RedisStore) claim(ctx context.Context, name string, c Claim, claim []by
 	case answer.cell.state == redisCompleted:
 		answer.Record = Record{State: Completed, Fingerprint: answer.cell.fingerprint, Value: answer.cell.value}
 	}
-	return answer, false, nil
+	return answer, nil
 }
 
-// contend has the script decide.
-func (s *RedisStore) contend(ctx context.Context, name string, c Claim, claim []byte, full bool) (redisAnswer, error) {
-	cmd, replicated, err := (*redis.Cmd)(nil), false, error(nil)
-	if !full {
-		cmd, replicated, err = s.eval(ctx, contendScript.plain, true, name, claim, 1)
-		full = isRedisFull(err)
+// decide has the script decide about a claim or a renewal.
+func (s *RedisStore) decide(ctx context.Context, name string, c Claim) (redisAnswer, error) {
+	claim, _, err := encodeClaim(c)
+	if err != nil {
+		return redisAnswer{}, err
 	}
-	if full {
-		cmd, replicated, err = s.eval(ctx, contendScript.full, true, name, claim, 0)
+	mark := 0
+	if c.Once && c.Attempt > 0 {
+		mark = 1
+	}
+	cmd, replicated, err := s.run(ctx, acquireScript, true, name, claim, c.Attempt, mark)
+	if isRedisFull(err) {
+		return redisAnswer{}, fmt.Errorf("%w: %w", ErrStoreFull, err)
 	}
 	if err != nil {
 		return redisAnswer{}, err
@@ -257,12 +253,11 @@ func (s *RedisStore) contend(ctx context.Context, name string, c Claim, claim []
 	number, _ := reply[1].(int64)
 	answer := redisAnswer{Record: Record{State: State(state)}}
 	switch answer.State {
-	case 0:
-		return redisAnswer{}, fmt.Errorf("%w: Redis has reached its maxmemory", ErrStoreFull)
 	case Lost:
 		return answer, nil
 	case Acquired:
-		return s.claimed(ctx, name, c, int(number), reply[2] == int64(1), replicated)
+		answer.Attempt, answer.Once = int(number), reply[2] == int64(1)
+		return s.acquired(ctx, name, c, answer.Record, replicated)
 	}
 	stored, _ := reply[2].(string)
 	if answer.cell, err = parseRedisCell([]byte(stored)); err != nil {
@@ -277,14 +272,13 @@ func (s *RedisStore) contend(ctx context.Context, name string, c Claim, claim []
 	return answer, nil
 }
 
-// claimed is the answer to a claim that Redis took. When too few replicas have
-// it, it is given back; but not one that was renewed, which may be that of a
-// running handler.
-func (s *RedisStore) claimed(ctx context.Context, name string, c Claim, attempt int, renewed, replicated bool) (redisAnswer, error) {
-	if replicated {
-		return redisAnswer{Record: Record{State: Acquired, Attempt: attempt}}, nil
-	}
-	if renewed || isRenewal(ctx, c) {
+// acquired is the answer to a claim or a renewal that Redis took. A claim that
+// too few replicas have is released. A renewal is not: its handler is running.
+func (s *RedisStore) acquired(ctx context.Context, name string, c Claim, rec Record, replicated bool) (redisAnswer, error) {
+	switch {
+	case replicated:
+		return redisAnswer{Record: rec}, nil
+	case c.Attempt > 0:
 		return redisAnswer{}, ErrTooFewReplicas
 	}
 	if err := s.release(ctx, name, c.Token, c.Lease); err != nil {
@@ -295,9 +289,8 @@ func (s *RedisStore) claimed(ctx context.Context, name string, c Claim, attempt 
 
 // Complete implements [Store]. It gets through when Redis is full.
 func (s *RedisStore) Complete(ctx context.Context, key, token string, r Result) error {
-	ok, err := s.settle(ctx, completeScript, s.opts.Prefix+key, redisCell{
-		state: redisCompleted, ttl: millis(r.TTL), token: token, fingerprint: r.Fingerprint, value: r.Value,
-	})
+	cell := redisCell{state: redisCompleted, token: token, fingerprint: r.Fingerprint, value: r.Value}
+	ok, err := s.settle(ctx, completeScript, s.opts.Prefix+key, cell, r.TTL)
 	if err == nil && !ok {
 		err = ErrLeaseLost
 	}
@@ -310,16 +303,28 @@ func (s *RedisStore) Release(ctx context.Context, key, token string, keep time.D
 }
 
 func (s *RedisStore) release(ctx context.Context, name, token string, keep time.Duration) error {
-	marker := millis(keep)
-	_, err := s.settle(ctx, releaseScript, name, redisCell{
-		state: redisReleased, lease: marker, ttl: marker, token: token,
-	})
+	_, err := s.settle(ctx, releaseScript, name, redisCell{state: redisReleased, token: token}, keep)
 	return err
+}
+
+// settle runs a script that ends a claim. ok is false when the claim is lost.
+func (s *RedisStore) settle(ctx context.Context, script *redisScript, name string, cell redisCell, ttl time.Duration) (ok bool, err error) {
+	b, err := cell.encode()
+	if err != nil {
+		return false, err
+	}
+	cmd, _, err := s.run(ctx, script, false, name, b, redisChannel(name), cell.token, millis(ttl))
+	if err != nil {
+		return false, err
+	}
+	n, err := cmd.Int()
+	return n == 1, err
 }
 
 // send sends a command. If claims is set it may make a claim, and replicated
 // tells whether enough replicas have what it wrote.
 func (s *RedisStore) send(ctx context.Context, name string, cmd redis.Cmder, claims bool) (replicated bool, err error) {
+	defer containRedis(&err)
 	switch {
 	case claims && s.opts.MinReplicas > 0:
 		replicated, err = s.sendAndWait(ctx, name, cmd)
@@ -329,7 +334,7 @@ func (s *RedisStore) send(ctx context.Context, name string, cmd redis.Cmder, cla
 		replicated, err = true, s.client.Process(ctx, cmd)
 	}
 	if err != nil && err != redis.Nil {
-		s.notice(ctx, err)
+		s.reloadSlotsAfter(ctx, err)
 	}
 	return replicated, err
 }
@@ -368,10 +373,10 @@ func (s *RedisStore) sendAndWait(ctx context.Context, name string, cmd redis.Cmd
 	return wait.Val() >= int64(s.opts.MinReplicas), cmd.Err()
 }
 
-// notice has the slots of a Cluster loaded again, once a second at most, after
-// an error that is not Redis's reply: go-redis itself would ask a master that
-// died for up to a minute.
-func (s *RedisStore) notice(ctx context.Context, err error) {
+// reloadSlotsAfter has a Cluster client load its slots again, once a second at
+// most, after an error that says that they have moved or that a server is out of
+// reach. go-redis itself would ask a master that died for up to a minute.
+func (s *RedisStore) reloadSlotsAfter(ctx context.Context, err error) {
 	var reply redis.Error
 	if errors.As(err, &reply) && !redis.HasErrorPrefix(err, "MOVED") && !redis.HasErrorPrefix(err, "CLUSTERDOWN") {
 		return
@@ -382,9 +387,9 @@ func (s *RedisStore) notice(ctx context.Context, err error) {
 	}
 	s.mu.Lock()
 	now := time.Now()
-	due := now.Sub(s.reloaded) >= time.Second
+	due := now.Sub(s.slotsReloaded) >= time.Second
 	if due {
-		s.reloaded = now
+		s.slotsReloaded = now
 	}
 	s.mu.Unlock()
 	if due {

@@ -2,13 +2,11 @@ package idempotency_test
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"runtime/pprof"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -22,6 +20,42 @@ import (
 	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/go-idempotency/idempotency/storetest"
 )
+
+// eachRedis runs a test on miniredis, and on a redis-server where there is one.
+func eachRedis(t *testing.T, test func(t *testing.T, addr string)) {
+	t.Run("miniredis", func(t *testing.T) { test(t, miniredis.RunT(t).Addr()) })
+	t.Run("redis-server", func(t *testing.T) { test(t, idemtest.StartRedis(t).Addr) })
+}
+
+// A miniStore has the clock of its miniredis.
+type miniStore struct {
+	*idempotency.RedisStore
+	mini *miniredis.Miniredis
+}
+
+func (s miniStore) Advance(d time.Duration) { s.mini.FastForward(d) }
+
+func newMiniStore(t *testing.T, opts *idempotency.RedisOptions) miniStore {
+	mini := miniredis.RunT(t)
+	return miniStore{idempotency.NewRedisStore(idemtest.DialRedis(t, mini.Addr()), opts), mini}
+}
+
+func claimOf(token string) idempotency.Claim {
+	return idempotency.Claim{Token: token, Fingerprint: []byte("print"), Lease: time.Minute, TTL: time.Hour}
+}
+
+func renewalOf(token string, attempt int) idempotency.Claim {
+	c := claimOf(token)
+	c.Attempt = attempt
+	return c
+}
+
+func acquireAs(t *testing.T, store idempotency.Store, key, token string) idempotency.Record {
+	t.Helper()
+	rec, err := store.Acquire(t.Context(), key, claimOf(token))
+	require.NoError(t, err)
+	return rec
+}
 
 func TestRedisStoreContract(t *testing.T) {
 	t.Run("miniredis", func(t *testing.T) {
@@ -126,129 +160,17 @@ func TestRedisRoundTripsOfRenewalAndCommit(t *testing.T) {
 	})
 }
 
-func TestRedisForgetsScripts(t *testing.T) {
-	eachRedis(t, func(t *testing.T, addr string) {
-		client := idemtest.DialRedis(t, addr)
-		store := idempotency.NewRedisStore(client, nil)
-		flush := func() { require.NoError(t, client.ScriptFlush(t.Context()).Err()) }
-		flush()
-		require.Equal(t, idempotency.Acquired, acquireAs(t, store, "key", "A").State)
-		flush()
-		require.Equal(t, idempotency.InProgress, acquireAs(t, store, "key", "B").State)
-		flush()
-		require.NoError(t, store.Complete(t.Context(), "key", "A", idempotency.Result{TTL: time.Hour}))
-		flush()
-		require.Equal(t, idempotency.Completed, acquireAs(t, store, "key", "B").State)
-
-		acquireAs(t, store, "other", "A")
-		flush()
-		require.NoError(t, store.Release(t.Context(), "other", "A", time.Minute))
-		require.Equal(t, 2, acquireAs(t, store, "other", "B").Attempt)
+// Renewals by the timer take one command each.
+func TestRedisRenewalIsOneCommand(t *testing.T) {
+	proxy := idemtest.StartProxy(t, idemtest.StartRedis(t).Addr)
+	store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil)
+	shop := idemtest.OpenShop(t, store, &idempotency.Options{Lease: 300 * time.Millisecond}, func(w http.ResponseWriter, r *http.Request) {
+		proxy.Forget()
+		idemtest.Await(t, "three renewals", func() bool { return proxy.Count("evalsha") >= 3 })
+		w.WriteHeader(http.StatusCreated)
 	})
-}
-
-func claimOf(token string) idempotency.Claim {
-	return idempotency.Claim{Token: token, Fingerprint: []byte("print"), Lease: time.Minute, TTL: time.Hour}
-}
-
-func acquireAs(t *testing.T, store idempotency.Store, key, token string) idempotency.Record {
-	t.Helper()
-	rec, err := store.Acquire(t.Context(), key, claimOf(token))
-	require.NoError(t, err)
-	return rec
-}
-
-// A record says in whole seconds how long it is kept, and never more: for so long
-// waiters are answered without asking for it again.
-func TestRedisRecordTTL(t *testing.T) {
-	eachRedis(t, func(t *testing.T, addr string) {
-		client := idemtest.DialRedis(t, addr)
-		store := idempotency.NewRedisStore(client, nil)
-		acquireAs(t, store, "key", "A")
-		require.NoError(t, store.Complete(t.Context(), "key", "A", idempotency.Result{TTL: 2900 * time.Millisecond}))
-		cell, err := client.Get(t.Context(), "idem:key").Bytes()
-		require.NoError(t, err)
-		require.EqualValues(t, 2, binary.BigEndian.Uint32(cell[5:]))
-	})
-}
-
-// What somebody else wrote under our key is never a free key, and stays.
-func TestRedisForeignCells(t *testing.T) {
-	valid := func(t *testing.T, store idempotency.Store, client *redis.Client) string {
-		acquireAs(t, store, "valid", "A")
-		return client.Get(t.Context(), "idem:valid").Val()
-	}
-	rows := map[string]func(t *testing.T, store idempotency.Store, client *redis.Client) any{
-		"empty":       func(*testing.T, idempotency.Store, *redis.Client) any { return "" },
-		"text":        func(*testing.T, idempotency.Store, *redis.Client) any { return strings.Repeat("text ", 20) },
-		"truncated":   func(t *testing.T, s idempotency.Store, c *redis.Client) any { v := valid(t, s, c); return v[:len(v)-1] },
-		"header only": func(t *testing.T, s idempotency.Store, c *redis.Client) any { return valid(t, s, c)[:17] },
-		"newer": func(t *testing.T, s idempotency.Store, c *redis.Client) any {
-			v := valid(t, s, c)
-			return v[:1] + "\x02" + v[2:]
-		},
-		"newer record": func(t *testing.T, s idempotency.Store, c *redis.Client) any {
-			acquireAs(t, s, "valid", "A")
-			require.NoError(t, s.Complete(t.Context(), "valid", "A", idempotency.Result{Fingerprint: []byte("print"), Value: []byte("v"), TTL: time.Hour}))
-			v := c.Get(t.Context(), "idem:valid").Val()
-			return v[:1] + "\x02" + v[2:]
-		},
-		"longer claim of another request": func(t *testing.T, s idempotency.Store, c *redis.Client) any {
-			other := claimOf("B")
-			other.Fingerprint = []byte("other")
-			_, err := s.Acquire(t.Context(), "valid", other)
-			require.NoError(t, err)
-			return c.Get(t.Context(), "idem:valid").Val() + "x"
-		},
-		"unknown state": func(t *testing.T, s idempotency.Store, c *redis.Client) any {
-			v := valid(t, s, c)
-			return v[:2] + "X" + v[3:]
-		},
-		"another type": nil,
-	}
-	eachRedis(t, func(t *testing.T, addr string) {
-		for name, content := range rows {
-			t.Run(name, func(t *testing.T) {
-				client := idemtest.DialRedis(t, addr)
-				store := idempotency.NewRedisStore(client, nil)
-				require.NoError(t, client.FlushAll(t.Context()).Err())
-				if content == nil {
-					require.NoError(t, client.LPush(t.Context(), "idem:key", "value").Err())
-				} else {
-					require.NoError(t, client.Set(t.Context(), "idem:key", content(t, store, client), 0).Err())
-				}
-				before := client.Dump(t.Context(), "idem:key").Val()
-
-				_, err := store.Acquire(t.Context(), "key", claimOf("A"))
-				require.Error(t, err)
-				renewal := claimOf("A")
-				renewal.Fingerprint = nil
-				_, err = store.Acquire(t.Context(), "key", renewal)
-				require.Error(t, err)
-				err = store.Complete(t.Context(), "key", "A", idempotency.Result{TTL: time.Hour})
-				require.Error(t, err)
-				require.NotErrorIs(t, err, idempotency.ErrLeaseLost)
-				require.Error(t, store.Release(t.Context(), "key", "A", time.Minute))
-				require.Equal(t, before, client.Dump(t.Context(), "idem:key").Val())
-
-				shop := idemtest.OpenShop(t, store, nil, nil)
-				require.NoError(t, client.FlushAll(t.Context()).Err())
-				require.Equal(t, "201 charge 1", shop.Post("key"), "a key of its own is not disturbed")
-			})
-		}
-	})
-}
-
-// A claim without expiry has lost its clock.
-func TestRedisClaimWithoutExpiry(t *testing.T) {
-	eachRedis(t, func(t *testing.T, addr string) {
-		client := idemtest.DialRedis(t, addr)
-		store := idempotency.NewRedisStore(client, nil)
-		acquireAs(t, store, "key", "A")
-		require.NoError(t, client.Persist(t.Context(), "idem:key").Err())
-		_, err := store.Acquire(t.Context(), "key", claimOf("B"))
-		require.Error(t, err)
-	})
+	require.Equal(t, "201", strings.TrimSpace(shop.Post("key")))
+	require.Zero(t, proxy.Count("set"))
 }
 
 func TestRedisPrefix(t *testing.T) {
@@ -260,89 +182,6 @@ func TestRedisPrefix(t *testing.T) {
 		keys := client.Keys(t.Context(), "*").Val()
 		require.ElementsMatch(t, []string{"one:key", "idem:key"}, keys)
 	})
-}
-
-// A cluster is asked for its slots after errors of the network, not of Redis,
-// and not in a flood.
-func TestRedisClusterIsReloaded(t *testing.T) {
-	server := idemtest.StartRedis(t)
-	cluster := &fakeCluster{Client: idemtest.DialRedis(t, server.Addr, func(o *redis.Options) { o.MaxRetries, o.DialerRetries = -1, 1 })}
-	store := idempotency.NewRedisStore(cluster, nil)
-	acquireAs(t, store, "key", "A")
-	require.NoError(t, cluster.LPush(t.Context(), "idem:list", "value").Err())
-	_, err := store.Acquire(t.Context(), "list", claimOf("A"))
-	require.Error(t, err)
-	require.Zero(t, cluster.reloads.Load())
-
-	server.Kill()
-	for range 50 {
-		_, err := store.Acquire(t.Context(), "key", claimOf("A"))
-		require.Error(t, err)
-		require.NotZero(t, cluster.reloads.Load())
-	}
-	require.Less(t, cluster.reloads.Load(), int64(25))
-}
-
-// A fakeCluster counts what a ClusterClient would do.
-type fakeCluster struct {
-	*redis.Client
-	reloads atomic.Int64
-}
-
-func (c *fakeCluster) ReloadState(context.Context) { c.reloads.Add(1) }
-
-// A value that the store keeps has an expiry whatever happens to it.
-func TestRedisKeysExpire(t *testing.T) {
-	eachRedis(t, func(t *testing.T, addr string) {
-		client := idemtest.DialRedis(t, addr)
-		store := idempotency.NewRedisStore(client, nil)
-		ttl := func() time.Duration { return client.PTTL(t.Context(), "idem:key").Val() }
-		about := func(want time.Duration) {
-			t.Helper()
-			require.InDelta(t, want.Seconds(), ttl().Seconds(), 30)
-		}
-		acquireAs(t, store, "key", "A")
-		about(time.Hour)
-		acquireAs(t, store, "key", "B") // marks the cell
-		about(time.Hour)
-		require.NoError(t, store.Release(t.Context(), "key", "A", time.Minute))
-		about(time.Minute)
-		acquireAs(t, store, "key", "B")
-		about(time.Hour)
-		require.NoError(t, store.Complete(t.Context(), "key", "B", idempotency.Result{TTL: 2 * time.Hour}))
-		about(2 * time.Hour)
-		require.NoError(t, client.Del(t.Context(), "idem:key").Err())
-		require.NoError(t, store.Release(t.Context(), "key", "C", time.Minute))
-		require.LessOrEqual(t, ttl(), 30*time.Second)
-		require.Greater(t, ttl(), time.Duration(0))
-	})
-}
-
-func TestRedisDurationsAreRoundedUp(t *testing.T) {
-	store := newMiniStore(t, nil)
-	claim := claimOf("A")
-	claim.Lease, claim.TTL = 1500*time.Microsecond, time.Nanosecond
-	_, err := store.Acquire(t.Context(), "key", claim)
-	require.NoError(t, err)
-	require.Equal(t, 2*time.Millisecond, store.mini.TTL("idem:key"))
-	require.NoError(t, store.Complete(t.Context(), "key", "A", idempotency.Result{TTL: time.Microsecond}))
-	require.Equal(t, time.Millisecond, store.mini.TTL("idem:key"))
-}
-
-func TestRedisLongTokenIsAnError(t *testing.T) {
-	store := newMiniStore(t, nil)
-	_, err := store.Acquire(t.Context(), "key", claimOf(strings.Repeat("x", 256)))
-	require.ErrorContains(t, err, "255 bytes")
-	require.False(t, store.mini.Exists("idem:key"))
-}
-
-func TestRedisAttemptsCountFar(t *testing.T) {
-	store := newMiniStore(t, nil)
-	for n := 1; n <= 600; n++ { // over the edge of a byte, twice
-		token := fmt.Sprint("token ", n)
-		require.Equal(t, n, acquireAs(t, store, "key", token).Attempt)
-		require.NoError(t, store.Release(t.Context(), "key", token, time.Minute))
-	}
 }
 
 func TestRedisDown(t *testing.T) {
@@ -424,15 +263,13 @@ func TestRedisFull(t *testing.T) {
 
 	_, err := store.Acquire(ctx, "new", claimOf("A"))
 	require.ErrorIs(t, err, idempotency.ErrStoreFull)
-	streamed := claimOf("A")
-	streamed.Fingerprint = nil
-	_, err = store.Acquire(ctx, "new", streamed)
+	_, err = store.Acquire(ctx, "new", renewalOf("A", 1)) // of a record that Redis has lost
 	require.ErrorIs(t, err, idempotency.ErrStoreFull)
 	require.Zero(t, client.Exists(ctx, "idem:new").Val())
 
 	require.Equal(t, idempotency.Completed, acquireAs(t, store, "done", "B").State)
 	require.Equal(t, idempotency.InProgress, acquireAs(t, store, "running", "B").State)
-	renewal := streamed
+	renewal := renewalOf("A", 1)
 	renewal.Once = true // grows nothing, but Redis cannot know
 	rec, err := store.Acquire(ctx, "running", renewal)
 	require.NoError(t, err)
@@ -446,6 +283,128 @@ func TestRedisFull(t *testing.T) {
 
 	shop := idemtest.OpenShop(t, store, nil, nil)
 	require.Equal(t, "503 Service Unavailable", shop.Post("key"))
+	require.Zero(t, shop.Runs.Load())
+}
+
+// A cluster is asked for its slots after errors of the network, not of Redis,
+// and not in a flood.
+func TestRedisClusterIsReloaded(t *testing.T) {
+	server := idemtest.StartRedis(t)
+	cluster := &fakeCluster{Client: idemtest.DialRedis(t, server.Addr, func(o *redis.Options) { o.MaxRetries, o.DialerRetries = -1, 1 })}
+	store := idempotency.NewRedisStore(cluster, nil)
+	acquireAs(t, store, "key", "A")
+	require.NoError(t, cluster.LPush(t.Context(), "idem:list", "value").Err())
+	_, err := store.Acquire(t.Context(), "list", claimOf("A"))
+	require.Error(t, err)
+	require.Zero(t, cluster.reloads.Load())
+
+	server.Kill()
+	for range 50 {
+		_, err := store.Acquire(t.Context(), "key", claimOf("A"))
+		require.Error(t, err)
+		require.NotZero(t, cluster.reloads.Load())
+	}
+	require.Less(t, cluster.reloads.Load(), int64(25))
+}
+
+// A fakeCluster counts what a ClusterClient would do.
+type fakeCluster struct {
+	*redis.Client
+	reloads atomic.Int64
+}
+
+func (c *fakeCluster) ReloadState(context.Context) { c.reloads.Add(1) }
+
+// A claim that too few replicas have is given back before the handler runs.
+func TestRedisMinReplicas(t *testing.T) {
+	master := idemtest.StartRedis(t, "--repl-diskless-sync-delay", "0")
+	admin := idemtest.DialRedis(t, master.Addr)
+	proxy := idemtest.StartProxy(t, master.Addr)
+	store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()),
+		&idempotency.RedisOptions{MinReplicas: 1, ReplicaTimeout: 50 * time.Millisecond})
+	ctx := t.Context()
+
+	for range 2 {
+		_, err := store.Acquire(ctx, "key", claimOf("A"))
+		require.ErrorIs(t, err, idempotency.ErrTooFewReplicas)
+		require.Equal(t, idempotency.Lost, acquireAs(t, store, "key", "A").State, "it was released")
+		require.NoError(t, admin.Del(ctx, "idem:key").Err())
+	}
+	shop := idemtest.OpenShop(t, store, nil, nil)
+	require.Equal(t, "503 Service Unavailable", shop.Post("post"))
+	require.Zero(t, shop.Runs.Load())
+
+	host, port, err := net.SplitHostPort(master.Addr)
+	require.NoError(t, err)
+	replica := idemtest.StartRedis(t, "--replicaof", host+" "+port)
+	idemtest.AwaitReplicas(t, admin, 1)
+	require.Equal(t, "201 charge 1", shop.Post("post"))
+	proxy.Forget()
+	require.Equal(t, "201 charge 2", shop.Post("another"))
+	require.Equal(t, []int{1, 1, 1, 3}, []int{proxy.Count("set"), proxy.Count("wait"), proxy.Count("evalsha"), len(proxy.Commands())})
+	require.Equal(t, idempotency.Acquired, acquireAs(t, store, "taken", "A").State)
+	require.Equal(t, idempotency.InProgress, acquireAs(t, store, "taken", "B").State)
+
+	// A renewal that no replica has fails, but the claim of a running handler
+	// is not released. What changes nothing is answered all the same.
+	replica.Kill()
+	idemtest.Await(t, "no replica", func() bool {
+		return strings.Contains(admin.Info(ctx, "replication").Val(), "connected_slaves:0")
+	})
+	_, err = store.Acquire(ctx, "taken", renewalOf("A", 1))
+	require.ErrorIs(t, err, idempotency.ErrTooFewReplicas)
+	require.Equal(t, idempotency.InProgress, acquireAs(t, store, "taken", "B").State)
+
+	require.NoError(t, store.Complete(ctx, "taken", "A", idempotency.Result{TTL: time.Hour}))
+	require.Equal(t, idempotency.Completed, acquireAs(t, store, "taken", "B").State)
+
+	// A key that is free again waits as well, and so does a claim that was sent
+	// twice and finds its own cell.
+	require.NoError(t, store.Release(ctx, "other", "A", time.Minute))
+	acquireAs(t, idempotency.NewRedisStore(admin, nil), "twice", "B")
+	for _, key := range []string{"other", "twice"} {
+		_, err = store.Acquire(ctx, key, claimOf("B"))
+		require.ErrorIs(t, err, idempotency.ErrTooFewReplicas)
+		require.Equal(t, idempotency.Lost, acquireAs(t, store, key, "B").State)
+	}
+}
+
+// The claim of a running handler is not released, not even when Redis has lost
+// it and the renewal makes it anew: the handler would run a second time.
+func TestRedisMinReplicasOfARunningHandler(t *testing.T) {
+	master := idemtest.StartRedis(t, "--repl-diskless-sync-delay", "0")
+	admin := idemtest.DialRedis(t, master.Addr)
+	host, port, err := net.SplitHostPort(master.Addr)
+	require.NoError(t, err)
+	replica := idemtest.StartRedis(t, "--replicaof", host+" "+port)
+	idemtest.AwaitReplicas(t, admin, 1)
+	store := idempotency.NewRedisStore(idemtest.DialRedis(t, master.Addr),
+		&idempotency.RedisOptions{MinReplicas: 1, ReplicaTimeout: 50 * time.Millisecond})
+	commit := make(chan error, 1)
+	shop := idemtest.OpenShop(t, store, nil, func(w http.ResponseWriter, r *http.Request) {
+		replica.Kill()
+		idemtest.Await(t, "no replica", func() bool {
+			return strings.Contains(admin.Info(r.Context(), "replication").Val(), "connected_slaves:0")
+		})
+		_ = admin.FlushAll(r.Context())
+		commit <- idemtest.Execution(r).Commit(r.Context())
+		w.WriteHeader(http.StatusCreated)
+	})
+	require.Equal(t, "201", strings.TrimSpace(shop.Post("key")))
+	require.ErrorIs(t, <-commit, idempotency.ErrTooFewReplicas)
+	require.Contains(t, shop.Post("key"), "replayed")
+	require.EqualValues(t, 1, shop.Runs.Load())
+}
+
+// A refusal for lack of replicas is final, and FailOpen is no way around it.
+func TestRedisMinReplicasIsARefusal(t *testing.T) {
+	addr := idemtest.StartRedis(t).Addr
+	store := idempotency.NewRedisStore(idemtest.DialRedis(t, addr),
+		&idempotency.RedisOptions{MinReplicas: 1, ReplicaTimeout: 20 * time.Millisecond})
+	events := &idemtest.EventLog{}
+	shop := idemtest.OpenShop(t, store, &idempotency.Options{FailOpen: true, OnEvent: events.Add}, nil)
+	require.Equal(t, "503 Service Unavailable", shop.Post("key"))
+	require.ErrorIs(t, events.Last().Err, idempotency.ErrTooFewReplicas)
 	require.Zero(t, shop.Runs.Load())
 }
 
@@ -524,349 +483,4 @@ func (h infoHook) ProcessHook(redis.ProcessHook) redis.ProcessHook {
 
 func (h infoHook) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
 	return next
-}
-
-// crowd sends a request with one key to each of the shops in turn, n in all and
-// all at once, and returns the answers and how often each came.
-func crowd(n int, key string, shops ...*idemtest.Shop) map[string]int {
-	answers := make(chan string, n)
-	start := make(chan struct{})
-	for i := range n {
-		go func() {
-			<-start
-			answers <- strings.TrimSuffix(shops[i%len(shops)].Post(key), " replayed")
-		}()
-	}
-	close(start)
-	count := make(map[string]int)
-	for range n {
-		count[<-answers]++
-	}
-	return count
-}
-
-func TestRedisDuplicatesOverTwoProcesses(t *testing.T) {
-	const requests, handling = 200, 50 * time.Millisecond
-	eachRedis(t, func(t *testing.T, addr string) {
-		proxy := idemtest.StartProxy(t, addr)
-		handler := func(w http.ResponseWriter, r *http.Request) {
-			<-time.After(handling)
-			_, _ = io.WriteString(w, "charged")
-		}
-		var shops []*idemtest.Shop
-		for range 2 {
-			store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil)
-			shops = append(shops, idemtest.OpenShop(t, store, nil, handler))
-		}
-		crowd(20, "warm-up", shops...)
-		before := shops[0].Runs.Load() + shops[1].Runs.Load()
-		idemtest.Await(t, "nobody watches", func() bool { return redisSessions() == 0 })
-
-		proxy.Forget()
-		start := time.Now()
-		require.Equal(t, map[string]int{"200 charged": requests}, crowd(requests, "key", shops...))
-		t.Logf("%d commands in %v for %d requests", len(proxy.Commands()), time.Since(start), requests)
-		require.EqualValues(t, 1, shops[0].Runs.Load()+shops[1].Runs.Load()-before)
-		require.LessOrEqual(t, len(proxy.Commands()), 2*requests+10)
-		require.LessOrEqual(t, proxy.Count("subscribe"), 10, "one for each process, and for stragglers")
-		idemtest.Await(t, "nobody watches", func() bool { return redisSessions() == 0 })
-	})
-}
-
-// redisSessions returns how many goroutines serve Pub/Sub connections.
-func redisSessions() int {
-	var stacks strings.Builder
-	_ = pprof.Lookup("goroutine").WriteTo(&stacks, 2)
-	return strings.Count(stacks.String(), "idempotency.(*redisSession)")
-}
-
-// A claim that too few replicas have is given back before the handler runs.
-func TestRedisMinReplicas(t *testing.T) {
-	master := idemtest.StartRedis(t, "--repl-diskless-sync-delay", "0")
-	admin := idemtest.DialRedis(t, master.Addr)
-	proxy := idemtest.StartProxy(t, master.Addr)
-	store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()),
-		&idempotency.RedisOptions{MinReplicas: 1, ReplicaTimeout: 50 * time.Millisecond})
-	ctx := t.Context()
-
-	for range 2 {
-		_, err := store.Acquire(ctx, "key", claimOf("A"))
-		require.ErrorIs(t, err, idempotency.ErrTooFewReplicas)
-		require.Equal(t, idempotency.Lost, acquireAs(t, store, "key", "A").State, "it was released")
-		require.NoError(t, admin.Del(ctx, "idem:key").Err())
-	}
-	shop := idemtest.OpenShop(t, store, nil, nil)
-	require.Equal(t, "503 Service Unavailable", shop.Post("post"))
-	require.Zero(t, shop.Runs.Load())
-
-	host, port, err := net.SplitHostPort(master.Addr)
-	require.NoError(t, err)
-	replica := idemtest.StartRedis(t, "--replicaof", host+" "+port)
-	idemtest.AwaitReplicas(t, admin, 1)
-	require.Equal(t, "201 charge 1", shop.Post("post"))
-	proxy.Forget()
-	require.Equal(t, "201 charge 2", shop.Post("another"))
-	require.Equal(t, []int{1, 1, 1, 3}, []int{proxy.Count("set"), proxy.Count("wait"), proxy.Count("evalsha"), len(proxy.Commands())})
-	require.Equal(t, idempotency.Acquired, acquireAs(t, store, "taken", "A").State)
-	require.Equal(t, idempotency.InProgress, acquireAs(t, store, "taken", "B").State)
-
-	// A renewal that no replica has fails, but the claim of a running handler
-	// is not released. What changes nothing is answered all the same.
-	replica.Kill()
-	idemtest.Await(t, "no replica", func() bool {
-		return strings.Contains(admin.Info(ctx, "replication").Val(), "connected_slaves:0")
-	})
-	_, err = store.Acquire(ctx, "taken", claimOf("A"))
-	require.ErrorIs(t, err, idempotency.ErrTooFewReplicas)
-	require.Equal(t, idempotency.InProgress, acquireAs(t, store, "taken", "B").State)
-
-	require.NoError(t, store.Complete(ctx, "taken", "A", idempotency.Result{TTL: time.Hour}))
-	require.Equal(t, idempotency.Completed, acquireAs(t, store, "taken", "B").State)
-
-	// A command that was sent again, and a key that is free again, wait as well.
-	require.NoError(t, store.Release(ctx, "other", "A", time.Minute))
-	_, err = store.Acquire(ctx, "other", claimOf("B"))
-	require.ErrorIs(t, err, idempotency.ErrTooFewReplicas)
-	require.Equal(t, idempotency.Lost, acquireAs(t, store, "other", "B").State)
-}
-
-// The claim of a running handler is not released, not even when Redis has lost
-// it and the renewal makes it anew: the handler would run a second time.
-func TestRedisMinReplicasOfARunningHandler(t *testing.T) {
-	for name, own := range map[string]bool{"context of the request": false, "context of its own": true} {
-		t.Run(name, func(t *testing.T) {
-			master := idemtest.StartRedis(t, "--repl-diskless-sync-delay", "0")
-			admin := idemtest.DialRedis(t, master.Addr)
-			host, port, err := net.SplitHostPort(master.Addr)
-			require.NoError(t, err)
-			replica := idemtest.StartRedis(t, "--replicaof", host+" "+port)
-			idemtest.AwaitReplicas(t, admin, 1)
-			store := idempotency.NewRedisStore(idemtest.DialRedis(t, master.Addr),
-				&idempotency.RedisOptions{MinReplicas: 1, ReplicaTimeout: 50 * time.Millisecond})
-			commit := make(chan error, 1)
-			shop := idemtest.OpenShop(t, store, nil, func(w http.ResponseWriter, r *http.Request) {
-				replica.Kill()
-				idemtest.Await(t, "no replica", func() bool {
-					return strings.Contains(admin.Info(r.Context(), "replication").Val(), "connected_slaves:0")
-				})
-				_ = admin.FlushAll(r.Context())
-				ctx := r.Context()
-				if own {
-					ctx = context.Background()
-				}
-				commit <- idemtest.Execution(r).Commit(ctx)
-				w.WriteHeader(http.StatusCreated)
-			})
-			require.Equal(t, "201", strings.TrimSpace(shop.Post("key")))
-			require.ErrorIs(t, <-commit, idempotency.ErrTooFewReplicas)
-			require.Contains(t, shop.Post("key"), "replayed")
-			require.EqualValues(t, 1, shop.Runs.Load())
-		})
-	}
-}
-
-// A refusal for lack of replicas is final, and FailOpen is no way around it.
-func TestRedisMinReplicasIsARefusal(t *testing.T) {
-	addr := idemtest.StartRedis(t).Addr
-	store := idempotency.NewRedisStore(idemtest.DialRedis(t, addr),
-		&idempotency.RedisOptions{MinReplicas: 1, ReplicaTimeout: 20 * time.Millisecond})
-	events := &idemtest.EventLog{}
-	shop := idemtest.OpenShop(t, store, &idempotency.Options{FailOpen: true, OnEvent: events.Add}, nil)
-	require.Equal(t, "503 Service Unavailable", shop.Post("key"))
-	require.ErrorIs(t, events.Last().Err, idempotency.ErrTooFewReplicas)
-	require.Zero(t, shop.Runs.Load())
-}
-
-// Renewals by the timer take one command each.
-func TestRedisRenewalIsOneCommand(t *testing.T) {
-	proxy := idemtest.StartProxy(t, idemtest.StartRedis(t).Addr)
-	store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil)
-	shop := idemtest.OpenShop(t, store, &idempotency.Options{Lease: 300 * time.Millisecond}, func(w http.ResponseWriter, r *http.Request) {
-		proxy.Forget()
-		idemtest.Await(t, "three renewals", func() bool { return proxy.Count("evalsha") >= 3 })
-		w.WriteHeader(http.StatusCreated)
-	})
-	require.Equal(t, "201", strings.TrimSpace(shop.Post("key")))
-	require.Zero(t, proxy.Count("set"))
-}
-
-// Duplicates that come one by one cannot ask together, only wait together.
-func TestRedisDuplicatesOneByOne(t *testing.T) {
-	const duplicates = 60
-	eachRedis(t, func(t *testing.T, addr string) {
-		proxy := idemtest.StartProxy(t, addr)
-		store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil)
-		warmUp(t, store)
-		release := make(chan struct{})
-		var waiting atomic.Int64
-		shop := idemtest.OpenShop(t, countingStore{store, &waiting}, nil, func(w http.ResponseWriter, r *http.Request) {
-			<-release
-			_, _ = io.WriteString(w, "charged")
-		})
-		proxy.Forget()
-		answers := make(chan string, duplicates+1)
-		for i := range duplicates + 1 {
-			go func() { answers <- shop.Post("key") }()
-			idemtest.Await(t, "it waits", func() bool { return waiting.Load() >= int64(i) && shop.Runs.Load() == 1 })
-		}
-		close(release)
-		for range duplicates + 1 {
-			require.Contains(t, <-answers, "200 charged")
-		}
-		t.Logf("%d commands for %d duplicates", len(proxy.Commands()), duplicates)
-		require.LessOrEqual(t, len(proxy.Commands()), 2*duplicates+10)
-	})
-}
-
-// countingStore counts the watches that have begun.
-type countingStore struct {
-	*idempotency.RedisStore
-	waiting *atomic.Int64
-}
-
-func (s countingStore) Watch(ctx context.Context, key string) (<-chan struct{}, error) {
-	changed, err := s.RedisStore.Watch(ctx, key)
-	s.waiting.Add(1)
-	return changed, err
-}
-
-// A key that is freed goes to one of those who wait, and the others wait on.
-func TestRedisDuplicatesOfARequestThatFails(t *testing.T) {
-	const requests, failures = 20, 3
-	eachRedis(t, func(t *testing.T, addr string) {
-		var runs atomic.Int64
-		handler := func(w http.ResponseWriter, r *http.Request) {
-			<-time.After(20 * time.Millisecond)
-			e, _ := idempotency.FromContext(r.Context())
-			if n := runs.Add(1); int(n) != e.Attempt() {
-				t.Errorf("run %d is attempt %d", n, e.Attempt())
-			}
-			if e.Attempt() <= failures {
-				w.WriteHeader(http.StatusServiceUnavailable)
-			}
-		}
-		var shops []*idemtest.Shop
-		for range 2 {
-			store := idempotency.NewRedisStore(idemtest.DialRedis(t, addr), nil)
-			shops = append(shops, idemtest.OpenShop(t, store, nil, handler))
-		}
-		want := map[string]int{"503 Service Unavailable": failures, "200 ": requests - failures}
-		require.Equal(t, want, crowd(requests, "key", shops...))
-		require.EqualValues(t, failures+1, runs.Load())
-	})
-}
-
-// Those who wait share what one of them has read, but not for longer than it is
-// there.
-func TestRedisSharedResultExpires(t *testing.T) {
-	eachRedis(t, func(t *testing.T, addr string) {
-		proxy := idemtest.StartProxy(t, addr)
-		store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil)
-		const ttl = time.Second
-		_, err := store.Watch(t.Context(), "key") // there until the test ends
-		require.NoError(t, err)
-		acquireAs(t, store, "key", "A")
-		asked := time.Now()
-		require.Equal(t, idempotency.InProgress, acquireAs(t, store, "key", "B").State)
-		require.NoError(t, store.Complete(t.Context(), "key", "A", idempotency.Result{Fingerprint: []byte("print"), Value: []byte("done"), TTL: ttl}))
-		first := acquireAs(t, store, "key", "B")
-		require.Equal(t, "done", string(first.Value))
-
-		proxy.Forget()
-		require.Equal(t, first, acquireAs(t, store, "key", "C"))
-		other := claimOf("C")
-		other.Fingerprint = []byte("another")
-		rec, err := store.Acquire(t.Context(), "key", other)
-		require.NoError(t, err)
-		require.Equal(t, idempotency.Mismatch, rec.State)
-		if time.Since(asked) < ttl/2 {
-			require.Empty(t, proxy.Commands(), "nobody asks for what cannot change")
-		}
-		idemtest.Await(t, "a question", func() bool {
-			acquireAs(t, store, "key", "C")
-			return proxy.Count("set", "evalsha") > 0
-		})
-	})
-}
-
-// A result is no longer shared when somebody has found that it is lost.
-func TestRedisSharedResultIsLost(t *testing.T) {
-	eachRedis(t, func(t *testing.T, addr string) {
-		client := idemtest.DialRedis(t, addr)
-		store := idempotency.NewRedisStore(client, nil)
-		_, err := store.Watch(t.Context(), "key")
-		require.NoError(t, err)
-		acquireAs(t, store, "key", "A")
-		acquireAs(t, store, "key", "B")
-		require.NoError(t, store.Complete(t.Context(), "key", "A", idempotency.Result{TTL: time.Hour}))
-		require.Equal(t, idempotency.Completed, acquireAs(t, store, "key", "B").State)
-		require.NoError(t, client.Del(t.Context(), "idem:key").Err())
-		streamed := claimOf("C")
-		streamed.Fingerprint = nil
-		rec, err := store.Acquire(t.Context(), "key", streamed)
-		require.NoError(t, err)
-		require.Equal(t, idempotency.Acquired, rec.State)
-		require.Equal(t, idempotency.InProgress, acquireAs(t, store, "key", "B").State)
-	})
-}
-
-// Two keys with names so short that they meet on one channel are two all the
-// same.
-func TestRedisSharedChannelIsNotASharedResult(t *testing.T) {
-	eachRedis(t, func(t *testing.T, addr string) {
-		store := idempotency.NewRedisStore(idemtest.DialRedis(t, addr), nil)
-		watch := func(key string) <-chan struct{} {
-			changed, err := store.Watch(t.Context(), key)
-			require.NoError(t, err)
-			return changed
-		}
-		changed := watch("key")
-		acquireAs(t, store, "key", "A")
-		acquireAs(t, store, "key", "B")
-		require.NoError(t, store.Complete(t.Context(), "key", "A", idempotency.Result{TTL: time.Hour}))
-		<-changed
-		require.Equal(t, idempotency.Completed, acquireAs(t, store, "key", "B").State)
-		require.Equal(t, idempotency.Acquired, acquireAs(t, store, "key.", "A").State)
-		changed = watch("key.")
-		require.Equal(t, idempotency.InProgress, acquireAs(t, store, "key.", "B").State)
-		require.Equal(t, idempotency.Completed, acquireAs(t, store, "key", "B").State)
-		require.Equal(t, idempotency.InProgress, acquireAs(t, store, "key.", "B").State)
-		require.NoError(t, store.Complete(t.Context(), "key.", "A", idempotency.Result{TTL: time.Hour}))
-		<-changed
-	})
-}
-
-// Who waits is told even if the mark that somebody waits was lost with the cell,
-// or belonged to a claim that was taken over.
-func TestRedisWatchOfALostCell(t *testing.T) {
-	ends := map[string]func(t *testing.T, s miniStore){
-		"completed when lost": func(t *testing.T, s miniStore) {
-			s.mini.Del("idem:key")
-			require.NoError(t, s.Complete(t.Context(), "key", "A", idempotency.Result{TTL: time.Hour}))
-		},
-		"released when lost": func(t *testing.T, s miniStore) {
-			s.mini.Del("idem:key")
-			require.NoError(t, s.Release(t.Context(), "key", "A", time.Minute))
-		},
-		"completed when taken over": func(t *testing.T, s miniStore) {
-			s.Advance(2 * time.Minute)
-			require.Equal(t, 2, acquireAs(t, s, "key", "C").Attempt)
-			require.NoError(t, s.Complete(t.Context(), "key", "C", idempotency.Result{TTL: time.Hour}))
-		},
-	}
-	for name, end := range ends {
-		t.Run(name, func(t *testing.T) {
-			store := newMiniStore(t, nil)
-			acquireAs(t, store, "key", "A")
-			changed, err := store.Watch(t.Context(), "key")
-			require.NoError(t, err)
-			require.Equal(t, idempotency.InProgress, acquireAs(t, store, "key", "B").State)
-			end(t, store)
-			select {
-			case <-changed:
-			case <-time.After(idemtest.Patience):
-				t.Fatal("not told")
-			}
-		})
-	}
 }

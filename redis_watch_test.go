@@ -1,58 +1,219 @@
 package idempotency_test
 
 import (
-	"sync"
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"runtime/pprof"
+	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/alicebob/miniredis/v2"
+	"github.com/redis/go-redis/v9"
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-idempotency/idempotency"
 	"github.com/go-idempotency/idempotency/internal/idemtest"
 )
 
-// An answer that comes late is not taken for what is there now.
-func TestRedisLateAnswerIsNotShared(t *testing.T) {
-	addr := idemtest.StartRedis(t).Addr
-	proxy, admin := idemtest.StartProxy(t, addr), idemtest.DialRedis(t, addr)
-	store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil)
-	elsewhere := idempotency.NewRedisStore(admin, nil)
-	warmUp(t, store)
-	acquireAs(t, elsewhere, "key", "A")
-	require.NoError(t, elsewhere.Complete(t.Context(), "key", "A", idempotency.Result{TTL: time.Hour}))
-	_, err := store.Watch(t.Context(), "key")
-	require.NoError(t, err)
-
-	asked := proxy.Once(idemtest.SlowReply, func(c idemtest.RedisCommand) bool { return c.Is("set", "evalsha") })
-	var asking sync.WaitGroup
-	asking.Go(func() { _, _ = store.Acquire(t.Context(), "key", claimOf("B")) })
-	<-asked
-	idemtest.Await(t, "its answer is on its way", func() bool { return admin.Del(t.Context(), "idem:key").Val() == 1 })
-	acquireAs(t, elsewhere, "key", "C")
-	streamed := claimOf("D")
-	streamed.Fingerprint = nil // asks for itself
-	rec, err := store.Acquire(t.Context(), "key", streamed)
-	require.NoError(t, err)
-	require.Equal(t, idempotency.InProgress, rec.State)
-	asking.Wait()
-	require.Equal(t, idempotency.InProgress, acquireAs(t, store, "key", "E").State)
+// redisSessions returns how many goroutines serve Pub/Sub connections.
+func redisSessions() int {
+	var stacks strings.Builder
+	_ = pprof.Lookup("goroutine").WriteTo(&stacks, 2)
+	return strings.Count(stacks.String(), "idempotency.(*redisSession)")
 }
 
-// A result is not shared for longer than its record is there, however late it was
-// read.
-func TestRedisResultIsNotOlderThanItsRecord(t *testing.T) {
-	addr := idemtest.StartRedis(t).Addr
-	admin := idemtest.DialRedis(t, addr)
-	store := idempotency.NewRedisStore(idemtest.DialRedis(t, addr), nil)
-	_, err := store.Watch(t.Context(), "key")
-	require.NoError(t, err)
-	acquireAs(t, store, "key", "A")
-	require.Equal(t, idempotency.InProgress, acquireAs(t, store, "key", "B").State)
-	require.NoError(t, store.Complete(t.Context(), "key", "A", idempotency.Result{Fingerprint: []byte("print"), TTL: 2 * time.Second}))
-	idemtest.Await(t, "the record is old", func() bool { return admin.PTTL(t.Context(), "idem:key").Val() < 500*time.Millisecond })
-	acquireAs(t, store, "key", "B") // still there, unless the machine is very busy
-	idemtest.Await(t, "the record is gone", func() bool { return admin.Exists(t.Context(), "idem:key").Val() == 0 })
-	require.Equal(t, idempotency.Acquired, acquireAs(t, store, "key", "C").State)
+// One subscription for a key, however many wait, and none when nobody does.
+func TestRedisWatchSubscriptions(t *testing.T) {
+	eachRedis(t, func(t *testing.T, addr string) {
+		proxy := idemtest.StartProxy(t, addr)
+		client := idemtest.DialRedis(t, addr)
+		store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil)
+		watch := func(key string) context.CancelFunc {
+			ctx, cancel := context.WithCancel(t.Context())
+			_, err := store.Watch(ctx, key)
+			require.NoError(t, err)
+			return cancel
+		}
+		subscribed := func(n int) {
+			t.Helper()
+			idemtest.Await(t, "subscriptions", func() bool {
+				return len(client.PubSubChannels(t.Context(), "*").Val()) == n
+			})
+		}
+		leave := []context.CancelFunc{watch("one"), watch("one"), watch("two")}
+		subscribed(2)
+		for _, c := range client.PubSubChannels(t.Context(), "*").Val() {
+			require.GreaterOrEqual(t, len(c), 36)
+		}
+		leave[0]()
+		leave[2]()
+		subscribed(1)
+		again := watch("two")
+		subscribed(2)
+		leave[1]()
+		again()
+		subscribed(0)
+		require.Equal(t, 3, proxy.Count("subscribe"))
+	})
+}
+
+// Who waits is told even if the mark that somebody waits was lost with the cell,
+// or belonged to a claim that was taken over.
+func TestRedisWatchOfALostCell(t *testing.T) {
+	ends := map[string]func(t *testing.T, s miniStore){
+		"completed when lost": func(t *testing.T, s miniStore) {
+			s.mini.Del("idem:key")
+			require.NoError(t, s.Complete(t.Context(), "key", "A", idempotency.Result{TTL: time.Hour}))
+		},
+		"released when lost": func(t *testing.T, s miniStore) {
+			s.mini.Del("idem:key")
+			require.NoError(t, s.Release(t.Context(), "key", "A", time.Minute))
+		},
+		"completed when taken over": func(t *testing.T, s miniStore) {
+			s.Advance(2 * time.Minute)
+			require.Equal(t, 2, acquireAs(t, s, "key", "C").Attempt)
+			require.NoError(t, s.Complete(t.Context(), "key", "C", idempotency.Result{TTL: time.Hour}))
+		},
+	}
+	for name, end := range ends {
+		t.Run(name, func(t *testing.T) {
+			store := newMiniStore(t, nil)
+			acquireAs(t, store, "key", "A")
+			changed, err := store.Watch(t.Context(), "key")
+			require.NoError(t, err)
+			require.Equal(t, idempotency.InProgress, acquireAs(t, store, "key", "B").State)
+			end(t, store)
+			select {
+			case <-changed:
+			case <-time.After(idemtest.Patience):
+				t.Fatal("not told")
+			}
+		})
+	}
+}
+
+// Duplicates are told as much when Pub/Sub does not work, only later.
+func TestRedisWithoutPubSub(t *testing.T) {
+	const requests = 20
+	serve := func(t *testing.T, addr string, judge func(idemtest.RedisCommand) idemtest.Verdict, change ...func(*redis.Options)) {
+		proxy := idemtest.StartProxy(t, addr)
+		proxy.Set(judge)
+		release := make(chan struct{})
+		store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr(), change...),
+			&idempotency.RedisOptions{Prefix: t.Name()})
+		shop := idemtest.OpenShop(t, store, nil, func(w http.ResponseWriter, r *http.Request) {
+			<-release
+			_, _ = io.WriteString(w, "charged")
+		})
+		go func() {
+			for proxy.Count("subscribe") == 0 { // somebody waits
+				<-time.After(time.Millisecond)
+			}
+			close(release)
+		}()
+		require.Equal(t, map[string]int{"200 charged": requests}, crowd(requests, "key", shop))
+		require.EqualValues(t, 1, shop.Runs.Load())
+		idemtest.Await(t, "nobody watches", func() bool { return redisSessions() == 0 })
+	}
+	eachRedis(t, func(t *testing.T, addr string) {
+		for name, v := range map[string]idemtest.Verdict{"refused": idemtest.CutBefore, "breaks": idemtest.CutAfter, "hangs": idemtest.Swallow} {
+			t.Run(name, func(t *testing.T) {
+				serve(t, addr, func(c idemtest.RedisCommand) idemtest.Verdict {
+					if c.Is("subscribe") {
+						return v
+					}
+					return idemtest.Pass
+				})
+			})
+		}
+	})
+	t.Run("no permission", func(t *testing.T) {
+		addr := idemtest.StartRedis(t).Addr
+		admin := idemtest.DialRedis(t, addr)
+		require.NoError(t, admin.Do(t.Context(), "acl", "setuser", "app", "on", ">secret", "~*", "resetchannels", "+@all").Err())
+		as := func(o *redis.Options) { o.Username, o.Password = "app", "secret" }
+		serve(t, addr, nil, as)
+		store := idempotency.NewRedisStore(idemtest.DialRedis(t, addr, as), nil)
+		for _, key := range []string{"one", "two"} {
+			acquireAs(t, store, key, "A")
+			acquireAs(t, store, key, "B")
+		}
+		require.NoError(t, store.Complete(t.Context(), "one", "A", idempotency.Result{TTL: time.Hour}))
+		require.NoError(t, store.Release(t.Context(), "two", "A", time.Minute))
+	})
+}
+
+// Watch is bounded in time whatever becomes of the connection, and comes back
+// when that works again.
+func TestRedisWatchWhileConnectionsHang(t *testing.T) {
+	eachRedis(t, func(t *testing.T, addr string) {
+		proxy := idemtest.StartProxy(t, addr)
+		store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr(), hangsBriefly), nil)
+		proxy.Set(func(idemtest.RedisCommand) idemtest.Verdict { return idemtest.Swallow })
+		start := time.Now()
+		_, err := store.Watch(t.Context(), "key")
+		require.Error(t, err)
+		require.Less(t, time.Since(start), time.Second)
+		start = time.Now()
+		for range 10 { // these do not try again
+			_, err := store.Watch(t.Context(), "key")
+			require.Error(t, err)
+		}
+		require.Less(t, time.Since(start), time.Second)
+		proxy.Set(nil)
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		idemtest.Await(t, "a watch", func() bool {
+			_, err := store.Watch(ctx, "key")
+			return err == nil
+		})
+		cancel()
+		idemtest.Await(t, "nobody watches", func() bool { return redisSessions() == 0 })
+	})
+}
+
+// hangsBriefly has go-redis give up a connection that it makes a little later
+// than Watch does.
+func hangsBriefly(o *redis.Options) { o.ReadTimeout = 1500 * time.Millisecond }
+
+func TestRedisWatchEndsWithItsContext(t *testing.T) {
+	proxy := idemtest.StartProxy(t, miniredis.RunT(t).Addr())
+	store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr(), hangsBriefly), nil)
+	proxy.Set(func(idemtest.RedisCommand) idemtest.Verdict { return idemtest.Swallow })
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	_, err := store.Watch(ctx, "key")
+	require.Error(t, err)
+	idemtest.Await(t, "nobody watches", func() bool { return redisSessions() == 0 })
+}
+
+// When the connection breaks, what was published since is lost: all who wait
+// are told to look.
+func TestRedisWatchConnectionBreaks(t *testing.T) {
+	eachRedis(t, func(t *testing.T, addr string) {
+		proxy := idemtest.StartProxy(t, addr)
+		store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil)
+		var watches []<-chan struct{}
+		for _, key := range []string{"one", "two", "one"} {
+			changed, err := store.Watch(t.Context(), key)
+			require.NoError(t, err)
+			watches = append(watches, changed)
+		}
+		proxy.Cut()
+		for _, changed := range watches {
+			select {
+			case <-changed:
+			case <-time.After(idemtest.Patience):
+				t.Fatal("a watch was not told")
+			}
+		}
+		_, err := store.Watch(t.Context(), "one")
+		require.NoError(t, err, "the next one connects again")
+	})
 }
 
 // A Pub/Sub connection over which nothing comes any more is noticed.
@@ -62,6 +223,78 @@ func TestRedisWatchConnectionFallsSilent(t *testing.T) {
 	changed, err := store.Watch(t.Context(), "key")
 	require.NoError(t, err)
 	proxy.Set(func(idemtest.RedisCommand) idemtest.Verdict { return idemtest.Swallow })
+	select {
+	case <-changed:
+	case <-time.After(idemtest.Patience):
+		t.Fatal("the watch was not told")
+	}
+}
+
+// Those who wait are told before go-redis has given up to connect again.
+func TestRedisWatchReconnectHangs(t *testing.T) {
+	var hang atomic.Bool
+	proxy := idemtest.StartProxy(t, idemtest.StartRedis(t).Addr)
+	client := idemtest.DialRedis(t, proxy.Addr(), func(o *redis.Options) {
+		o.Dialer = func(ctx context.Context, network, addr string) (net.Conn, error) {
+			if hang.Load() {
+				<-ctx.Done()
+				return nil, ctx.Err()
+			}
+			return new(net.Dialer).DialContext(ctx, network, addr)
+		}
+	})
+	changed, err := idempotency.NewRedisStore(client, nil).Watch(t.Context(), "one")
+	require.NoError(t, err)
+	hang.Store(true)
+	proxy.Cut()
+	ctx, cancel := context.WithTimeout(t.Context(), client.Options().DialTimeout-time.Second)
+	defer cancel()
+	select {
+	case <-changed:
+	case <-ctx.Done():
+		t.Fatal("a watch was not told")
+	}
+}
+
+// A watch that was not confirmed leaves nothing behind.
+func TestRedisWatchIsNotConfirmed(t *testing.T) {
+	eachRedis(t, func(t *testing.T, addr string) {
+		proxy := idemtest.StartProxy(t, addr)
+		store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil)
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		_, err := store.Watch(ctx, "one")
+		require.NoError(t, err)
+		proxy.Once(idemtest.Ignore, func(c idemtest.RedisCommand) bool { return c.Is("subscribe") })
+		_, err = store.Watch(t.Context(), "two")
+		require.Error(t, err)
+		cancel()
+		idemtest.Await(t, "nobody watches", func() bool { return redisSessions() == 0 })
+	})
+}
+
+// A panic in the dialer ends no process.
+func TestRedisWatchDialerPanics(t *testing.T) {
+	var broken atomic.Bool
+	addr := idemtest.StartRedis(t).Addr
+	client := idemtest.DialRedis(t, addr, func(o *redis.Options) {
+		o.Dialer = func(ctx context.Context, network, addr string) (net.Conn, error) {
+			if broken.Load() {
+				panic("a dialer")
+			}
+			return new(net.Dialer).DialContext(ctx, network, addr)
+		}
+	})
+	broken.Store(true)
+	_, err := idempotency.NewRedisStore(client, nil).Watch(t.Context(), "key")
+	require.Error(t, err)
+	broken.Store(false)
+	changed, err := idempotency.NewRedisStore(client, nil).Watch(t.Context(), "key")
+	require.NoError(t, err)
+
+	// The connection breaks, and go-redis dials again before it says so.
+	broken.Store(true)
+	require.NoError(t, idemtest.DialRedis(t, addr).ClientKillByFilter(t.Context(), "TYPE", "pubsub").Err())
 	select {
 	case <-changed:
 	case <-time.After(idemtest.Patience):

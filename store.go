@@ -22,7 +22,7 @@ import (
 // A store copies the slices it keeps; the slices it returns are read-only and
 // stay valid. Keys are compared byte by byte, case included. The keys of this
 // package are base64url text of 27 bytes; a store takes any visible ASCII of up
-// to 200 bytes.
+// to 200 bytes, and a fingerprint of up to 255 bytes.
 //
 // Package storetest checks an implementation against this contract.
 type Store interface {

@@ -140,7 +140,7 @@ func (s *brokenStore) Complete(ctx context.Context, key, token string, r idempot
 
 func (s *brokenStore) isCompleted(ctx context.Context, key string) bool {
 	cell, err := s.client.Get(ctx, "idem:"+key).Bytes()
-	return err == nil && len(cell) > 2 && cell[2] == 'D'
+	return err == nil && len(cell) > 1 && cell[1] == 'D'
 }
 
 func (s *brokenStore) Release(ctx context.Context, key, token string, keep time.Duration) error {

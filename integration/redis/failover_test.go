@@ -131,7 +131,7 @@ func (p *redisPair) cell(on redis.UniversalClient) byte {
 	if err != nil {
 		return 0
 	}
-	return cell[2]
+	return cell[1]
 }
 
 // replicaHas waits until the replica has a cell in that state.

@@ -28,9 +28,9 @@ func (c RedisCommand) Is(names ...string) bool { return slices.Contains(names, c
 func (c RedisCommand) Writes() byte {
 	switch {
 	case c.Is("set"):
-		return c[2][2]
-	case c.Is("eval", "evalsha") && len(c) > 4 && len(c[4]) > 2:
-		return c[4][2]
+		return c[2][1]
+	case c.Is("eval", "evalsha") && len(c) > 4 && len(c[4]) > 1:
+		return c[4][1]
 	}
 	return 0
 }
