@@ -40,8 +40,7 @@ type shape struct {
 	replay  []edit              // what makes the first response the replay, see replayOf
 }
 
-// checkShapes is what the tables of response_recorder_test.go and header_field_test.go run
-// through.
+// checkShapes checks the shapes of a table.
 func checkShapes(t *testing.T, shapes []shape) {
 	for _, s := range shapes {
 		t.Run(s.name, func(t *testing.T) {
