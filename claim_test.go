@@ -3,7 +3,6 @@ package idempotency_test
 import (
 	"context"
 	"net/http"
-	"net/http/httptest"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -27,9 +26,13 @@ func withFaults(t *testing.T, opts idempotency.Options, handler http.HandlerFunc
 
 func TestStoreDownBeforeTheHandler(t *testing.T) {
 	for name, fail := range map[string]func(s *idemtest.FaultyStore){
-		"and the claim was not made":         func(s *idemtest.FaultyStore) { s.Fail("Acquire", idemtest.ErrDown) },
-		"and the claim was made unnoticed":   func(s *idemtest.FaultyStore) { s.FailAfter("Acquire", idemtest.ErrDown) },
-		"and it answers what is not a state": func(s *idemtest.FaultyStore) { s.Store = zeroStateStore{s.Store} },
+		"and the claim was not made":       func(s *idemtest.FaultyStore) { s.Fail("Acquire", idemtest.ErrDown) },
+		"and the claim was made unnoticed": func(s *idemtest.FaultyStore) { s.FailAfter("Acquire", idemtest.ErrDown) },
+		"and it answers what is not a state": func(s *idemtest.FaultyStore) {
+			s.Store = &idemtest.ScriptedStore{OnAcquire: func(int, context.Context, string, idempotency.Claim) (idempotency.Record, error) {
+				return idempotency.Record{}, nil
+			}, MemoryStore: s.Store.(*idempotency.MemoryStore)}
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			withFaults(t, idempotency.Options{}, nil, func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, events *idemtest.EventLog) {
@@ -55,34 +58,17 @@ func TestStoreDownBeforeTheHandler(t *testing.T) {
 	}
 }
 
-type zeroStateStore struct{ idempotency.Store }
-
-func (s zeroStateStore) Acquire(context.Context, string, idempotency.Claim) (idempotency.Record, error) {
-	return idempotency.Record{}, nil
-}
-
 func TestLostReplyOfAClaimIsNotAStranger(t *testing.T) {
-	withFaults(t, idempotency.Options{Wait: idempotency.NoWait}, nil, func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, _ *idemtest.EventLog) {
-		lost := &oneLostReply{Store: s.Store}
-		s.Store = lost
-		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
-		require.Equal(t, 1, lost.lost)
-	})
-}
-
-// oneLostReply fails the first Acquire after it took effect.
-type oneLostReply struct {
-	idempotency.Store
-	lost int
-}
-
-func (s *oneLostReply) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
-	rec, err := s.Store.Acquire(ctx, key, c)
-	if s.lost == 0 {
-		s.lost++
-		return idempotency.Record{}, idemtest.ErrDown
+	s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+	s.OnAcquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+		rec, err := s.MemoryStore.Acquire(ctx, key, c)
+		if n == 1 {
+			return idempotency.Record{}, idemtest.ErrDown
+		}
+		return rec, err
 	}
-	return rec, err
+	c := idemtest.NewClient(s, &idempotency.Options{Wait: idempotency.NoWait}, nil)
+	c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
 }
 
 // A call that hangs leaves time for another.
@@ -188,28 +174,20 @@ func (s *ghostStore) arrive(t *testing.T) {
 	require.Equal(t, idempotency.Acquired, rec.State)
 }
 
-func TestStoreFull(t *testing.T) {
-	withFaults(t, idempotency.Options{}, nil, func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, events *idemtest.EventLog) {
-		s.Store = &idempotency.MemoryStore{MaxBytes: 1}
-		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 store_unavailable"})
-		require.ErrorIs(t, events.Last().Err, idempotency.ErrStoreFull)
-		require.Zero(t, c.Runs())
-	})
-}
-
 // What is refused for certain has made no claim, and none is given back.
 func TestRefusalsCostNoRelease(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
-		c := idemtest.NewClient(store, &idempotency.Options{Wait: idempotency.NoWait}, idemtest.Lasting(time.Second))
+		store, events := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}, &idemtest.EventLog{}
+		c := idemtest.NewClient(store, &idempotency.Options{Wait: idempotency.NoWait, OnEvent: events.Add}, idemtest.Lasting(time.Second))
 		var first sync.WaitGroup
 		first.Go(func() { c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"}) })
 		synctest.Wait()
 		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
 		c.Check(t, 2, idemtest.Exchange{Key: "a", Body: "other", Get: "422 key_reused"})
 		first.Wait()
-		store.Fail("Acquire", idempotency.ErrStoreFull)
+		store.Replace(&idempotency.MemoryStore{MaxBytes: 1})
 		c.Check(t, 3, idemtest.Exchange{Key: "b", Get: "503 store_unavailable"})
+		require.ErrorIs(t, events.Last().Err, idempotency.ErrStoreFull)
 		time.Sleep(time.Hour)
 		require.Zero(t, store.Count("Release"))
 		require.Equal(t, 4, store.Count("Acquire"), "a full store is not asked twice")
@@ -362,68 +340,52 @@ func (s *pausedStore) Acquire(ctx context.Context, key string, c idempotency.Cla
 	return rec, err
 }
 
-// withPausedStore runs a test with a function that asks and returns the status,
-// "replayed" after it where it is one. The first to ask is stopped.
-func withPausedStore(t *testing.T, times int, opts idempotency.Options, test func(t *testing.T, ask func() string, runs *int)) {
+// withPausedStore runs a test of a handler whose first client is stopped.
+func withPausedStore(t *testing.T, times int, opts idempotency.Options, test func(t *testing.T, c *idemtest.Client)) {
 	synctest.Test(t, func(t *testing.T) {
-		store := &pausedStore{MemoryStore: idempotency.NewMemoryStore(), times: times}
 		opts.Lease = time.Second
-		runs := 0
-		h := idempotency.Middleware(store, &opts)(http.HandlerFunc(
-			func(w http.ResponseWriter, _ *http.Request) { runs++; w.WriteHeader(http.StatusCreated) }))
-		test(t, func() string {
-			r := httptest.NewRequest(http.MethodPost, "/charge", nil)
-			r.Header.Set("Idempotency-Key", "key")
-			w := httptest.NewRecorder()
-			h.ServeHTTP(w, r)
-			if w.Header().Get("Idempotent-Replayed") != "" {
-				return w.Result().Status + ", replayed"
-			}
-			return w.Result().Status
-		}, &runs)
+		test(t, idemtest.NewClient(&pausedStore{MemoryStore: idempotency.NewMemoryStore(), times: times}, &opts, nil))
 	})
 }
 
 // A claim whose lease is over before the handler starts may belong to someone
 // else by then: the handler does not start, and the answer is that of who ran.
 func TestLateClaimDoesNotRun(t *testing.T) {
-	withPausedStore(t, 1, idempotency.Options{}, func(t *testing.T, ask func() string, runs *int) {
-		late := make(chan string)
-		go func() { late <- ask() }()
+	withPausedStore(t, 1, idempotency.Options{}, func(t *testing.T, c *idemtest.Client) {
+		var late sync.WaitGroup
+		late.Go(func() { c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "replay 201 charge 1"}) })
 		synctest.Wait()
-		require.Equal(t, "201 Created", ask(), "takes over after the lease")
-		require.Equal(t, "201 Created, replayed", <-late)
-		require.Equal(t, 1, *runs)
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 charge 1"}) // takes over after the lease
+		late.Wait()
+		require.Equal(t, 1, c.Runs())
 	})
 }
 
 func TestLateClaimThatNobodyTookRuns(t *testing.T) {
-	withPausedStore(t, 1, idempotency.Options{}, func(t *testing.T, ask func() string, runs *int) {
-		require.Equal(t, "201 Created", ask())
-		require.Equal(t, 1, *runs)
+	withPausedStore(t, 1, idempotency.Options{}, func(t *testing.T, c *idemtest.Client) {
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
 	})
 }
 
 // A process that is late again and again has no business with the key.
 func TestLateClaimIsGivenBack(t *testing.T) {
-	withPausedStore(t, 2, idempotency.Options{}, func(t *testing.T, ask func() string, runs *int) {
-		require.Equal(t, "503 Service Unavailable", ask())
-		require.Zero(t, *runs)
+	withPausedStore(t, 2, idempotency.Options{}, func(t *testing.T, c *idemtest.Client) {
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 store_unavailable"})
+		require.Zero(t, c.Runs())
 		time.Sleep(500 * time.Millisecond) // less than the lease
-		require.Equal(t, "201 Created", ask())
-		require.Equal(t, 1, *runs)
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
 	})
 }
 
 // FailOpen is for a store that is down. This one is up, and knows who runs.
 func TestLateClaimDoesNotFailOpen(t *testing.T) {
-	withPausedStore(t, 2, idempotency.Options{FailOpen: true}, func(t *testing.T, ask func() string, runs *int) {
-		late := make(chan string)
-		go func() { late <- ask() }()
-		time.Sleep(5 * time.Second) // it has renewed its claim, which is over again
-		require.Equal(t, "201 Created", ask(), "takes over after the lease")
-		require.Equal(t, "503 Service Unavailable", <-late)
-		require.Equal(t, 1, *runs)
+	withPausedStore(t, 2, idempotency.Options{FailOpen: true}, func(t *testing.T, c *idemtest.Client) {
+		var late sync.WaitGroup
+		late.Go(func() { c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 store_unavailable"}) })
+		time.Sleep(5 * time.Second)                                     // it has renewed its claim, which is over again
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 charge 1"}) // takes over after the lease
+		late.Wait()
+		require.Equal(t, 1, c.Runs())
 		time.Sleep(100 * time.Millisecond) // for the claim that it gives back
 	})
 }

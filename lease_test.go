@@ -250,36 +250,26 @@ func TestRenewalSurvivesFailures(t *testing.T) {
 	})
 }
 
-// A renewal says again that the key is at-most-once, in case that the store has
-// lost the record.
+// A renewal says again that the key is at-most-once, by option or by Commit, in
+// case that the store has lost the record.
 func TestRenewalRepeatsOnce(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
-		c := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-			idemtest.Must(idemtest.Execution(r).Commit(r.Context()))
-			store.Replace(idempotency.NewMemoryStore())
-			time.Sleep(15 * time.Second)
-			panic("boom")
+	for name, atMostOnce := range map[string]bool{"at most once": true, "after Commit": false} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+				c := idemtest.NewClient(store, &idempotency.Options{AtMostOnce: atMostOnce}, func(_ http.ResponseWriter, r *http.Request) {
+					if !atMostOnce {
+						idemtest.Must(idemtest.Execution(r).Commit(r.Context()))
+					}
+					store.Replace(idempotency.NewMemoryStore())
+					time.Sleep(15 * time.Second)
+					panic("boom")
+				})
+				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "panic"})
+				time.Sleep(time.Minute)
+				c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 outcome_unknown"})
+				c.Check(t, 2, idemtest.Exchange{Key: "a", Body: "other", Get: "422 key_reused"})
+			})
 		})
-		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "panic"})
-		time.Sleep(time.Minute)
-		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 outcome_unknown"})
-		c.Check(t, 2, idemtest.Exchange{Key: "a", Body: "other", Get: "422 key_reused"})
-	})
-}
-
-// The renewals of an at-most-once key say so again without a Commit, in case
-// that the store has lost the record.
-func TestRenewalRepeatsAtMostOnce(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
-		c := idemtest.NewClient(store, &idempotency.Options{AtMostOnce: true}, func(http.ResponseWriter, *http.Request) {
-			store.Replace(idempotency.NewMemoryStore())
-			time.Sleep(15 * time.Second)
-			panic("boom")
-		})
-		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "panic"})
-		time.Sleep(time.Minute)
-		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 outcome_unknown"})
-	})
+	}
 }

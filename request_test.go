@@ -196,24 +196,46 @@ func TestLargeBodyWithOtherCredentials(t *testing.T) {
 	c.Check(t, 1, idemtest.Exchange{Key: "a", Body: upload(500, 'x'), Header: auth("mallory"), Get: "422 key_reused"})
 }
 
+// A body that broke off tells a handler to start again, unless it says that it
+// has done what it was asked for.
 func TestLargeBodyThatBreaksOff(t *testing.T) {
+	answering := func(status int) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			_, _ = io.Copy(io.Discard, r.Body)
+			if status > 0 {
+				w.WriteHeader(status)
+			}
+		}
+	}
+	tooLarge := &http.MaxBytesError{Limit: 600}
 	for name, row := range map[string]struct {
-		atMostOnce bool
-		err        error
-		retryGet   string
-		original   int
+		atMostOnce  bool
+		err         error // io.ErrUnexpectedEOF if nil
+		handler     http.HandlerFunc
+		first, then string
+		original    int
 	}{
-		"done, but with a part of it":      {false, io.ErrUnexpectedEOF, "409 response_not_stored", 201},
-		"at most once: keeps the answer":   {true, io.ErrUnexpectedEOF, "replay 201 unexpected EOF", 0},
-		"at a limit: every retry meets it": {false, &http.MaxBytesError{Limit: 600}, "replay 201 http: request body too large", 0},
+		"done":                             {handler: reading(-1), first: "201 unexpected EOF", then: "409 response_not_stored", original: 201},
+		"not done":                         {handler: answering(400), first: "400 ", then: "400 "},
+		"no word":                          {handler: answering(0), first: "400 body_incomplete", then: "200 "},
+		"at most once, done":               {atMostOnce: true, handler: reading(-1), first: "201 unexpected EOF", then: "replay 201 unexpected EOF"},
+		"at most once, not done":           {atMostOnce: true, handler: answering(400), first: "400 ", then: "replay 400 "},
+		"at most once, without word":       {atMostOnce: true, handler: answering(0), first: "409 outcome_unknown", then: "409 outcome_unknown"},
+		"at a limit: every retry meets it": {err: tooLarge, handler: reading(-1), first: "201 " + tooLarge.Error(), then: "replay 201 " + tooLarge.Error()},
 	} {
 		t.Run(name, func(t *testing.T) {
-			c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64, AtMostOnce: row.atMostOnce}, reading(-1))
+			c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64, AtMostOnce: row.atMostOnce}, row.handler)
 			r := c.Request(idemtest.Exchange{Key: "a", Body: upload(600, 'x')})
+			if row.err == nil {
+				row.err = io.ErrUnexpectedEOF
+			}
 			r.Body = &brokenBody{strings.NewReader(upload(500, 'x')), row.err}
 			got, _ := idemtest.Describe(t, c.Do(r))
-			require.Equal(t, "201 "+row.err.Error(), got)
-			c.Check(t, 1, idemtest.Exchange{Key: "a", Body: upload(600, 'x'), Get: row.retryGet, Original: row.original})
+			require.Equal(t, row.first, got)
+			c.Check(t, 1, idemtest.Exchange{Key: "a", Body: upload(600, 'x'), Get: row.then, Original: row.original})
+			if row.original > 0 {
+				c.Check(t, 2, idemtest.Exchange{Key: "a", Body: upload(600, 'y'), Get: "422 key_reused"})
+			}
 		})
 	}
 }
@@ -498,44 +520,24 @@ func TestServerLargeUploadTakesBoundedMemory(t *testing.T) {
 	require.Less(t, peak.Load(), int64(4<<20))
 }
 
+// Trailers come with the end of the body, which the handler sees after its copy
+// of the request was made; those that nothing declared, too.
 func TestServerTrailersOfTheRequest(t *testing.T) {
-	for name, size := range map[string]int{"small": 10, "large": 2 << 20} {
-		t.Run(name, func(t *testing.T) {
-			s := newServer(t, nil, func(w http.ResponseWriter, r *http.Request) {
-				_, err := io.Copy(io.Discard, r.Body)
-				idemtest.Must(err)
-				fmt.Fprint(w, r.Trailer.Get("X-Sum"))
+	for name, declared := range map[string]string{"declared": "Trailer: X-Sum\r\n", "undeclared": ""} {
+		for _, size := range []int{10, 2 << 20} {
+			t.Run(fmt.Sprint(name, " after ", size, " bytes"), func(t *testing.T) {
+				seen := make(chan string, 1)
+				s := newServer(t, nil, func(w http.ResponseWriter, r *http.Request) {
+					_, err := io.Copy(io.Discard, r.Body)
+					idemtest.Must(err)
+					seen <- r.Trailer.Get("X-Sum")
+				})
+				status, _ := raw(t, s, fmt.Sprintf("POST / HTTP/1.1\r\nHost: x\r\nIdempotency-Key: a\r\nTransfer-Encoding: chunked\r\n%s\r\n"+
+					"%x\r\n%s\r\n0\r\nX-Sum: 42\r\n\r\n", declared, size, strings.Repeat("x", size)))
+				require.Equal(t, "HTTP/1.1 200 OK", status)
+				require.Equal(t, "42", <-seen)
 			})
-			r, err := http.NewRequest("POST", s.URL, io.LimitReader(zeros{}, int64(size)))
-			require.NoError(t, err)
-			r.Header.Set("Idempotency-Key", "a")
-			r.Trailer = http.Header{"X-Sum": {"42"}}
-			resp, err := s.Client().Do(r)
-			require.NoError(t, err)
-			defer resp.Body.Close()
-			body, err := io.ReadAll(resp.Body)
-			require.NoError(t, err)
-			require.Equal(t, "42", string(body))
-		})
-	}
-}
-
-// Trailers that nothing declared come with the end of the body, which the
-// handler sees after its copy of the request was made.
-func TestServerUndeclaredTrailersOfTheRequest(t *testing.T) {
-	for name, size := range map[string]int{"small": 10, "large": 2 << 20} {
-		t.Run(name, func(t *testing.T) {
-			seen := make(chan string, 1)
-			s := newServer(t, nil, func(w http.ResponseWriter, r *http.Request) {
-				_, err := io.Copy(io.Discard, r.Body)
-				idemtest.Must(err)
-				seen <- r.Trailer.Get("X-Sum")
-			})
-			status, _ := raw(t, s, fmt.Sprintf("POST / HTTP/1.1\r\nHost: x\r\nIdempotency-Key: a\r\nTransfer-Encoding: chunked\r\n\r\n"+
-				"%x\r\n%s\r\n0\r\nX-Sum: 42\r\n\r\n", size, strings.Repeat("x", size)))
-			require.Equal(t, "HTTP/1.1 200 OK", status)
-			require.Equal(t, "42", <-seen)
-		})
+		}
 	}
 }
 

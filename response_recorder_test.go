@@ -1,7 +1,6 @@
 package idempotency_test
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -432,10 +431,12 @@ func TestRecorderRefusesWritesAfterTheHandler(t *testing.T) {
 					left.WriteHeader(500)
 				}
 				direct := x.direct()
-				x.store = &storeWithPause{x.store, func() {
-					done := make(chan struct{})
-					go func() { defer close(done); late() }()
-					<-done
+				x.store = &idemtest.ObservedStore{Store: x.store, Look: func(_ context.Context, method string) {
+					if method == "Complete" {
+						done := make(chan struct{})
+						go func() { defer close(done); late() }()
+						<-done
+					}
 				}}
 				first := x.kept("first")
 				late()
@@ -476,17 +477,6 @@ func TestRecorderAcceptsWritesUntilTheHandlerReturns(t *testing.T) {
 		require.Equal(t, brief(string(<-accepted)), first.Body)
 		require.Equal(t, replayOf(first), x.kept("replay"))
 	})
-}
-
-// storeWithPause calls pause before a response is stored.
-type storeWithPause struct {
-	idempotency.Store
-	pause func()
-}
-
-func (s *storeWithPause) Complete(ctx context.Context, key, token string, r idempotency.Result) error {
-	s.pause()
-	return s.Store.Complete(ctx, key, token, r)
 }
 
 // Without a key, or with a method that needs none, the handler gets what the
@@ -748,35 +738,6 @@ func TestStreamGoesOnWithoutItsClient(t *testing.T) {
 	c.Handler.ServeHTTP(writer, c.Request(idemtest.Exchange{Key: "a"}))
 	c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "replay 200 one two three "})
 	require.Equal(t, 1, c.Runs())
-}
-
-func TestServerStreams(t *testing.T) {
-	next := make(chan struct{})
-	s := newServer(t, nil, func(w http.ResponseWriter, r *http.Request) {
-		for i := range 3 {
-			fmt.Fprintf(w, "event %d\n", i)
-			idemtest.Must(http.NewResponseController(w).Flush())
-			<-next
-		}
-	})
-	r, err := http.NewRequest("POST", s.URL+"/charge", strings.NewReader("x"))
-	require.NoError(t, err)
-	r.Header.Set("Idempotency-Key", "a")
-	resp, err := s.Client().Do(r)
-	require.NoError(t, err)
-	defer resp.Body.Close()
-	lines := bufio.NewReader(resp.Body)
-	for i := range 3 {
-		line, err := lines.ReadString('\n')
-		require.NoError(t, err)
-		require.Equal(t, fmt.Sprintf("event %d\n", i), line, "it comes while the handler runs")
-		next <- struct{}{}
-	}
-	_, err = lines.ReadByte()
-	require.ErrorIs(t, err, io.EOF)
-	_, body, err := post(t.Context(), s, "a", strings.NewReader("x"))
-	require.NoError(t, err)
-	require.Equal(t, "event 0\nevent 1\nevent 2\n", body)
 }
 
 // An endless stream ends when its client is gone and it is not kept any more.

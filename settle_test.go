@@ -175,6 +175,9 @@ func TestRolledBackIsFinal(t *testing.T) {
 	}
 }
 
+// notKnown is what a client is told that must not take it that nothing was done.
+const notKnown = "Whether the request was processed is not known. Repeat it later with the same key to find out."
+
 func TestAttachedTransaction(t *testing.T) {
 	attaching := func(commit bool, status int) http.HandlerFunc {
 		return func(w http.ResponseWriter, r *http.Request) {
@@ -189,21 +192,20 @@ func TestAttachedTransaction(t *testing.T) {
 		handler http.HandlerFunc
 		err     error
 		get     string
+		detail  string
 		event   string
 		later   string // when the store is back, and the lease over
 	}{
-		"committed":                         {attaching(false, 201), nil, "201 ", "executed 201", "replay 201 "},
-		"rolled back frees the key":         {attaching(false, 201), fmt.Errorf("serialization: %w", idempotency.ErrRolledBack), "503 store_unavailable", "store_unavailable 503", "201 "},
-		"rolled back, the lease being lost": {attaching(false, 201), errors.Join(idempotency.ErrRolledBack, idempotency.ErrLeaseLost), "409 in_progress", "lease_lost 409", "201 "},
-		"rolled back after Commit":          {attaching(true, 201), idempotency.ErrRolledBack, "503 store_unavailable", "store_unavailable 503", "409 outcome_unknown"},
-		"unknown is not answered":           {attaching(false, 201), idemtest.ErrDown, "503 store_unavailable", "store_unavailable 503", "201 "},
+		"committed":                         {attaching(false, 201), nil, "201 ", "", "executed 201", "replay 201 "},
+		"rolled back frees the key":         {attaching(false, 201), fmt.Errorf("serialization: %w", idempotency.ErrRolledBack), "503 store_unavailable", "", "store_unavailable 503", "201 "},
+		"rolled back, the lease being lost": {attaching(false, 201), errors.Join(idempotency.ErrRolledBack, idempotency.ErrLeaseLost), "409 in_progress", "", "lease_lost 409", "201 "},
+		"rolled back after Commit":          {attaching(true, 201), idempotency.ErrRolledBack, "503 store_unavailable", notKnown, "store_unavailable 503", "409 outcome_unknown"},
+		"unknown is not answered":           {attaching(false, 201), idemtest.ErrDown, "503 store_unavailable", notKnown, "store_unavailable 503", "201 "},
 	} {
 		t.Run(name, func(t *testing.T) {
 			withFaults(t, idempotency.Options{}, row.handler, func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, events *idemtest.EventLog) {
-				carrier := &contextStore{Store: s.Store}
-				s.Store = carrier
 				s.Fail("Complete", row.err)
-				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: row.get})
+				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: row.get, Detail: row.detail})
 				require.Equal(t, 1, s.Count("Complete"), "a transaction ends only once")
 				require.Equal(t, []string{row.event}, events.All())
 				s.Fail("Complete", nil)
@@ -218,24 +220,6 @@ func TestAttachedTransaction(t *testing.T) {
 	}
 }
 
-// A client must not be told that nothing was done when nobody knows.
-func TestUnknownOutcomesAreNotCalledUnprocessed(t *testing.T) {
-	for name, commit := range map[string]bool{"unknown": false, "rolled back after Commit": true} {
-		t.Run(name, func(t *testing.T) {
-			withFaults(t, idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-				idemtest.Execution(r).Attach("transaction")
-				if commit {
-					idemtest.Must(idemtest.Execution(r).Commit(r.Context()))
-				}
-			}, func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, _ *idemtest.EventLog) {
-				s.Fail("Complete", map[bool]error{false: idemtest.ErrDown, true: idempotency.ErrRolledBack}[commit])
-				_, p := idemtest.Describe(t, c.Do(c.Request(idemtest.Exchange{Key: "a"})))
-				require.Contains(t, p.Detail, "is not known")
-			})
-		})
-	}
-}
-
 // A transaction is ended even when the key was lost.
 func TestLostLeaseEndsTheTransaction(t *testing.T) {
 	withFaults(t, idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
@@ -243,12 +227,12 @@ func TestLostLeaseEndsTheTransaction(t *testing.T) {
 		<-r.Context().Done()
 		w.WriteHeader(http.StatusInternalServerError)
 	}, func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, events *idemtest.EventLog) {
-		carrier := &contextStore{Store: s.Store}
-		s.Store = carrier
+		var seen []string
+		s.Store = transactions(t, s.Store, &seen)
 		time.AfterFunc(time.Second, func() { s.Fail("Acquire", idemtest.ErrDown) })
 		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
 		require.Equal(t, []string{"lease_lost 409"}, events.All())
-		require.Equal(t, []string{"Release transaction"}, carrier.seen)
+		require.Equal(t, []string{"Release transaction"}, seen)
 	})
 }
 
@@ -257,37 +241,23 @@ func TestStoreSeesTheAttachment(t *testing.T) {
 		idemtest.Execution(r).Attach("transaction")
 		w.WriteHeader([]int{0, 500, 201}[idemtest.Run(r)])
 	}, func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, _ *idemtest.EventLog) {
-		carrier := &contextStore{Store: s.Store}
-		s.Store = carrier
+		var seen []string
+		s.Store = transactions(t, s.Store, &seen)
 		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "500 "})
 		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 "})
-		require.Equal(t, []string{"Release transaction", "Complete transaction"}, carrier.seen)
+		require.Equal(t, []string{"Release transaction", "Complete transaction"}, seen)
 	})
 }
 
-// contextStore notes what it finds attached.
-type contextStore struct {
-	idempotency.Store
-	seen []string
-}
-
-func (s *contextStore) note(ctx context.Context, method string) {
-	if e, ok := idempotency.FromContext(ctx); ok {
-		s.seen = append(s.seen, fmt.Sprint(method, " ", e.Attachment()))
-	}
-	if _, ok := ctx.Deadline(); !ok {
-		s.seen = append(s.seen, method+" without a deadline")
-	}
-}
-
-func (s *contextStore) Complete(ctx context.Context, key, token string, r idempotency.Result) error {
-	s.note(ctx, "Complete")
-	return s.Store.Complete(ctx, key, token, r)
-}
-
-func (s *contextStore) Release(ctx context.Context, key, token string, keep time.Duration) error {
-	s.note(ctx, "Release")
-	return s.Store.Release(ctx, key, token, keep)
+// transactions returns a store that notes what is attached to its calls.
+func transactions(t *testing.T, store idempotency.Store, seen *[]string) idempotency.Store {
+	return &idemtest.ObservedStore{Store: store, Look: func(ctx context.Context, method string) {
+		if e, ok := idempotency.FromContext(ctx); ok && method != "Acquire" {
+			*seen = append(*seen, fmt.Sprint(method, " ", e.Attachment()))
+		}
+		_, ok := ctx.Deadline()
+		require.True(t, ok, "%s has no deadline", method)
+	}}
 }
 
 // A store that goes down, or hands the key to someone else, after the response
@@ -445,7 +415,7 @@ func TestHandlerThatGivesUpWhileTheStoreIsDown(t *testing.T) {
 			givesUp(w, r)
 		})
 		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 store_unavailable",
-			Detail: "Whether the request was processed is not known. Repeat it later with the same key to find out."})
+			Detail: notKnown})
 		require.ErrorIs(t, log.Last().Err, down)
 		time.Sleep(time.Hour)
 	})
@@ -465,40 +435,22 @@ func TestHandlerThatReadsAValueAndFinishes(t *testing.T) {
 	})
 }
 
-// A body that broke off tells a handler to start again, unless it says that it
-// has done what it was asked for.
-func TestAnswersToALargeBodyThatBreaksOff(t *testing.T) {
-	answers := func(status int) http.HandlerFunc {
-		return func(w http.ResponseWriter, r *http.Request) {
-			_, _ = io.Copy(io.Discard, r.Body)
-			if status > 0 {
-				w.WriteHeader(status)
+// A conflict that says when to come again is what this middleware answers while
+// a request is running. A handler may pass it on from another service.
+func TestAnswerThatSaysWhenToComeAgain(t *testing.T) {
+	for _, atMostOnce := range []bool{false, true} {
+		busy := true
+		c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{AtMostOnce: atMostOnce}, func(w http.ResponseWriter, _ *http.Request) {
+			if busy {
+				idempotency.WriteError(w, nil, &idempotency.Error{Status: 409, Code: "in_progress", RetryAfter: time.Second})
+				return
 			}
-		}
-	}
-	for name, row := range map[string]struct {
-		atMostOnce  bool
-		handler     http.HandlerFunc
-		first, then string
-		original    int
-	}{
-		"done":                       {false, answers(201), "201 ", "409 response_not_stored", 201},
-		"not done":                   {false, answers(400), "400 ", "400 ", 0},
-		"no word":                    {false, answers(0), "400 body_incomplete", "200 ", 0},
-		"at most once, not done":     {true, answers(400), "400 ", "replay 400 ", 0},
-		"at most once, without word": {true, answers(0), "409 outcome_unknown", "409 outcome_unknown", 0},
-	} {
-		t.Run(name, func(t *testing.T) {
-			c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64, AtMostOnce: row.atMostOnce}, row.handler)
-			r := c.Request(idemtest.Exchange{Key: "a", Body: upload(600, 'x')})
-			r.Body = &brokenBody{strings.NewReader(upload(500, 'x')), io.ErrUnexpectedEOF}
-			got, _ := idemtest.Describe(t, c.Do(r))
-			require.Equal(t, row.first, got)
-			c.Check(t, 1, idemtest.Exchange{Key: "a", Body: upload(600, 'x'), Get: row.then, Original: row.original})
-			if row.original > 0 {
-				c.Check(t, 2, idemtest.Exchange{Key: "a", Body: upload(600, 'y'), Get: "422 key_reused"})
-			}
+			w.WriteHeader(http.StatusCreated)
 		})
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
+		busy = false
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 "})
+		c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "replay 201 "})
 	}
 }
 
@@ -525,24 +477,5 @@ func TestConflictIsFinal(t *testing.T) {
 			c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "409 "})
 			c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "replay 409 "})
 		})
-	}
-}
-
-// A conflict that says when to come again is what this middleware answers while
-// a request is running. A handler may pass it on from another service.
-func TestAnswerThatSaysWhenToComeAgain(t *testing.T) {
-	for _, atMostOnce := range []bool{false, true} {
-		busy := true
-		c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{AtMostOnce: atMostOnce}, func(w http.ResponseWriter, _ *http.Request) {
-			if busy {
-				idempotency.WriteError(w, nil, &idempotency.Error{Status: 409, Code: "in_progress", RetryAfter: time.Second})
-				return
-			}
-			w.WriteHeader(http.StatusCreated)
-		})
-		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
-		busy = false
-		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 "})
-		c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "replay 201 "})
 	}
 }
