@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/go-idempotency/idempotency/storetest"
 	"github.com/stretchr/testify/require"
 )
@@ -93,7 +94,7 @@ func TestMemoryStoreIsFull(t *testing.T) {
 
 // A full store refuses a flood of new keys without work for the garbage collector.
 func TestMemoryStoreRefusesWithoutAllocating(t *testing.T) {
-	if raceDetector {
+	if idemtest.RaceDetector {
 		t.Skip("the race detector allocates")
 	}
 	s := &idempotency.MemoryStore{MaxBytes: 1}
@@ -108,7 +109,7 @@ func TestMemoryStoreRefusesWithoutAllocating(t *testing.T) {
 
 // A claim takes the cell of one that has ended, and the room for its fingerprint.
 func TestMemoryStoreClaimsWithoutAllocating(t *testing.T) {
-	if raceDetector {
+	if idemtest.RaceDetector {
 		t.Skip("the race detector allocates")
 	}
 	s := idempotency.NewMemoryStore()

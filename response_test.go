@@ -1,12 +1,20 @@
 package idempotency_test
 
 import (
+	"bytes"
 	"context"
+	"crypto/aes"
+	"crypto/cipher"
 	"encoding/binary"
 	"encoding/hex"
+	"fmt"
+	"io"
+	"net/http"
 	"net/http/httptest"
 	"runtime"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/go-idempotency/idempotency"
 	"github.com/go-idempotency/idempotency/internal/idemtest"
@@ -102,4 +110,82 @@ func TestHeadOfARecordIsBounded(t *testing.T) {
 	c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "500 record_unreadable"})
 	runtime.ReadMemStats(&after)
 	require.Less(t, after.TotalAlloc-before.TotalAlloc, uint64(size))
+}
+
+func newAEAD(t *testing.T, fill byte) cipher.AEAD {
+	t.Helper()
+	block, err := aes.NewCipher(bytes.Repeat([]byte{fill}, 32))
+	require.NoError(t, err)
+	aead, err := cipher.NewGCM(block)
+	require.NoError(t, err)
+	return aead
+}
+
+func TestAEAD(t *testing.T) {
+	store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+	sealed := idemtest.NewClient(store, &idempotency.Options{AEAD: newAEAD(t, 1)}, nil)
+	sealed.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
+	sealed.Check(t, 1, idemtest.Exchange{Key: "a", Get: "replay 201 charge 1"})
+	require.NotContains(t, string(store.LastResult().Value), "charge")
+
+	// A value that was moved to another cell is as bad as one that was forged.
+	value := store.LastResult().Value
+	sealed.Check(t, 2, idemtest.Exchange{Key: "b", Get: "201 charge 2"})
+	moved := idempotency.NewMemoryStore()
+	require.NoError(t, moved.Complete(t.Context(), store.LastKey(), "x", idempotency.Result{
+		Fingerprint: store.LastResult().Fingerprint, Value: value, TTL: time.Hour,
+	}))
+
+	for name, c := range map[string]*idemtest.Client{
+		"sealed under another key": idemtest.NewClient(store, &idempotency.Options{AEAD: newAEAD(t, 2)}, nil),
+		"sealed, but no AEAD":      idemtest.NewClient(store, &idempotency.Options{}, nil),
+	} {
+		t.Run(name, func(t *testing.T) {
+			c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "500 record_unreadable"})
+			require.Zero(t, c.Runs())
+		})
+	}
+	t.Run("moved to another cell", func(t *testing.T) {
+		c := idemtest.NewClient(moved, &idempotency.Options{AEAD: newAEAD(t, 1)}, nil)
+		c.Check(t, 0, idemtest.Exchange{Key: "b", Get: "500 record_unreadable"})
+	})
+	t.Run("not sealed, but AEAD", func(t *testing.T) {
+		plain := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+		idemtest.NewClient(plain, &idempotency.Options{}, nil).Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
+		idemtest.NewClient(plain, &idempotency.Options{AEAD: newAEAD(t, 1)}, nil).Check(t, 1, idemtest.Exchange{Key: "a", Get: "500 record_unreadable"})
+	})
+}
+
+// All of a response is sealed, as long as it may be, and never twice under the
+// same nonce.
+func TestSealedBodies(t *testing.T) {
+	block, err := aes.NewCipher(make([]byte, 16))
+	require.NoError(t, err)
+	aead, err := cipher.NewGCM(block)
+	require.NoError(t, err)
+	for _, size := range []int{10, 1000, 10_000, 100_000} {
+		t.Run(fmt.Sprint(size), func(t *testing.T) {
+			eachWay(t, func(t *testing.T, store idempotency.Store) {
+				events := &idemtest.EventLog{}
+				body := strings.Repeat("x", size)
+				nonces := map[string]bool{}
+				c := idemtest.NewClient(store, &idempotency.Options{AEAD: aead, OnEvent: events.Add}, func(w http.ResponseWriter, _ *http.Request) {
+					_, err := io.WriteString(w, body)
+					idemtest.Must(err)
+				})
+				for i := range 5 {
+					key := fmt.Sprint("key", i)
+					c.Check(t, i, idemtest.Exchange{Key: key, Get: "200 " + body})
+					c.Check(t, i, idemtest.Exchange{Key: key, Get: "replay 200 " + body})
+					rec, err := store.Acquire(t.Context(), events.Last().StoreKey,
+						idempotency.Claim{Token: "1", Lease: time.Second, TTL: time.Second})
+					require.NoError(t, err)
+					require.Greater(t, len(rec.Value), size)
+					require.NotContains(t, string(rec.Value), "xxxxxxxxxx")
+					nonces[string(rec.Value[2:2+aead.NonceSize()])] = true
+				}
+				require.Len(t, nonces, 5)
+			})
+		})
+	}
 }
