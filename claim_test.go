@@ -151,7 +151,7 @@ func TestGhostOfAClaim(t *testing.T) {
 }
 
 // storeKeyOfA is the cell of POST /charge with key a.
-const storeKeyOfA = "X6TInVDcw8CoaojiMy5vpNMTe4uJbVLvuhjeC5l33gg"
+const storeKeyOfA = "RQFyjOsKeHMIZkhk5cd63L7akO8"
 
 // ghostStore keeps the first claim back.
 type ghostStore struct {

@@ -374,7 +374,7 @@ func TestHandlerThatGivesUpItsTransaction(t *testing.T) {
 		outcome            idempotency.Outcome
 	}{
 		"rolled back, and the key freed": {false, false, "503 store_unavailable", []string{"Acquire", "Release a transaction"}, idempotency.OutcomeReleased},
-		"at most once":                   {true, false, "409 outcome_unknown", []string{"Acquire", "Complete"}, idempotency.OutcomeOutcomeUnknown},
+		"at most once":                   {true, false, "409 outcome_unknown", []string{"Acquire", "Acquire", "Complete"}, idempotency.OutcomeOutcomeUnknown},
 		"after Commit":                   {false, true, "409 outcome_unknown", []string{"Acquire", "Acquire", "Complete"}, idempotency.OutcomeOutcomeUnknown},
 	} {
 		t.Run(name, func(t *testing.T) {
