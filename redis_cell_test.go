@@ -13,7 +13,8 @@ import (
 	"github.com/go-idempotency/idempotency/internal/idemtest"
 )
 
-// What somebody else wrote under our key is never a free key, and stays.
+// A value that is no record of this release is never taken for a free key, and
+// the store does not change it.
 func TestRedisForeignCells(t *testing.T) {
 	valid := func(t *testing.T, store idempotency.Store, client *redis.Client) string {
 		acquireAs(t, store, "valid", "A")
@@ -79,7 +80,7 @@ func TestRedisForeignCells(t *testing.T) {
 	})
 }
 
-// A claim without expiry has lost its clock.
+// Without an expiry Redis cannot tell when the lease of a claim is over.
 func TestRedisClaimWithoutExpiry(t *testing.T) {
 	eachRedis(t, func(t *testing.T, addr string) {
 		client := idemtest.DialRedis(t, addr)
@@ -91,7 +92,7 @@ func TestRedisClaimWithoutExpiry(t *testing.T) {
 	})
 }
 
-// A value that the store keeps has an expiry whatever happens to it.
+// A cell has an expiry whatever happens to it.
 func TestRedisKeysExpire(t *testing.T) {
 	eachRedis(t, func(t *testing.T, addr string) {
 		client := idemtest.DialRedis(t, addr)
@@ -140,6 +141,52 @@ func TestRedisLeaseEndsToTheMillisecond(t *testing.T) {
 	require.Equal(t, idempotency.Acquired, acquireAs(t, s, "key", "B").State)
 }
 
+// A record takes 11 bytes more than its fingerprint and its value. There are
+// millions of them, so no byte may come in unnoticed.
+func TestRedisCellSizes(t *testing.T) {
+	store := newMiniStore(t, nil)
+	size := func() int {
+		cell, err := store.mini.Get("idem:key")
+		require.NoError(t, err)
+		return len(cell)
+	}
+	token := strings.Repeat("t", 22)
+	fingerprint, value := []byte(strings.Repeat("f", 16)), []byte(strings.Repeat("v", 200))
+	claim := claimOf(token)
+	claim.Fingerprint = fingerprint
+	_, err := store.Acquire(t.Context(), "key", claim)
+	require.NoError(t, err)
+	require.Equal(t, 21+22+16, size(), "claimed")
+	result := idempotency.Result{Fingerprint: fingerprint, Value: value, TTL: time.Hour}
+	require.NoError(t, store.Complete(t.Context(), "key", token, result))
+	require.Equal(t, 11+16+200, size(), "completed")
+	store.mini.Del("idem:key")
+	require.NoError(t, store.Release(t.Context(), "key", token, time.Minute))
+	require.Equal(t, 8+22, size(), "released")
+}
+
+func TestRedisLongFingerprintIsAnError(t *testing.T) {
+	store := newMiniStore(t, nil)
+	claim := claimOf("A")
+	for _, attempt := range []int{0, 1} {
+		claim.Attempt, claim.Fingerprint = attempt, make([]byte, 256)
+		_, err := store.Acquire(t.Context(), "key", claim)
+		require.ErrorContains(t, err, "fingerprint of up to 255 bytes")
+	}
+	err := store.Complete(t.Context(), "key", "A", idempotency.Result{Fingerprint: claim.Fingerprint, TTL: time.Hour})
+	require.ErrorContains(t, err, "fingerprint of up to 255 bytes")
+	require.False(t, store.mini.Exists("idem:key"))
+
+	claim.Attempt, claim.Fingerprint = 0, make([]byte, 255)
+	_, err = store.Acquire(t.Context(), "key", claim)
+	require.NoError(t, err)
+	other := claimOf("B")
+	other.Fingerprint = append(make([]byte, 254), 1)
+	rec, err := store.Acquire(t.Context(), "key", other)
+	require.NoError(t, err)
+	require.Equal(t, idempotency.Mismatch, rec.State)
+}
+
 func TestRedisLongTokenIsAnError(t *testing.T) {
 	store := newMiniStore(t, nil)
 	_, err := store.Acquire(t.Context(), "key", claimOf(strings.Repeat("x", 256)))
@@ -177,10 +224,9 @@ func TestRedisForgetsScripts(t *testing.T) {
 	})
 }
 
-// Who was told that a key is in progress is told when that is over, whatever
-// became of the claim meanwhile: the mark in the cell outlives renewals and
-// take-overs.
-func TestRedisMarkOfAWaiter(t *testing.T) {
+// A caller that was answered InProgress is told of the end of the claim, whatever
+// became of it meanwhile: the mark in the cell outlives renewals and take-overs.
+func TestRedisWatchedMark(t *testing.T) {
 	complete := func(t *testing.T, s miniStore, token string) {
 		require.NoError(t, s.Complete(t.Context(), "key", token, idempotency.Result{TTL: time.Hour}))
 	}
@@ -229,8 +275,8 @@ func TestRedisMarkOfAWaiter(t *testing.T) {
 	}
 }
 
-// The mark does not unmark what must never be taken over, nor mark anything.
-func TestRedisMarkOfAWaiterLeavesOnce(t *testing.T) {
+// The mark that a caller watches neither sets nor unsets Once.
+func TestRedisWatchedMarkLeavesOnce(t *testing.T) {
 	for _, once := range []bool{false, true} {
 		s := newMiniStore(t, nil)
 		acquireAs(t, s, "key", "A")
@@ -251,8 +297,7 @@ func TestRedisMarkOfAWaiterLeavesOnce(t *testing.T) {
 	}
 }
 
-// Nothing is published, and no answer but the first costs two commands, unless
-// somebody waits.
+// Complete publishes only after a caller was answered InProgress.
 func TestRedisPublishesOnlyForWaiters(t *testing.T) {
 	eachRedis(t, func(t *testing.T, addr string) {
 		client := idemtest.DialRedis(t, addr)

@@ -29,11 +29,11 @@ type gate struct {
 	deadline  time.Time // of the last pipeline
 	broken    bool      // the hook panics
 	refused   error     // of a pipeline, whose commands do not learn of it
-	reply     string    // of a command that comes by itself, if not empty
+	reply     string    // to a command that goes by itself, if not empty
 }
 
 func (g *gate) DialHook(redis.DialHook) redis.DialHook {
-	return func(context.Context, string, string) (net.Conn, error) { panic("nobody is there") }
+	return func(context.Context, string, string) (net.Conn, error) { panic("no connection is needed") }
 }
 
 func (g *gate) ProcessHook(redis.ProcessHook) redis.ProcessHook {
@@ -73,7 +73,8 @@ func (g *gate) ProcessPipelineHook(redis.ProcessPipelineHook) redis.ProcessPipel
 }
 
 // withGate runs a test with a store behind a gate, and a function that claims
-// so many keys at once, each for a second at most. It sends what comes of them.
+// so many keys at once, each with a deadline of a second. The channel brings their
+// errors.
 func withGate(t *testing.T, test func(t *testing.T, g *gate, claim func(from, to int) <-chan error)) {
 	synctest.Test(t, func(t *testing.T) {
 		g := &gate{open: make(chan struct{})}
@@ -106,7 +107,7 @@ func requireErrors(t *testing.T, results <-chan error, want error) {
 	}
 }
 
-// What comes while much is on its way goes together.
+// Commands go together while eight others are on their way.
 func TestRedisCommandsShareAPipeline(t *testing.T) {
 	withGate(t, func(t *testing.T, g *gate, claim func(from, to int) <-chan error) {
 		results := claim(0, 300)
@@ -117,12 +118,12 @@ func TestRedisCommandsShareAPipeline(t *testing.T) {
 		require.ElementsMatch(t, []int{128, 128, 300 - 8 - 2*128}, g.pipelines)
 
 		requireErrors(t, claim(300, 301), nil)
-		require.Equal(t, 9, g.single, "alone again")
+		require.Equal(t, 9, g.single, "by itself again")
 	})
 }
 
-// Who waits longer than a call may take leaves, and the claim is not made then.
-func TestRedisPipelineLeavesOutWhoHasLeft(t *testing.T) {
+// A claim whose caller has returned at its deadline is not sent.
+func TestRedisPipelineLeavesOutExpiredCalls(t *testing.T) {
 	withGate(t, func(t *testing.T, g *gate, claim func(from, to int) <-chan error) {
 		first := claim(0, 8)
 		requireErrors(t, claim(8, 11), context.DeadlineExceeded)
@@ -135,8 +136,8 @@ func TestRedisPipelineLeavesOutWhoHasLeft(t *testing.T) {
 	})
 }
 
-// Neither the first nor the least patient caller ends a pipeline for the others.
-func TestRedisPipelineIsAsPatientAsItsCallers(t *testing.T) {
+// The deadline of a pipeline is the latest of its calls.
+func TestRedisPipelineDeadline(t *testing.T) {
 	withGate(t, func(t *testing.T, g *gate, claim func(from, to int) <-chan error) {
 		first := claim(0, 8)
 		second := claim(8, 9)
@@ -154,7 +155,7 @@ func TestRedisPipelineIsAsPatientAsItsCallers(t *testing.T) {
 }
 
 // In a pipeline with large values each command would wait for all of them.
-func TestRedisCommandsGoAloneAfterALargeReply(t *testing.T) {
+func TestRedisCommandsAreUnbatchedAfterALargeReply(t *testing.T) {
 	withGate(t, func(t *testing.T, g *gate, claim func(from, to int) <-chan error) {
 		close(g.open)
 		g.reply = strings.Repeat("x", 1<<20)
@@ -173,7 +174,7 @@ func TestRedisCommandsGoAloneAfterALargeReply(t *testing.T) {
 	})
 }
 
-// A caller without a deadline is the most patient of all.
+// A call without a deadline leaves its pipeline without one.
 func TestRedisPipelineWithoutADeadline(t *testing.T) {
 	withGate(t, func(t *testing.T, g *gate, claim func(from, to int) <-chan error) {
 		first := claim(0, 8)
@@ -200,7 +201,7 @@ type overdue struct{ context.Context }
 func (overdue) Err() error { return context.DeadlineExceeded }
 
 // A command that is left out has not been answered by Redis.
-func TestRedisPipelineTellsWhoIsLeftOut(t *testing.T) {
+func TestRedisPipelineTellsExpiredCalls(t *testing.T) {
 	withGate(t, func(t *testing.T, g *gate, claim func(from, to int) <-chan error) {
 		first := claim(0, 8)
 		result := make(chan error, 1)
@@ -237,8 +238,8 @@ func TestRedisHookPanics(t *testing.T) {
 	})
 }
 
-// What a hook says of a whole pipeline, or Redis when a connection begins, is what
-// the callers get.
+// When a hook refuses a whole pipeline, or Redis its connection, all calls in it
+// return that error.
 func TestRedisPipelineThatIsRefused(t *testing.T) {
 	withGate(t, func(t *testing.T, g *gate, claim func(from, to int) <-chan error) {
 		g.refused = errors.New("the circuit is open")

@@ -50,7 +50,7 @@ func TestRedisDuplicatesOverTwoProcesses(t *testing.T) {
 		}
 		crowd(20, "warm-up", shops...)
 		before := shops[0].Runs.Load() + shops[1].Runs.Load()
-		idemtest.Await(t, "nobody watches", func() bool { return redisSessions() == 0 })
+		idemtest.Await(t, "no session", func() bool { return redisSessions() == 0 })
 
 		proxy.Forget()
 		start := time.Now()
@@ -59,11 +59,11 @@ func TestRedisDuplicatesOverTwoProcesses(t *testing.T) {
 		require.EqualValues(t, 1, shops[0].Runs.Load()+shops[1].Runs.Load()-before)
 		require.LessOrEqual(t, len(proxy.Commands()), 2*requests+10)
 		require.LessOrEqual(t, proxy.Count("subscribe"), 10, "one for each process, and for stragglers")
-		idemtest.Await(t, "nobody watches", func() bool { return redisSessions() == 0 })
+		idemtest.Await(t, "no session", func() bool { return redisSessions() == 0 })
 	})
 }
 
-// Duplicates that come one by one cannot ask together, only wait together.
+// Duplicates that come one by one cannot share questions, only what they wait for.
 func TestRedisDuplicatesOneByOne(t *testing.T) {
 	const duplicates = 60
 	eachRedis(t, func(t *testing.T, addr string) {
@@ -93,7 +93,7 @@ func TestRedisDuplicatesOneByOne(t *testing.T) {
 	})
 }
 
-// countingStore counts the watches that have begun.
+// A countingStore counts the watches that have begun.
 type countingStore struct {
 	*idempotency.RedisStore
 	waiting *atomic.Int64
@@ -105,7 +105,7 @@ func (s countingStore) Watch(ctx context.Context, key string) (<-chan struct{}, 
 	return changed, err
 }
 
-// A key that is freed goes to one of those who wait, and the others wait on.
+// A key that is freed goes to one of the duplicates that wait. The others wait on.
 func TestRedisDuplicatesOfARequestThatFails(t *testing.T) {
 	const requests, failures = 20, 3
 	eachRedis(t, func(t *testing.T, addr string) {
@@ -131,8 +131,8 @@ func TestRedisDuplicatesOfARequestThatFails(t *testing.T) {
 	})
 }
 
-// An answer that is shared is no older than the question: who asks after
-// Complete or Release has returned is never told that the key is in progress.
+// An answer that is shared is no older than the call: after Complete or Release
+// has returned no claim is answered InProgress for it.
 func TestRedisSharedAnswersAreNotStale(t *testing.T) {
 	const rounds, askers = 30, 8
 	eachRedis(t, func(t *testing.T, addr string) {
@@ -158,7 +158,7 @@ func TestRedisSharedAnswersAreNotStale(t *testing.T) {
 					}
 				})
 			}
-			if round%2 == 0 { // waiters change the way that a question takes
+			if round%2 == 0 { // a watched key goes to the script at once
 				_, err := store.Watch(t.Context(), key)
 				require.NoError(t, err)
 			}
@@ -169,7 +169,7 @@ func TestRedisSharedAnswersAreNotStale(t *testing.T) {
 	})
 }
 
-// What was on its way before the question may be old when it arrives.
+// A question that was on its way before the call began may bring an old answer.
 func TestRedisAnswerFromBeforeTheQuestion(t *testing.T) {
 	eachRedis(t, func(t *testing.T, addr string) {
 		proxy := idemtest.StartProxy(t, addr)
@@ -189,12 +189,14 @@ func TestRedisAnswerFromBeforeTheQuestion(t *testing.T) {
 	})
 }
 
-// What one duplicate found is judged by each for itself.
+// Each claim judges for itself what the answer to another means for it.
 func TestRedisSharedAnswersAreJudgedByEach(t *testing.T) {
 	const rounds = 10
 	other := claimOf("C")
 	other.Fingerprint = []byte("another")
-	claims := []idempotency.Claim{claimOf("B"), other, claimOf("A"), claimOf("D"), claimOf("E"), claimOf("F"), other}
+	unknown := claimOf("G")
+	unknown.Fingerprint = nil
+	claims := []idempotency.Claim{claimOf("B"), other, claimOf("A"), claimOf("D"), claimOf("E"), unknown, other}
 	want := []idempotency.State{idempotency.InProgress, idempotency.Mismatch, idempotency.Acquired,
 		idempotency.InProgress, idempotency.InProgress, idempotency.InProgress, idempotency.Mismatch}
 	eachRedis(t, func(t *testing.T, addr string) {
@@ -227,8 +229,8 @@ func TestRedisSharedAnswersAreJudgedByEach(t *testing.T) {
 	})
 }
 
-// A question that hangs does not hold the other duplicates of its process.
-func TestRedisHangingQuestionHoldsNobody(t *testing.T) {
+// A question that hangs does not hold up the other duplicates of its process.
+func TestRedisHangingQuestionIsNotAwaited(t *testing.T) {
 	eachRedis(t, func(t *testing.T, addr string) {
 		proxy := idemtest.StartProxy(t, addr)
 		store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil)

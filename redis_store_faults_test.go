@@ -65,7 +65,7 @@ func writing(state byte, names ...string) func(idemtest.RedisCommand) bool {
 	return func(c idemtest.RedisCommand) bool { return c.Writes() == state && c.Is(names...) }
 }
 
-// finish delivers what is late, after which all must be as it was.
+// finish delivers commands that are late. They must change nothing.
 func finish(t *testing.T, v idemtest.Verdict, happened <-chan struct{}, proxy *idemtest.RedisProxy) {
 	t.Helper()
 	idemtest.Await(t, "the fault has happened", func() bool {
@@ -168,9 +168,9 @@ func TestRedisFaultOfARelease(t *testing.T) {
 	})
 }
 
-// A claim that neither arrives nor is answered is given up. When it arrives
-// after that, it must not take the key.
-func TestRedisClaimArrivesAfterItWasGivenUp(t *testing.T) {
+// A claim that is not answered is released. When it arrives after that, it must
+// not take the key.
+func TestRedisClaimArrivesAfterItsRelease(t *testing.T) {
 	eachRedis(t, func(t *testing.T, addr string) {
 		proxy := idemtest.StartProxy(t, addr)
 		client := idemtest.DialRedis(t, proxy.Addr(), func(o *redis.Options) { o.MaxRetries = -1 })
@@ -214,7 +214,7 @@ var lateCalls = map[string]func(context.Context, idempotency.Store) error{
 	},
 }
 
-// Whatever arrives when its owner has finished, or has lost the key, changes
+// A command that arrives when its owner has finished or has lost the key changes
 // nothing: not a byte of the cell, nor its expiry.
 func TestRedisLateCommandsChangeNothing(t *testing.T) {
 	done := func(value string) idempotency.Result {

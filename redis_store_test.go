@@ -84,8 +84,8 @@ func TestRedisStoreContract(t *testing.T) {
 	})
 }
 
-// In a watchedStore somebody waits for every key that is asked for, so that the
-// script is asked at once.
+// A watchedStore watches every key that is claimed, so that the script decides
+// about it at once.
 type watchedStore struct {
 	*idempotency.RedisStore
 	t *testing.T
@@ -98,7 +98,7 @@ func (s watchedStore) Acquire(ctx context.Context, key string, c idempotency.Cla
 	return s.RedisStore.Acquire(ctx, key, c)
 }
 
-func TestNewRedisStorePanicsOnNonsense(t *testing.T) {
+func TestNewRedisStorePanics(t *testing.T) {
 	client := idemtest.DialRedis(t, "127.0.0.1:1")
 	ring := redis.NewRing(&redis.RingOptions{Addrs: map[string]string{"a": "127.0.0.1:1"}})
 	t.Cleanup(func() { _ = ring.Close() })
@@ -160,7 +160,7 @@ func TestRedisRoundTripsOfRenewalAndCommit(t *testing.T) {
 	})
 }
 
-// Renewals by the timer take one command each.
+// A renewal by the timer takes one command, also when others share questions.
 func TestRedisRenewalIsOneCommand(t *testing.T) {
 	proxy := idemtest.StartProxy(t, idemtest.StartRedis(t).Addr)
 	store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil)
@@ -246,7 +246,7 @@ func idempotencyKey(client *redis.Client) string {
 	return strings.TrimPrefix(keys[0], "idem:")
 }
 
-// When Redis is full new keys are refused, and what was let in goes on: it is
+// When Redis is full new keys are refused. A claim that was let in is still
 // renewed, waited for, completed, released and replayed.
 func TestRedisFull(t *testing.T) {
 	server := idemtest.StartRedis(t, "--maxmemory-policy", "noeviction")
@@ -286,8 +286,8 @@ func TestRedisFull(t *testing.T) {
 	require.Zero(t, shop.Runs.Load())
 }
 
-// A cluster is asked for its slots after errors of the network, not of Redis,
-// and not in a flood.
+// A Cluster client loads its slots again after errors of the network, not of
+// Redis, and not in a flood.
 func TestRedisClusterIsReloaded(t *testing.T) {
 	server := idemtest.StartRedis(t)
 	cluster := &fakeCluster{Client: idemtest.DialRedis(t, server.Addr, func(o *redis.Options) { o.MaxRetries, o.DialerRetries = -1, 1 })}
@@ -315,7 +315,7 @@ type fakeCluster struct {
 
 func (c *fakeCluster) ReloadState(context.Context) { c.reloads.Add(1) }
 
-// A claim that too few replicas have is given back before the handler runs.
+// A claim that too few replicas have is released before the handler runs.
 func TestRedisMinReplicas(t *testing.T) {
 	master := idemtest.StartRedis(t, "--repl-diskless-sync-delay", "0")
 	admin := idemtest.DialRedis(t, master.Addr)
@@ -346,7 +346,7 @@ func TestRedisMinReplicas(t *testing.T) {
 	require.Equal(t, idempotency.InProgress, acquireAs(t, store, "taken", "B").State)
 
 	// A renewal that no replica has fails, but the claim of a running handler
-	// is not released. What changes nothing is answered all the same.
+	// is not released. An answer that changes nothing does not wait for replicas.
 	replica.Kill()
 	idemtest.Await(t, "no replica", func() bool {
 		return strings.Contains(admin.Info(ctx, "replication").Val(), "connected_slaves:0")
@@ -358,8 +358,8 @@ func TestRedisMinReplicas(t *testing.T) {
 	require.NoError(t, store.Complete(ctx, "taken", "A", idempotency.Result{TTL: time.Hour}))
 	require.Equal(t, idempotency.Completed, acquireAs(t, store, "taken", "B").State)
 
-	// A key that is free again waits as well, and so does a claim that was sent
-	// twice and finds its own cell.
+	// The claim of a released key is released as well, and so is one that was
+	// sent twice and finds its own cell.
 	require.NoError(t, store.Release(ctx, "other", "A", time.Minute))
 	acquireAs(t, idempotency.NewRedisStore(admin, nil), "twice", "B")
 	for _, key := range []string{"other", "twice"} {
@@ -369,8 +369,9 @@ func TestRedisMinReplicas(t *testing.T) {
 	}
 }
 
-// The claim of a running handler is not released, not even when Redis has lost
-// it and the renewal makes it anew: the handler would run a second time.
+// The claim of a running handler is never released for lack of replicas, not even
+// when Redis has lost it and the renewal makes it anew. Else the handler would
+// run a second time.
 func TestRedisMinReplicasOfARunningHandler(t *testing.T) {
 	master := idemtest.StartRedis(t, "--repl-diskless-sync-delay", "0")
 	admin := idemtest.DialRedis(t, master.Addr)
@@ -420,7 +421,7 @@ func TestRedisCheck(t *testing.T) {
 	require.NoError(t, admin.ConfigSet(ctx, "maxmemory-policy", "allkeys-lru").Err())
 	require.ErrorContains(t, check(), "set it to noeviction")
 
-	// Who may not ask for the policy does not learn it.
+	// A user that may not ask for the policy passes.
 	acl := []any{"acl", "setuser", "app", "on", ">secret", "~*", "&*", "+@all", "-config"}
 	require.NoError(t, admin.Do(ctx, acl...).Err())
 	as := func(password string) func(*redis.Options) {

@@ -1,6 +1,7 @@
 package idempotency_test
 
 import (
+	"bytes"
 	"context"
 	"io"
 	"net"
@@ -26,7 +27,8 @@ func redisSessions() int {
 	return strings.Count(stacks.String(), "idempotency.(*redisSession)")
 }
 
-// One subscription for a key, however many wait, and none when nobody does.
+// A key has one subscription, however many callers watch it, and none after the
+// last of them.
 func TestRedisWatchSubscriptions(t *testing.T) {
 	eachRedis(t, func(t *testing.T, addr string) {
 		proxy := idemtest.StartProxy(t, addr)
@@ -61,8 +63,8 @@ func TestRedisWatchSubscriptions(t *testing.T) {
 	})
 }
 
-// Who waits is told even if the mark that somebody waits was lost with the cell,
-// or belonged to a claim that was taken over.
+// A watch is told even if the mark of it was lost with the cell, or belonged to a
+// claim that was taken over.
 func TestRedisWatchOfALostCell(t *testing.T) {
 	ends := map[string]func(t *testing.T, s miniStore){
 		"completed when lost": func(t *testing.T, s miniStore) {
@@ -96,7 +98,7 @@ func TestRedisWatchOfALostCell(t *testing.T) {
 	}
 }
 
-// Duplicates are told as much when Pub/Sub does not work, only later.
+// Duplicates get the same answers when Pub/Sub does not work, only later.
 func TestRedisWithoutPubSub(t *testing.T) {
 	const requests = 20
 	serve := func(t *testing.T, addr string, judge func(idemtest.RedisCommand) idemtest.Verdict, change ...func(*redis.Options)) {
@@ -110,14 +112,14 @@ func TestRedisWithoutPubSub(t *testing.T) {
 			_, _ = io.WriteString(w, "charged")
 		})
 		go func() {
-			for proxy.Count("subscribe") == 0 { // somebody waits
+			for proxy.Count("subscribe") == 0 { // until a duplicate waits
 				<-time.After(time.Millisecond)
 			}
 			close(release)
 		}()
 		require.Equal(t, map[string]int{"200 charged": requests}, crowd(requests, "key", shop))
 		require.EqualValues(t, 1, shop.Runs.Load())
-		idemtest.Await(t, "nobody watches", func() bool { return redisSessions() == 0 })
+		idemtest.Await(t, "no session", func() bool { return redisSessions() == 0 })
 	}
 	eachRedis(t, func(t *testing.T, addr string) {
 		for name, v := range map[string]idemtest.Verdict{"refused": idemtest.CutBefore, "breaks": idemtest.CutAfter, "hangs": idemtest.Swallow} {
@@ -147,8 +149,8 @@ func TestRedisWithoutPubSub(t *testing.T) {
 	})
 }
 
-// Watch is bounded in time whatever becomes of the connection, and comes back
-// when that works again.
+// Watch is bounded in time whatever becomes of the connection, and works again as
+// soon as the connection does.
 func TestRedisWatchWhileConnectionsHang(t *testing.T) {
 	eachRedis(t, func(t *testing.T, addr string) {
 		proxy := idemtest.StartProxy(t, addr)
@@ -172,12 +174,12 @@ func TestRedisWatchWhileConnectionsHang(t *testing.T) {
 			return err == nil
 		})
 		cancel()
-		idemtest.Await(t, "nobody watches", func() bool { return redisSessions() == 0 })
+		idemtest.Await(t, "no session", func() bool { return redisSessions() == 0 })
 	})
 }
 
-// hangsBriefly has go-redis give up a connection that it makes a little later
-// than Watch does.
+// hangsBriefly has go-redis wait for a new connection a little longer than Watch
+// does.
 func hangsBriefly(o *redis.Options) { o.ReadTimeout = 1500 * time.Millisecond }
 
 func TestRedisWatchEndsWithItsContext(t *testing.T) {
@@ -188,11 +190,11 @@ func TestRedisWatchEndsWithItsContext(t *testing.T) {
 	cancel()
 	_, err := store.Watch(ctx, "key")
 	require.Error(t, err)
-	idemtest.Await(t, "nobody watches", func() bool { return redisSessions() == 0 })
+	idemtest.Await(t, "no session", func() bool { return redisSessions() == 0 })
 }
 
-// When the connection breaks, what was published since is lost: all who wait
-// are told to look.
+// When the connection breaks, messages may be lost, so all watches are told of a
+// change.
 func TestRedisWatchConnectionBreaks(t *testing.T) {
 	eachRedis(t, func(t *testing.T, addr string) {
 		proxy := idemtest.StartProxy(t, addr)
@@ -216,8 +218,8 @@ func TestRedisWatchConnectionBreaks(t *testing.T) {
 	})
 }
 
-// A Pub/Sub connection over which nothing comes any more is noticed.
-func TestRedisWatchConnectionFallsSilent(t *testing.T) {
+// The store notices a Pub/Sub connection over which nothing comes any more.
+func TestRedisWatchConnectionIsDead(t *testing.T) {
 	proxy := idemtest.StartProxy(t, idemtest.StartRedis(t).Addr)
 	store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil)
 	changed, err := store.Watch(t.Context(), "key")
@@ -230,7 +232,7 @@ func TestRedisWatchConnectionFallsSilent(t *testing.T) {
 	}
 }
 
-// Those who wait are told before go-redis has given up to connect again.
+// Watches are told before go-redis has given up connecting again.
 func TestRedisWatchReconnectHangs(t *testing.T) {
 	var hang atomic.Bool
 	proxy := idemtest.StartProxy(t, idemtest.StartRedis(t).Addr)
@@ -269,35 +271,97 @@ func TestRedisWatchIsNotConfirmed(t *testing.T) {
 		_, err = store.Watch(t.Context(), "two")
 		require.Error(t, err)
 		cancel()
-		idemtest.Await(t, "nobody watches", func() bool { return redisSessions() == 0 })
+		idemtest.Await(t, "no session", func() bool { return redisSessions() == 0 })
 	})
 }
 
-// A panic in the dialer ends no process.
+// A panic in the dialer, or in a connection that it made, ends no process.
 func TestRedisWatchDialerPanics(t *testing.T) {
 	var broken atomic.Bool
-	addr := idemtest.StartRedis(t).Addr
-	client := idemtest.DialRedis(t, addr, func(o *redis.Options) {
+	client := idemtest.DialRedis(t, idemtest.StartRedis(t).Addr, func(o *redis.Options) {
 		o.Dialer = func(ctx context.Context, network, addr string) (net.Conn, error) {
 			if broken.Load() {
 				panic("a dialer")
 			}
-			return new(net.Dialer).DialContext(ctx, network, addr)
+			conn, err := new(net.Dialer).DialContext(ctx, network, addr)
+			return panickingConn{conn, &broken}, err
 		}
 	})
 	broken.Store(true)
 	_, err := idempotency.NewRedisStore(client, nil).Watch(t.Context(), "key")
 	require.Error(t, err)
 	broken.Store(false)
-	changed, err := idempotency.NewRedisStore(client, nil).Watch(t.Context(), "key")
+	store := idempotency.NewRedisStore(client, nil)
+	changed, err := store.Watch(t.Context(), "key")
 	require.NoError(t, err)
-
-	// The connection breaks, and go-redis dials again before it says so.
 	broken.Store(true)
-	require.NoError(t, idemtest.DialRedis(t, addr).ClientKillByFilter(t.Context(), "TYPE", "pubsub").Err())
+	_, _ = store.Watch(t.Context(), "other") // so that something is to be read
 	select {
 	case <-changed:
 	case <-time.After(idemtest.Patience):
 		t.Fatal("the watch was not told")
 	}
+	broken.Store(false)
+	idemtest.Await(t, "no session", func() bool { return redisSessions() == 0 })
+}
+
+// A panickingConn panics when it has something to read while it is broken.
+type panickingConn struct {
+	net.Conn
+	broken *atomic.Bool
+}
+
+func (c panickingConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if c.broken.Load() && n > 0 {
+		panic("a connection")
+	}
+	return n, err
+}
+
+// A Cluster client learns its slots anew when a session fails, as it does when a
+// command fails: its subscription may have gone to a server that is gone.
+func TestRedisWatchReloadsSlots(t *testing.T) {
+	server := idemtest.StartRedis(t)
+	cluster := &fakeCluster{Client: idemtest.DialRedis(t, server.Addr)}
+	store := idempotency.NewRedisStore(cluster, nil)
+	ctx, cancel := context.WithCancel(t.Context())
+	_, err := store.Watch(ctx, "key")
+	require.NoError(t, err)
+	cancel()
+	idemtest.Await(t, "no session", func() bool { return redisSessions() == 0 })
+	require.Zero(t, cluster.reloads.Load())
+
+	server.Kill()
+	_, err = store.Watch(t.Context(), "key")
+	require.Error(t, err)
+	idemtest.Await(t, "slots are loaded", func() bool { return cluster.reloads.Load() == 1 })
+}
+
+// A confirmation counts for the subscription that is next, and for no other:
+// after go-redis has connected again by itself, confirmations of all channels come.
+func TestRedisWatchOfAnotherSubscription(t *testing.T) {
+	one, two := "idem:one............................", "idem:two............................"
+	client := idemtest.DialRedis(t, idemtest.StartRedis(t).Addr, func(o *redis.Options) {
+		o.Dialer = func(ctx context.Context, network, addr string) (net.Conn, error) {
+			conn, err := new(net.Dialer).DialContext(ctx, network, addr)
+			return replacingConn{conn, one, two}, err
+		}
+	})
+	_, err := idempotency.NewRedisStore(client, nil).Watch(t.Context(), "one")
+	require.Error(t, err)
+	_, err = idempotency.NewRedisStore(client, nil).Watch(t.Context(), "two")
+	require.NoError(t, err)
+}
+
+// A replacingConn replaces one text in what it reads by another of its length.
+type replacingConn struct {
+	net.Conn
+	old, new string
+}
+
+func (c replacingConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	copy(b, bytes.ReplaceAll(b[:n], []byte(c.old), []byte(c.new)))
+	return n, err
 }

@@ -2,5 +2,5 @@
 
 package idemtest
 
-// RaceDetector reports whether the tests run under it, which allocates.
+// RaceDetector tells whether the race detector is on. It allocates.
 const RaceDetector = true
