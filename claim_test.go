@@ -13,19 +13,242 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// The renewals of an at-most-once key say so again without a Commit, in case
-// that the store has lost the record.
-func TestRenewalRepeatsAtMostOnce(t *testing.T) {
+// withFaults runs test in virtual time with a memory store that can fail.
+func withFaults(t *testing.T, opts idempotency.Options, handler http.HandlerFunc, test func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, events *idemtest.EventLog)) {
+	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
-		c := idemtest.NewClient(store, &idempotency.Options{AtMostOnce: true}, func(http.ResponseWriter, *http.Request) {
-			store.Replace(idempotency.NewMemoryStore())
-			time.Sleep(15 * time.Second)
-			panic("boom")
+		s, events := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}, &idemtest.EventLog{}
+		opts.OnEvent = events.Add
+		test(t, s, idemtest.NewClient(s, &opts, handler), events)
+		time.Sleep(time.Hour) // what goes on in the background ends
+	})
+}
+
+func TestStoreDownBeforeTheHandler(t *testing.T) {
+	for name, fail := range map[string]func(s *idemtest.FaultyStore){
+		"and the claim was not made":       func(s *idemtest.FaultyStore) { s.Fail("Acquire", idemtest.ErrDown) },
+		"and the claim was made unnoticed": func(s *idemtest.FaultyStore) { s.FailAfter("Acquire", idemtest.ErrDown) },
+		"and it answers what is not a state": func(s *idemtest.FaultyStore) {
+			s.Store = &idemtest.ScriptedStore{OnAcquire: func(int, context.Context, string, idempotency.Claim) (idempotency.Record, error) {
+				return idempotency.Record{}, nil
+			}, MemoryStore: s.Store.(*idempotency.MemoryStore)}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			withFaults(t, idempotency.Options{}, nil, func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, events *idemtest.EventLog) {
+				memory := s.Store
+				fail(s)
+				resp := c.Do(c.Request(idemtest.Exchange{Key: "a"}))
+				require.Equal(t, "1", resp.Header.Get("Retry-After"))
+				got, p := idemtest.Describe(t, resp)
+				require.Equal(t, "503 store_unavailable", got)
+				require.True(t, p.Retryable)
+				require.NotContains(t, p.Detail, "secret-host")
+				require.Equal(t, 2, s.Count("Acquire"), "tried once more with the same token")
+				require.ErrorIs(t, events.Last().Err, idempotency.ErrStoreUnavailable)
+
+				s.Store = memory
+				s.Fail("Acquire", nil)
+				s.FailAfter("Acquire", nil)
+				time.Sleep(time.Second) // the uncertain claim is given back, long before its lease ends
+				c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
+				require.Equal(t, 1, c.Runs())
+			})
 		})
+	}
+}
+
+func TestLostReplyOfAClaimIsNotAStranger(t *testing.T) {
+	s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+	s.OnAcquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+		rec, err := s.MemoryStore.Acquire(ctx, key, c)
+		if n == 1 {
+			return idempotency.Record{}, idemtest.ErrDown
+		}
+		return rec, err
+	}
+	c := idemtest.NewClient(s, &idempotency.Options{Wait: idempotency.NoWait}, nil)
+	c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
+}
+
+// A call that hangs leaves time for another.
+func TestOneLostReply(t *testing.T) {
+	for _, method := range []string{"Acquire", "Complete", "Release"} {
+		t.Run(method, func(t *testing.T) {
+			withFaults(t, idempotency.Options{Wait: idempotency.NoWait}, idemtest.Answering(201, 500), func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, events *idemtest.EventLog) {
+				if method == "Release" {
+					c.Check(t, 0, idemtest.Exchange{Key: "first", Get: "201 "})
+				}
+				s.LoseReply(method)
+				start := time.Now()
+				resp := c.Do(c.Request(idemtest.Exchange{Key: "a"}))
+				require.Less(t, time.Since(start), time.Second)
+				require.Less(t, resp.StatusCode, 502)
+				require.NoError(t, events.Last().Err)
+			})
+		})
+	}
+}
+
+// A claim that arrives after it was given up must not hold the key.
+func TestDelayedClaim(t *testing.T) {
+	withFaults(t, idempotency.Options{AtMostOnce: true}, nil, func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, _ *idemtest.EventLog) {
+		arrive := make(chan struct{})
+		delayed := &delayingStore{Store: s.Store, arrive: arrive}
+		s.Store = delayed
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 store_unavailable", Took: time.Second})
+		time.Sleep(time.Second) // released in the background
+		close(arrive)
+		synctest.Wait()
+		require.Equal(t, []idempotency.State{idempotency.Lost, idempotency.Lost}, delayed.late)
+		delayed.arrive = nil
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
+	})
+}
+
+// delayingStore times out while its commands are still on their way.
+type delayingStore struct {
+	idempotency.Store
+	arrive chan struct{}
+	mu     sync.Mutex
+	late   []idempotency.State
+}
+
+func (s *delayingStore) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+	if s.arrive == nil {
+		return s.Store.Acquire(ctx, key, c)
+	}
+	go func() {
+		<-s.arrive
+		rec, _ := s.Store.Acquire(context.Background(), key, c)
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.late = append(s.late, rec.State)
+	}()
+	<-ctx.Done()
+	return idempotency.Record{}, ctx.Err()
+}
+
+// A first try whose reply is lost may still arrive: after the second try has
+// found someone else, and that one has left.
+func TestGhostOfAClaim(t *testing.T) {
+	withFaults(t, idempotency.Options{AtMostOnce: true, Wait: idempotency.NoWait}, idemtest.Answering(429, 201), func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, _ *idemtest.EventLog) {
+		inner := s.Store
+		ghost := &ghostStore{Store: inner}
+		c.Check(t, 0, idemtest.Exchange{Key: "other", Get: "429 "})
+		rec, err := inner.Acquire(t.Context(), storeKeyOfA, idempotency.Claim{Token: "first", Lease: time.Minute, TTL: time.Hour})
+		require.NoError(t, err)
+		require.Equal(t, idempotency.Acquired, rec.State)
+		s.Replace(ghost)
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
+		s.Replace(inner)
+		require.NoError(t, inner.Release(t.Context(), storeKeyOfA, "first", time.Minute))
+		time.Sleep(25 * time.Millisecond)
+		ghost.arrive(t) // before the claim is given back
+		time.Sleep(time.Second)
+		c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "201 "})
+	})
+}
+
+// storeKeyOfA is the cell of POST /charge with key a.
+const storeKeyOfA = "X6TInVDcw8CoaojiMy5vpNMTe4uJbVLvuhjeC5l33gg"
+
+// ghostStore keeps the first claim back.
+type ghostStore struct {
+	idempotency.Store
+	kept *idempotency.Claim
+}
+
+func (s *ghostStore) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+	if s.kept == nil {
+		s.kept = &c
+		return idempotency.Record{}, idemtest.ErrDown
+	}
+	return s.Store.Acquire(ctx, key, c)
+}
+
+func (s *ghostStore) arrive(t *testing.T) {
+	t.Helper()
+	rec, err := s.Store.Acquire(t.Context(), storeKeyOfA, *s.kept)
+	require.NoError(t, err)
+	require.Equal(t, idempotency.Acquired, rec.State)
+}
+
+// What is refused for certain has made no claim, and none is given back.
+func TestRefusalsCostNoRelease(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store, events := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}, &idemtest.EventLog{}
+		c := idemtest.NewClient(store, &idempotency.Options{Wait: idempotency.NoWait, OnEvent: events.Add}, idemtest.Lasting(time.Second))
+		var first sync.WaitGroup
+		first.Go(func() { c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"}) })
+		synctest.Wait()
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
+		c.Check(t, 2, idemtest.Exchange{Key: "a", Body: "other", Get: "422 key_reused"})
+		first.Wait()
+		store.Replace(&idempotency.MemoryStore{MaxBytes: 1})
+		c.Check(t, 3, idemtest.Exchange{Key: "b", Get: "503 store_unavailable"})
+		require.ErrorIs(t, events.Last().Err, idempotency.ErrStoreFull)
+		time.Sleep(time.Hour)
+		require.Zero(t, store.Count("Release"))
+		require.Equal(t, 4, store.Count("Acquire"), "a full store is not asked twice")
+	})
+}
+
+func TestFailOpen(t *testing.T) {
+	handler := func(w http.ResponseWriter, r *http.Request) {
+		e := idemtest.Execution(r)
+		require.Equal(t, "a", e.Key())
+		require.Equal(t, 1, e.Attempt())
+		require.NotEmpty(t, e.DownstreamKey("psp"))
+		require.ErrorIs(t, e.Commit(r.Context()), idempotency.ErrStoreUnavailable)
+		idemtest.Lasting(0)(w, r)
+	}
+	withFaults(t, idempotency.Options{FailOpen: true}, handler, func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, events *idemtest.EventLog) {
+		s.Fail("Acquire", idemtest.ErrDown)
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 charge 2"})
+		require.Equal(t, []string{"unprotected 0", "unprotected 0"}, events.All())
+		require.ErrorIs(t, events.Last().Err, idemtest.ErrDown)
+	})
+}
+
+// The claim that was made unnoticed protects an unprotected run for a while.
+func TestFailOpenKeepsAnUncertainClaim(t *testing.T) {
+	withFaults(t, idempotency.Options{FailOpen: true, Wait: idempotency.NoWait}, idemtest.Lasting(10*time.Second), func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, _ *idemtest.EventLog) {
+		s.FailAfter("Acquire", idemtest.ErrDown)
+		go c.Do(c.Request(idemtest.Exchange{Key: "a"}))
+		synctest.Wait()
+		s.FailAfter("Acquire", nil)
+		time.Sleep(5 * time.Second)
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
+	})
+}
+
+func TestFailOpenPanicIsReported(t *testing.T) {
+	withFaults(t, idempotency.Options{FailOpen: true}, idemtest.PanicOnce, func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, events *idemtest.EventLog) {
+		s.Fail("Acquire", idemtest.ErrDown)
 		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "panic"})
-		time.Sleep(time.Minute)
-		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 outcome_unknown"})
+		require.Equal(t, []string{"panicked 0"}, events.All())
+	})
+}
+
+// With FailOpen a store that goes down while a duplicate waits does not make it
+// run beside the first.
+func TestFailOpenDoesNotRunBesideAnother(t *testing.T) {
+	withFaults(t, idempotency.Options{FailOpen: true}, idemtest.Lasting(3*time.Second), func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, _ *idemtest.EventLog) {
+		first := make(chan struct{})
+		go func() {
+			defer close(first)
+			c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
+		}()
+		synctest.Wait()
+		go func() {
+			time.Sleep(time.Second)
+			s.Fail("Acquire", idemtest.ErrDown)
+		}()
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "503 store_unavailable"})
+		<-first
+		require.Equal(t, 1, c.Runs())
 	})
 }
 
@@ -54,64 +277,418 @@ func TestPollingStaysPatient(t *testing.T) {
 	})
 }
 
-// What the store has rolled back is not tried again: there is nothing left to
-// be committed, and the client is waiting.
-func TestRolledBackIsFinal(t *testing.T) {
-	for name, handler := range map[string]struct {
-		status int
-		method string
-		get    string
-	}{
-		"Complete": {201, "Complete", "503 store_unavailable"},
-		"Release":  {503, "Release", "503 "},
+// A watch that always fires must not become a busy loop.
+func TestBrokenWatch(t *testing.T) {
+	for name, watch := range map[string]func() (<-chan struct{}, error){
+		"fires at once": func() (<-chan struct{}, error) { c := make(chan struct{}); close(c); return c, nil },
+		"never fires":   func() (<-chan struct{}, error) { return make(chan struct{}), nil },
+		"fails":         func() (<-chan struct{}, error) { return nil, idemtest.ErrDown },
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
-				c := idemtest.NewClient(store, &idempotency.Options{}, idemtest.Answering(handler.status))
-				store.Fail(handler.method, idempotency.ErrRolledBack)
+				s := &fakeWatcher{FaultyStore: &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}, watch: watch}
+				c := idemtest.NewClient(s, &idempotency.Options{Lease: 4 * time.Second}, idemtest.PanicOnce)
+				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "panic"})
 				start := time.Now()
-				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: handler.get})
-				require.Zero(t, time.Since(start))
-				time.Sleep(time.Minute) // what goes on in the background ends
+				c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 attempt 2"})
+				require.InDelta(t, 4, time.Since(start).Seconds(), 0.1)
+				require.Less(t, s.Count("Acquire"), 1000)
 			})
 		})
 	}
 }
 
-// A heldReply keeps the answers to claims back while hold is not nil.
-type heldReply struct {
-	idempotency.Store
-	hold chan struct{}
+type fakeWatcher struct {
+	*idemtest.FaultyStore
+	watch func() (<-chan struct{}, error)
 }
 
-func (s *heldReply) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
-	rec, err := s.Store.Acquire(ctx, key, c)
-	if s.hold != nil {
-		<-s.hold
+func (s *fakeWatcher) Watch(context.Context, string) (<-chan struct{}, error) { return s.watch() }
+
+func TestClientThatHangsUpWhileWaiting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := idemtest.NewClient(idempotency.NewMemoryStore(), nilOptions(), idemtest.Lasting(time.Minute))
+		go c.Do(c.Request(idemtest.Exchange{Key: "a"}))
+		synctest.Wait()
+		ctx, hangUp := context.WithCancel(t.Context())
+		time.AfterFunc(time.Second, hangUp)
+		start := time.Now()
+		got, _ := idemtest.Describe(t, c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx)))
+		require.Equal(t, "409 in_progress", got)
+		require.Equal(t, time.Second, time.Since(start))
+		time.Sleep(time.Minute) // the first ends
+	})
+}
+
+// A pausedStore stands for a process that is stopped (a virtual machine that is
+// moved, a container out of CPU) when the answer to its claim has come.
+type pausedStore struct {
+	*idempotency.MemoryStore
+	token string // of the process: the first that asks
+	times int    // how often it is stopped
+}
+
+func (s *pausedStore) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+	rec, err := s.MemoryStore.Acquire(ctx, key, c)
+	if s.token == "" {
+		s.token = c.Token
+	}
+	if s.token == c.Token && s.times > 0 {
+		s.times--
+		time.Sleep(3 * c.Lease)
 	}
 	return rec, err
 }
 
-// The store has marked the claim, but by the time that Commit knows it the
-// handler has ended and freed the key: nothing must be promised any more.
-func TestCommitWhoseReplyComesTooLate(t *testing.T) {
+// withPausedStore runs a test of a handler whose first client is stopped.
+func withPausedStore(t *testing.T, times int, opts idempotency.Options, test func(t *testing.T, c *idemtest.Client)) {
 	synctest.Test(t, func(t *testing.T) {
-		store := &heldReply{Store: idempotency.NewMemoryStore()}
-		result := make(chan error, 1)
-		c := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-			if e := idemtest.Execution(r); e.Attempt() == 1 {
-				store.hold = make(chan struct{})
-				go func() { result <- e.Commit(context.WithoutCancel(r.Context())) }()
-				synctest.Wait()
+		opts.Lease = time.Second
+		test(t, idemtest.NewClient(&pausedStore{MemoryStore: idempotency.NewMemoryStore(), times: times}, &opts, nil))
+	})
+}
+
+// A claim whose lease is over before the handler starts may belong to someone
+// else by then: the handler does not start, and the answer is that of who ran.
+func TestLateClaimDoesNotRun(t *testing.T) {
+	withPausedStore(t, 1, idempotency.Options{}, func(t *testing.T, c *idemtest.Client) {
+		var late sync.WaitGroup
+		late.Go(func() { c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "replay 201 charge 1"}) })
+		synctest.Wait()
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 charge 1"}) // takes over after the lease
+		late.Wait()
+		require.Equal(t, 1, c.Runs())
+	})
+}
+
+func TestLateClaimThatNobodyTookRuns(t *testing.T) {
+	withPausedStore(t, 1, idempotency.Options{}, func(t *testing.T, c *idemtest.Client) {
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
+	})
+}
+
+// A process that is late again and again has no business with the key.
+func TestLateClaimIsGivenBack(t *testing.T) {
+	withPausedStore(t, 2, idempotency.Options{}, func(t *testing.T, c *idemtest.Client) {
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 store_unavailable"})
+		require.Zero(t, c.Runs())
+		time.Sleep(500 * time.Millisecond) // less than the lease
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
+	})
+}
+
+// FailOpen is for a store that is down. This one is up, and knows who runs.
+func TestLateClaimDoesNotFailOpen(t *testing.T) {
+	withPausedStore(t, 2, idempotency.Options{FailOpen: true}, func(t *testing.T, c *idemtest.Client) {
+		var late sync.WaitGroup
+		late.Go(func() { c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 store_unavailable"}) })
+		time.Sleep(5 * time.Second)                                     // it has renewed its claim, which is over again
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 charge 1"}) // takes over after the lease
+		late.Wait()
+		require.Equal(t, 1, c.Runs())
+		time.Sleep(100 * time.Millisecond) // for the claim that it gives back
+	})
+}
+
+// A command that arrives when its request is long over, and its marker with it,
+// holds the key for one lease at the most: a claim, a renewal and a mark.
+func TestCommandThatArrivesHoursLate(t *testing.T) {
+	for name, atMostOnce := range map[string]bool{"plain": false, "at most once": true} {
+		commands := captured(t, atMostOnce)
+		require.Len(t, commands, 3, "a claim, a mark and a renewal; or a mark, a claim and a renewal")
+		for i := range commands {
+			t.Run(name, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					s := idempotency.NewMemoryStore()
+					c := idemtest.NewClient(s, &idempotency.Options{AtMostOnce: atMostOnce, Wait: idempotency.NoWait}, nil)
+					time.Sleep(2 * time.Hour)
+					rec, err := s.Acquire(t.Context(), commands[i].key, commands[i].claim)
+					require.NoError(t, err)
+					require.Equal(t, idempotency.Acquired, rec.State)
+					c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
+					time.Sleep(30 * time.Second)
+					c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
+				})
+			})
+		}
+	}
+}
+
+type command struct {
+	key   string
+	claim idempotency.Claim
+}
+
+// captured returns what a request with the key "a" asks a store for: to claim,
+// to mark and to renew.
+func captured(t *testing.T, atMostOnce bool) (all []command) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+		s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+			all = append(all, command{key, c})
+			return s.MemoryStore.Acquire(ctx, key, c)
+		}
+		c := idemtest.NewClient(s, &idempotency.Options{AtMostOnce: atMostOnce}, func(w http.ResponseWriter, r *http.Request) {
+			if !atMostOnce {
+				require.NoError(t, idemtest.Execution(r).Commit(r.Context()))
 			}
-			w.WriteHeader(http.StatusInternalServerError)
+			time.Sleep(11 * time.Second)
 		})
-		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "500 "})
-		close(store.hold)
-		require.Error(t, <-result)
-		store.hold = nil
-		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "500 "})
-		require.Equal(t, 2, c.Runs())
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "200 "})
+	})
+	return all
+}
+
+// Two late commands of one token must not make a claim that is never taken over:
+// the first claims the key anew, and the mark is that of the attempt before.
+func TestMarkIsForItsAttemptOnly(t *testing.T) {
+	commands := captured(t, true)
+	synctest.Test(t, func(t *testing.T) {
+		s := idempotency.NewMemoryStore()
+		late := func(i int) {
+			_, err := s.Acquire(t.Context(), commands[i].key, commands[i].claim)
+			require.NoError(t, err)
+		}
+		late(0)
+		require.NoError(t, s.Release(t.Context(), commands[0].key, commands[0].claim.Token, time.Hour))
+		c := idemtest.NewClient(s, &idempotency.Options{Wait: idempotency.NoWait}, idemtest.Answering(http.StatusServiceUnavailable, http.StatusCreated))
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 "})
+		late(0)
+		late(1)
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
+		time.Sleep(30 * time.Second)
+		c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "201 "})
+	})
+}
+
+// A handler of an at-most-once key starts when the store has answered that the
+// claim is marked, and not before.
+func TestHandlerStartsOnceItsClaimIsMarked(t *testing.T) {
+	for name, row := range map[string]struct {
+		mark func(s *idemtest.ScriptedStore, n int, c idempotency.Claim) (idempotency.Record, error)
+		get  string
+	}{
+		"the mark is not answered": {
+			func(*idemtest.ScriptedStore, int, idempotency.Claim) (idempotency.Record, error) {
+				return idempotency.Record{}, idemtest.ErrDown
+			}, "503 store_unavailable",
+		},
+		"the store loses the claim again and again": {
+			func(s *idemtest.ScriptedStore, _ int, c idempotency.Claim) (idempotency.Record, error) {
+				return idempotency.Record{State: idempotency.Acquired, Attempt: c.Attempt}, nil
+			}, "503 store_unavailable",
+		},
+		"the store loses the claim once": {
+			func(s *idemtest.ScriptedStore, marks int, c idempotency.Claim) (idempotency.Record, error) {
+				return idempotency.Record{State: idempotency.Acquired, Attempt: c.Attempt, Once: marks > 1}, nil
+			}, "201 charge 1",
+		},
+		"another owner has come": {
+			func(*idemtest.ScriptedStore, int, idempotency.Claim) (idempotency.Record, error) {
+				return idempotency.Record{State: idempotency.Lost}, nil
+			}, "409 in_progress",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s, marks := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}, 0
+				s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+					require.Equal(t, c.Attempt > 0, c.Once, "only a renewal marks")
+					if c.Attempt == 0 {
+						return s.MemoryStore.Acquire(ctx, key, c)
+					}
+					marks++
+					return row.mark(s, marks, c)
+				}
+				c := idemtest.NewClient(s, &idempotency.Options{AtMostOnce: true, Wait: idempotency.NoWait}, nil)
+				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: row.get})
+				require.Equal(t, row.get == "201 charge 1", c.Runs() == 1)
+			})
+		})
+	}
+}
+
+// Attempts count for as long as the key lives when a run may have got somewhere.
+func TestAttemptsCountForTheTTL(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var attempts []int
+		c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+			attempts = append(attempts, idemtest.Execution(r).Attempt())
+			w.Header().Set("Retry-After", "60")
+			w.WriteHeader(http.StatusServiceUnavailable)
+		})
+		start := time.Now()
+		for i, at := range []time.Duration{0, time.Minute, time.Hour, 20 * time.Hour, 43 * time.Hour, 68 * time.Hour} {
+			time.Sleep(time.Until(start.Add(at)))
+			c.Check(t, i, idemtest.Exchange{Key: "a", Get: "503 "})
+		}
+		require.Equal(t, []int{1, 2, 3, 4, 5, 1}, attempts, "each run starts the TTL anew, and the last came after it")
+	})
+}
+
+// What was refused leaves nothing behind after a lease, so that a flood of it
+// fills no store. What may have got somewhere is remembered.
+func TestMarkerOfARun(t *testing.T) {
+	const ttl, lease = 24 * time.Hour, 30 * time.Second
+	discard := func(w http.ResponseWriter, r *http.Request) { idemtest.Execution(r).Discard() }
+	notFound := &idempotency.Options{ShouldStore: func(status int, _ http.Header) bool { return status != http.StatusNotFound }}
+	for name, row := range map[string]struct {
+		opts    *idempotency.Options
+		handler http.HandlerFunc
+		kept    time.Duration
+	}{
+		"401":                  {&idempotency.Options{}, idemtest.Answering(http.StatusUnauthorized), lease},
+		"429":                  {&idempotency.Options{}, idemtest.Answering(http.StatusTooManyRequests), lease},
+		"Discard":              {&idempotency.Options{}, discard, lease},
+		"500":                  {&idempotency.Options{}, idemtest.Answering(http.StatusInternalServerError), ttl},
+		"404, for ShouldStore": {notFound, idemtest.Answering(http.StatusNotFound), ttl},
+		"409 with Retry-After": {&idempotency.Options{}, func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Retry-After", "1")
+			w.WriteHeader(http.StatusConflict)
+		}, lease},
+		"nothing, its transaction rolled back": {&idempotency.Options{CancelOnDisconnect: true}, func(_ http.ResponseWriter, r *http.Request) {
+			idemtest.Execution(r).Attach("a transaction")
+			<-r.Context().Done()
+		}, ttl},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := idempotency.NewMemoryStore()
+				c := idemtest.NewClient(s, row.opts, row.handler)
+				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+				defer cancel()
+				require.NotNil(t, c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx)))
+				time.Sleep(row.kept - time.Second)
+				require.Equal(t, 1, s.Len())
+				time.Sleep(time.Second)
+				require.Zero(t, s.Len())
+			})
+		})
+	}
+}
+
+// A store that panics has failed, wherever it was called from.
+func TestStoreThatPanics(t *testing.T) {
+	for name, broken := range map[string]func(s *idemtest.ScriptedStore){
+		"a claim": func(s *idemtest.ScriptedStore) {
+			s.OnAcquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+				if n == 1 {
+					panic("nil map")
+				}
+				return s.MemoryStore.Acquire(ctx, key, c)
+			}
+		},
+		"a renewal": func(s *idemtest.ScriptedStore) {
+			s.OnAcquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+				if n == 2 || n == 3 {
+					panic("nil map")
+				}
+				return s.MemoryStore.Acquire(ctx, key, c)
+			}
+		},
+		"a Complete, at first and in the background": func(s *idemtest.ScriptedStore) {
+			s.OnComplete = func(ctx context.Context, key, token string, r idempotency.Result) error {
+				if s.Completed.Load() < 10 {
+					panic("nil map")
+				}
+				return s.MemoryStore.Complete(ctx, key, token, r)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+				broken(s)
+				c := idemtest.NewClient(s, &idempotency.Options{}, idemtest.Lasting(15*time.Second))
+				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
+				time.Sleep(10 * time.Second)
+				c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "replay 201 charge 1"})
+			})
+		})
+	}
+	synctest.Test(t, func(t *testing.T) {
+		s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+		s.OnAcquire = func(int, context.Context, string, idempotency.Claim) (idempotency.Record, error) { panic("nil map") }
+		s.OnRelease = func(context.Context, string, string, time.Duration) error { panic("nil map") }
+		c := idemtest.NewClient(s, &idempotency.Options{}, nil)
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 store_unavailable"})
+		time.Sleep(time.Minute) // it is given back in the background
+		require.Zero(t, c.Runs())
+	})
+}
+
+// The client's end is not that of a store call, in whichever way a store, or
+// what it is built on, looks at its context.
+func TestStoreCallsOutliveTheClient(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var mu sync.Mutex
+		var kept []context.Context
+		seen := map[string]int{}
+		store := &idemtest.ObservedStore{Store: idempotency.NewMemoryStore(), Look: func(ctx context.Context, method string) {
+			require.NoError(t, ctx.Err())
+			require.NoError(t, context.Cause(ctx))
+			require.Equal(t, "acme", ctx.Value(tenantKey{}))
+			deadline, ok := ctx.Deadline()
+			require.True(t, ok)
+			require.LessOrEqual(t, time.Until(deadline), time.Second, "StoreTimeout")
+			mu.Lock()
+			defer mu.Unlock()
+			seen[method]++
+			kept = append(kept, ctx)
+		}}
+		c := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+			idemtest.Must(idemtest.Execution(r).Commit(r.Context()))
+			time.Sleep(time.Minute) // renewals
+			w.WriteHeader(http.StatusCreated)
+		})
+		ctx, hangUp := context.WithCancel(context.WithValue(t.Context(), tenantKey{}, "acme"))
+		hangUp()
+		c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx))
+		freeing := idemtest.NewClient(store, &idempotency.Options{}, idemtest.Answering(503))
+		freeing.Do(freeing.Request(idemtest.Exchange{Key: "b"}).WithContext(ctx))
+		require.Greater(t, seen["Acquire"], 4)
+		require.Equal(t, 1, seen["Complete"])
+		require.Equal(t, 1, seen["Release"])
+		for _, ctx := range kept {
+			require.ErrorIs(t, ctx.Err(), context.Canceled, "the call is over")
+			<-ctx.Done()
+		}
+	})
+}
+
+// A store that waits for Done is let go in time, though it looked at its context
+// before that.
+func TestStoreCallsEndInTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var took []time.Duration
+		store := &idemtest.ObservedStore{Store: idempotency.NewMemoryStore(), Look: func(ctx context.Context, _ string) {
+			require.NoError(t, ctx.Err())
+			start := time.Now()
+			<-ctx.Done()
+			require.ErrorIs(t, ctx.Err(), context.DeadlineExceeded)
+			require.ErrorIs(t, context.Cause(ctx), context.DeadlineExceeded)
+			took = append(took, time.Since(start))
+		}}
+		c := idemtest.NewClient(store, &idempotency.Options{}, nil)
+		ctx, hangUp := context.WithCancel(t.Context())
+		hangUp()
+		c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx))
+		require.Equal(t, []time.Duration{time.Second / 2, time.Second / 2}, took)
+	})
+}
+
+// So is one that only asks now and then whether it may go on.
+func TestStoreCallsKnowTheirEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := &idemtest.ObservedStore{Store: idempotency.NewMemoryStore(), Look: func(ctx context.Context, _ string) {
+			deadline, _ := ctx.Deadline()
+			time.Sleep(time.Until(deadline) - 1)
+			require.NoError(t, ctx.Err())
+			time.Sleep(time.Nanosecond)
+			require.ErrorIs(t, ctx.Err(), context.DeadlineExceeded)
+			<-ctx.Done()
+		}}
+		c := idemtest.NewClient(store, &idempotency.Options{}, nil)
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
 	})
 }

@@ -62,23 +62,23 @@ func (c *call) report(outcome Outcome, status int, err error) {
 	if c.opts.OnEvent == nil {
 		return
 	}
-	defer c.contain("OnEvent")
+	defer c.contain(c.r.Context(), "OnEvent")
 	c.opts.OnEvent(c.r.Context(), Event{
 		Outcome: outcome, StoreKey: c.storeKey, Attempt: c.execution.attempt, Status: status,
-		Duration: time.Since(c.started), Waited: c.waited, Err: err, Request: c.r,
+		Duration: time.Since(c.started), Waited: c.claim.waited, Err: err, Request: c.r,
 	})
 }
 
 // contain keeps a panic in a callback from undoing a request that was answered.
 // It is to be deferred.
-func (c *call) contain(callback string) {
+func (m *middleware) contain(ctx context.Context, callback string) {
 	if p := recover(); p != nil {
-		c.opts.logger().LogAttrs(c.r.Context(), slog.LevelError, "idempotency: panic in "+callback, slog.Any("panic", p))
+		m.opts.logger().LogAttrs(ctx, slog.LevelError, "idempotency: panic in "+callback, slog.Any("panic", p))
 	}
 }
 
 // warn logs a failure. What a store says may be logged, but never sent.
-func (c *call) warn(msg string, err error) {
-	c.opts.logger().LogAttrs(context.WithoutCancel(c.r.Context()), slog.LevelWarn, "idempotency: "+msg,
-		slog.String("store_key", c.storeKey), slog.Any("error", err))
+func (m *middleware) warn(ctx context.Context, storeKey, msg string, err error) {
+	m.opts.logger().LogAttrs(context.WithoutCancel(ctx), slog.LevelWarn, "idempotency: "+msg,
+		slog.String("store_key", storeKey), slog.Any("error", err))
 }

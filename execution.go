@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"time"
 )
@@ -17,7 +18,7 @@ type Execution struct {
 	key      string
 	storeKey string
 	attempt  int
-	call     *call      // nil when the run is unprotected
+	claim    *claim     // nil when the run is unprotected
 	outer    *Execution // that of a middleware around this one, under another key; or nil
 
 	mu         sync.Mutex // guards what follows
@@ -72,22 +73,23 @@ func (e *Execution) DownstreamKey(name string) string {
 }
 
 // Commit says that the effect is about to happen, or has happened, and must
-// never be repeated: from here the key is at-most-once, and whatever the
-// handler answers is stored. If the run dies after Commit, retries are answered
+// never be repeated. From here the key is at-most-once, and whatever the handler
+// answers is stored. If the process dies after Commit, retries are answered
 // 409 outcome_unknown until TTL.
 //
-// It is one store call, which takes StoreTimeout at most. When it fails nothing
-// is promised, and the handler decides whether to go on. The error wraps
-// [ErrLeaseLost] when the key belongs to someone else by now, and
-// [ErrStoreUnavailable] when the store failed or the run is unprotected.
+// Commit is one store call, which takes StoreTimeout at most. When the store has
+// lost the claim, Commit is two calls: one writes the claim again, one marks it.
+// When Commit fails nothing is promised, and the handler decides whether to go
+// on. The error wraps [ErrLeaseLost] when the key belongs to another owner by
+// now, and [ErrStoreUnavailable] when the store failed or the run is unprotected.
 func (e *Execution) Commit(ctx context.Context) error {
-	if e.call == nil {
-		return fmt.Errorf("%w: this request runs unprotected", ErrStoreUnavailable)
-	}
 	if e.hasEnded() {
 		return errEnded
 	}
-	if err := e.call.commit(ctx); err != nil {
+	if e.claim == nil {
+		return fmt.Errorf("%w: this request runs unprotected", ErrStoreUnavailable)
+	}
+	if err := e.claim.mark(ctx); err != nil {
 		return err
 	}
 	e.mu.Lock()
@@ -105,12 +107,6 @@ func (e *Execution) hasEnded() bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return e.ended
-}
-
-func (e *Execution) isCommitted() bool {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return e.committed
 }
 
 // Discard says that nothing happened: the response is not kept and the key is
@@ -155,6 +151,17 @@ func (e *Execution) Attachment() any {
 	return e.attachment
 }
 
+// detachedCopy returns an Execution for the store's calls after the request: it
+// holds nothing of the request.
+func (e *Execution) detachedCopy() *Execution {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return &Execution{
+		key: strings.Clone(e.key), storeKey: strings.Clone(e.storeKey), attempt: e.attempt,
+		ended: true, committed: e.committed, discarded: e.discarded, attachment: e.attachment,
+	}
+}
+
 // detach takes what was attached away from the store.
 func (e *Execution) detach() {
 	e.mu.Lock()
@@ -170,143 +177,115 @@ func (e *Execution) end() (committed, discarded, attached bool) {
 	return e.committed, e.discarded, e.attachment != nil
 }
 
-// A lease is the running claim of one execution. A timer renews it every third
-// of its length and notices when it is lost.
-type lease struct {
-	call   *call // whose claim it is
-	length time.Duration
-	limit  time.Time // from here on it is not renewed
+// A handlerContext is the context of a handler: with the values and the deadline
+// of the request's, and without the client's cancellation. A client that hangs
+// up is the one that will retry, so the work is finished and its answer stored.
+type handlerContext struct {
+	*cancellation
+	execution *Execution
+}
+
+// Value implements context.Context.
+func (c *handlerContext) Value(key any) any {
+	if key == (executionKey{}) {
+		return c.execution
+	}
+	return c.cancellation.value(key)
+}
+
+// String implements fmt.Stringer, for tests and logs that print a context. Its
+// fields are not theirs to read.
+func (c *handlerContext) String() string { return "idempotency.handlerContext" }
+
+// A cancellation is the end of a handler's context. What it takes to cancel a
+// context is made when the handler asks for it: most handlers that take
+// microseconds do not, and four allocations are a tenth of such a request.
+type cancellation struct {
+	request    context.Context
+	keepCancel bool // CancelOnDisconnect
 
 	mu       sync.Mutex // guards what follows
-	timer    *time.Timer
-	end      time.Time // the claim holds until then at least, by our monotonic clock
-	renewing bool
-	stopped  bool
-	taken    bool // another owner was seen
-	freed    bool // the run is not to have the key any more
+	parent   context.Context
+	observed bool // the handler has asked for the end of its context
+	stop     context.CancelCauseFunc
+	ended    bool
 }
 
-// start begins to keep the lease that c has claimed.
-func (l *lease) start(c *call) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.call, l.length = c, c.opts.Lease
-	l.limit, l.end = c.claimed.Add(c.opts.MaxExecution), c.claimSent.Add(l.length)
-	l.timer = time.AfterFunc(l.untilLocked(c.claimed, l.length/3), l.tick)
+// inner returns the context that does the work. All values go through it: by
+// some of them package context finds a parent.
+func (c *cancellation) inner() context.Context {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.parent == nil {
+		c.makeLocked()
+	}
+	return c.parent
 }
 
-// untilLocked returns the time to the next tick: next, or the end of the
-// execution if that comes first.
-func (l *lease) untilLocked(now time.Time, next time.Duration) time.Duration {
-	return max(0, min(next, l.limit.Sub(now), l.end.Sub(now)))
+// observe is inner for a handler that can see the end of its context.
+func (c *cancellation) observe() context.Context {
+	inner := c.inner()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.observed = true
+	return inner
 }
 
-// tick renews the lease, or cancels the handler when that is no longer
-// possible. While the store is asked the timer goes on towards the end of the
-// lease, so that a store that hangs cannot hide it.
-func (l *lease) tick() {
-	l.mu.Lock()
-	now := time.Now()
-	switch {
-	case l.stopped:
-	case !now.Before(l.end):
-		l.stopped = true
-		l.call.context.cancel(ErrLeaseLost)
-		l.call.warn("a lease could not be renewed in time", ErrLeaseLost)
-	case !now.Before(l.limit):
-		l.stopped = true
-		l.call.context.cancel(context.DeadlineExceeded)
-	case l.renewing:
-		l.timer.Reset(l.untilLocked(now, l.length))
-	default:
-		l.renewing = true
-		l.timer.Reset(l.untilLocked(now, l.length))
-		l.mu.Unlock()
-		l.renewOnce(now)
+// hasEnded reports whether the handler can have seen the end of its context.
+func (c *cancellation) hasEnded() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.observed && c.parent.Err() != nil
+}
+
+func (c *cancellation) makeLocked() {
+	ctx := c.request
+	deadline, limited := ctx.Deadline()
+	if !c.keepCancel {
+		ctx = context.WithoutCancel(ctx)
+	}
+	c.parent, c.stop = context.WithCancelCause(ctx)
+	if limited {
+		cancel, stop := c.stop, context.CancelFunc(nil)
+		c.parent, stop = context.WithDeadline(c.parent, deadline)
+		c.stop = func(cause error) { cancel(cause); stop() }
+	}
+	if c.ended {
+		c.stop(nil)
+	}
+}
+
+// cancel ends the context, if it has not ended yet. Without a cause that is
+// context.Canceled.
+func (c *cancellation) cancel(cause error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ended {
 		return
 	}
-	l.mu.Unlock()
-}
-
-func (l *lease) renewOnce(sent time.Time) {
-	rec, err := l.call.renew(&l.call.context, sent, false)
-	if err != nil {
-		l.call.warn("renewing a lease failed", err)
+	if c.parent == nil && cause != nil {
+		c.makeLocked() // now: later its deadline may seem to have come first
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.renewing = false
-	if l.stopped {
-		l.lateLocked(rec, err, l.call.isOnce())
-		return
-	}
-	switch {
-	case err != nil:
-		l.timer.Reset(l.untilLocked(time.Now(), l.length/12)) // a few more tries before the end
-	case rec.State == Acquired:
-		l.extendLocked(sent)
-		l.timer.Reset(l.untilLocked(time.Now(), l.length/3))
-	default:
-		l.loseLocked()
+	c.ended = true
+	if c.parent != nil {
+		c.stop(cause)
 	}
 }
 
-func (l *lease) extendLocked(sent time.Time) {
-	if end := sent.Add(l.length); end.After(l.end) {
-		l.end = end
+// Deadline implements context.Context.
+func (c *cancellation) Deadline() (time.Time, bool) { return c.request.Deadline() }
+
+// Done implements context.Context.
+func (c *cancellation) Done() <-chan struct{} { return c.observe().Done() }
+
+// Err implements context.Context.
+func (c *cancellation) Err() error { return c.observe().Err() }
+
+func (c *cancellation) value(key any) any {
+	if _, ok := key.(*int); ok {
+		// By such a key context.Cause looks for the cause, before Go 1.26 without
+		// asking for Err.
+		return c.observe().Value(key)
 	}
-}
-
-func (l *lease) loseLocked() {
-	l.taken, l.stopped = true, true
-	l.timer.Stop()
-	l.call.context.cancel(ErrLeaseLost) // without effect if it was cancelled before
-	l.call.warn("a lease was taken over", ErrLeaseLost)
-}
-
-// extended tells the lease what a Commit came to.
-func (l *lease) extended(sent time.Time, rec Record, err error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	switch {
-	case l.stopped:
-		l.lateLocked(rec, err, true)
-	case err != nil:
-	case rec.State == Acquired:
-		l.extendLocked(sent)
-	default:
-		l.loseLocked()
-	}
-}
-
-// lateLocked takes the answer to a renewal that was still on its way when the
-// lease was stopped. If the key was freed meanwhile, and someone else has come
-// and gone, it may have claimed the key for nobody; once says whether for good.
-func (l *lease) lateLocked(rec Record, err error, once bool) {
-	seen := err == nil && rec.State != Acquired
-	l.taken = l.taken || seen
-	// Of two tries the first may still arrive.
-	if l.freed && (!seen || l.call.uncertain.Load()) {
-		l.call.giveBack(once)
-	}
-}
-
-// free is called before the key is freed, or when it is lost. It reports whether
-// it is for the first time.
-func (l *lease) free() (first bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	first, l.freed = !l.freed, true
-	return first
-}
-
-// stop ends the renewals. It returns the end of the lease and whether another
-// owner was seen. A renewal that is on its way finds its own claim, or see
-// lateLocked.
-func (l *lease) stop() (end time.Time, taken bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.stopped = true
-	l.timer.Stop()
-	return l.end, l.taken
+	return c.inner().Value(key)
 }

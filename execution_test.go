@@ -1,15 +1,14 @@
 package idempotency_test
 
 import (
-	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"regexp"
 	"runtime"
 	"strings"
-	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -125,143 +124,6 @@ func TestHandlerContextKeepsADeadline(t *testing.T) {
 	})
 }
 
-func TestLeaseIsRenewedWhileTheHandlerRuns(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{Wait: idempotency.NoWait}, idemtest.Lasting(9*time.Minute))
-		var first sync.WaitGroup
-		first.Go(func() { c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"}) })
-		for range 8 { // each time the first lease is long over
-			time.Sleep(time.Minute)
-			c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
-		}
-		first.Wait()
-		require.Equal(t, 1, c.Runs())
-	})
-}
-
-func TestMaxExecution(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		store := idempotency.NewMemoryStore()
-		c := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-			if idemtest.Execution(r).Attempt() > 1 {
-				return
-			}
-			start := time.Now()
-			<-r.Context().Done()
-			require.Equal(t, 10*time.Minute, time.Since(start))
-			require.ErrorIs(t, context.Cause(r.Context()), context.DeadlineExceeded)
-			time.Sleep(time.Hour) // does not care
-			w.WriteHeader(http.StatusCreated)
-		})
-		var stuck sync.WaitGroup
-		stuck.Go(func() { c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "409 in_progress"}) })
-		time.Sleep(10*time.Minute + 29*time.Second)
-		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "200 "}) // takes over within its Wait
-		stuck.Wait()
-		c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "replay 200 "})
-		require.Equal(t, 2, c.Runs())
-	})
-}
-
-func TestLateHandlerThatNobodyTookOverIsStored(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, idemtest.Lasting(time.Hour))
-		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
-		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "replay 201 charge 1"})
-	})
-}
-
-// stealing lets a test take a key over, as another process would.
-func steal(t *testing.T, store idempotency.Store, storeKey string) {
-	t.Helper()
-	fault := store.(*idemtest.FaultyStore)
-	rec, err := fault.Store.Acquire(t.Context(), storeKey, idempotency.Claim{Token: "thief", Lease: time.Hour, TTL: time.Hour})
-	require.NoError(t, err)
-	require.Equal(t, idempotency.Acquired, rec.State)
-	require.Equal(t, 2, rec.Attempt)
-}
-
-func TestLostLease(t *testing.T) {
-	for name, handler := range map[string]func(w http.ResponseWriter){
-		"a final answer is dropped":   func(w http.ResponseWriter) { w.WriteHeader(http.StatusCreated) },
-		"a freeing answer is dropped": func(w http.ResponseWriter) { w.WriteHeader(http.StatusServiceUnavailable) },
-	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
-				events := &idemtest.EventLog{}
-				c := idemtest.NewClient(store, &idempotency.Options{OnEvent: events.Add}, func(w http.ResponseWriter, r *http.Request) {
-					// The store is out of reach until the lease is over, and comes
-					// back with another owner.
-					store.Fail("Acquire", errors.New("down"))
-					<-r.Context().Done()
-					require.ErrorIs(t, context.Cause(r.Context()), idempotency.ErrLeaseLost)
-					require.ErrorIs(t, idemtest.Execution(r).Commit(r.Context()), idempotency.ErrStoreUnavailable)
-					store.Fail("Acquire", nil)
-					steal(t, store, store.LastKey())
-					require.ErrorIs(t, idemtest.Execution(r).Commit(r.Context()), idempotency.ErrLeaseLost)
-					handler(w)
-				})
-				start := time.Now()
-				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
-				require.Equal(t, 30*time.Second, time.Since(start), "counted from before the claim was sent")
-				require.Equal(t, []string{"lease_lost 409"}, events.All())
-			})
-		})
-	}
-}
-
-func TestRenewalNoticesAnotherOwner(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
-		c := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-			// Someone cleared the store, and the key was claimed anew.
-			store.Replace(idempotency.NewMemoryStore())
-			_, err := store.Store.Acquire(r.Context(), store.LastKey(), idempotency.Claim{Token: "other", Lease: time.Hour, TTL: time.Hour})
-			require.NoError(t, err)
-			start := time.Now()
-			<-r.Context().Done()
-			require.Equal(t, 10*time.Second, time.Since(start), "at the next renewal")
-			require.ErrorIs(t, context.Cause(r.Context()), idempotency.ErrLeaseLost)
-		})
-		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
-	})
-}
-
-// A store that never answers must not hide that the lease is over.
-func TestHangingRenewalDoesNotHideALostLease(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
-		c := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-			release := make(chan struct{})
-			store.Hang("Acquire", release)
-			start := time.Now()
-			<-r.Context().Done()
-			require.Equal(t, 30*time.Second, time.Since(start))
-			require.ErrorIs(t, context.Cause(r.Context()), idempotency.ErrLeaseLost)
-			close(release)
-		})
-		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "409 outcome_unknown"})
-	})
-}
-
-func TestRenewalSurvivesFailures(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
-		c := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-			for range 10 {
-				store.Fail("Acquire", errors.New("down"))
-				time.Sleep(15 * time.Second) // misses a renewal
-				store.Fail("Acquire", nil)
-				time.Sleep(15 * time.Second)
-			}
-			require.NoError(t, r.Context().Err())
-			w.WriteHeader(http.StatusCreated)
-		})
-		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 "})
-	})
-}
-
 func TestCommitFailures(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
@@ -313,40 +175,6 @@ func TestCommitThatComesTooLate(t *testing.T) {
 		time.Sleep(time.Minute) // the released marker is gone as well
 		require.Error(t, leaked.Commit(t.Context()))
 		c.Check(t, 3, idemtest.Exchange{Key: "b", Get: "500 "})
-	})
-}
-
-// The lease is renewed until the store has the answer in its hands.
-func TestLeaseIsRenewedWhileShouldStoreThinks(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		opts := &idempotency.Options{Wait: idempotency.NoWait, ShouldStore: func(int, http.Header) bool {
-			time.Sleep(time.Minute)
-			return true
-		}}
-		c := idemtest.NewClient(idempotency.NewMemoryStore(), opts, nil)
-		var first sync.WaitGroup
-		first.Go(func() { c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"}) })
-		time.Sleep(45 * time.Second)
-		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
-		first.Wait()
-	})
-}
-
-// A renewal says again that the key is at-most-once, in case that the store has
-// lost the record.
-func TestRenewalRepeatsOnce(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
-		c := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-			idemtest.Must(idemtest.Execution(r).Commit(r.Context()))
-			store.Replace(idempotency.NewMemoryStore())
-			time.Sleep(15 * time.Second)
-			panic("boom")
-		})
-		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "panic"})
-		time.Sleep(time.Minute)
-		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 outcome_unknown"})
-		c.Check(t, 2, idemtest.Exchange{Key: "a", Body: "other", Get: "422 key_reused"})
 	})
 }
 
@@ -421,37 +249,240 @@ func TestPanicLeavesTheWriterClean(t *testing.T) {
 	require.Equal(t, "recovered\n", w.Body.String())
 }
 
-func TestNestedMiddlewareRunsOnce(t *testing.T) {
-	store := idempotency.NewMemoryStore()
-	mw := idempotency.Middleware(store, nil)
-	runs := 0
-	h := mw(mw(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		runs++
-		w.WriteHeader(http.StatusCreated)
-	})))
-	for range 2 {
-		w := httptest.NewRecorder()
-		r := httptest.NewRequest("POST", "/charge", strings.NewReader("x"))
-		r.Header.Set("Idempotency-Key", "a")
-		h.ServeHTTP(w, r)
-		require.Equal(t, http.StatusCreated, w.Code)
-	}
-	require.Equal(t, 1, runs)
+// A heldReply keeps the answers to claims back while hold is not nil.
+type heldReply struct {
+	idempotency.Store
+	hold chan struct{}
 }
 
-// The request that outer middleware holds is not changed.
-func TestRequestIsCopied(t *testing.T) {
-	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-		r.Header.Set("X-Seen", "yes")
-		r.URL.Path = "/elsewhere"
-		var b bytes.Buffer
-		_, err := b.ReadFrom(r.Body)
-		require.NoError(t, err)
-		require.Equal(t, `{"amount":1}`, b.String())
+func (s *heldReply) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+	rec, err := s.Store.Acquire(ctx, key, c)
+	if s.hold != nil {
+		<-s.hold
+	}
+	return rec, err
+}
+
+// The store has marked the claim, but by the time that Commit knows it the
+// handler has ended and freed the key: nothing must be promised any more.
+func TestCommitWhoseReplyComesTooLate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := &heldReply{Store: idempotency.NewMemoryStore()}
+		result := make(chan error, 1)
+		c := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+			if e := idemtest.Execution(r); e.Attempt() == 1 {
+				store.hold = make(chan struct{})
+				go func() { result <- e.Commit(context.WithoutCancel(r.Context())) }()
+				synctest.Wait()
+			}
+			w.WriteHeader(http.StatusInternalServerError)
+		})
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "500 "})
+		close(store.hold)
+		require.Error(t, <-result)
+		store.hold = nil
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "500 "})
+		require.Equal(t, 2, c.Runs())
 	})
-	r := c.Request(idemtest.Exchange{Key: "a"})
-	body, ctx := r.Body, r.Context()
-	c.Do(r)
-	require.Equal(t, body, r.Body)
-	require.Equal(t, ctx, r.Context())
+}
+
+// What is attached after the handler has returned is not for the store.
+func TestAttachAfterTheHandlerReturned(t *testing.T) {
+	s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+	s.OnComplete = func(ctx context.Context, key, token string, r idempotency.Result) error {
+		e, _ := idempotency.FromContext(ctx)
+		require.Nil(t, e.Attachment())
+		return s.MemoryStore.Complete(ctx, key, token, r)
+	}
+	var e *idempotency.Execution
+	c := idemtest.NewClient(s, &idempotency.Options{ShouldStore: func(int, http.Header) bool {
+		e.Attach("late") // stands for a goroutine that the handler left behind
+		return true
+	}}, func(w http.ResponseWriter, r *http.Request) { e = idemtest.Execution(r) })
+	c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "200 "})
+	require.EqualValues(t, 1, s.Completed.Load())
+}
+
+// forgetfulStore lets everything run and keeps nothing.
+type forgetfulStore struct{}
+
+func (forgetfulStore) Acquire(context.Context, string, idempotency.Claim) (idempotency.Record, error) {
+	return idempotency.Record{State: idempotency.Acquired, Attempt: 1}, nil
+}
+
+func (forgetfulStore) Complete(context.Context, string, string, idempotency.Result) error { return nil }
+func (forgetfulStore) Release(context.Context, string, string, time.Duration) error       { return nil }
+
+// What works on in the background with the values of its request must not keep
+// the response in memory.
+func TestKeptContextKeepsNoResponse(t *testing.T) {
+	const requests, size = 20, 1 << 20
+	body := []byte(strings.Repeat("x", size))
+	var kept []context.Context
+	h := idempotency.Middleware(forgetfulStore{}, nil)(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		kept = append(kept, context.WithoutCancel(r.Context()))
+		w.WriteHeader(http.StatusCreated)
+		_, err := w.Write(body)
+		require.NoError(t, err)
+	}))
+	client := new(idemtest.Client)
+	before := heap()
+	for i := range requests {
+		w := new(httptest.ResponseRecorder) // without a body, which the context may well keep
+		h.ServeHTTP(w, client.Request(idemtest.Exchange{Key: fmt.Sprint(i)}))
+		require.Equal(t, http.StatusCreated, w.Code)
+	}
+	require.Less(t, heap()-before, int64(requests*size/10))
+	runtime.KeepAlive(kept)
+}
+
+// printingStore prints its contexts, as mocks do.
+type printingStore struct {
+	forgetfulStore
+	printed *[]string
+}
+
+func (s printingStore) Complete(ctx context.Context, _, _ string, _ idempotency.Result) error {
+	*s.printed = append(*s.printed, printed(ctx))
+	return nil
+}
+
+// printed prints ctx while someone else uses it.
+func printed(ctx context.Context) string {
+	used := make(chan struct{})
+	go func() {
+		defer close(used)
+		_, _ = ctx.Done(), ctx.Err()
+	}()
+	defer func() { <-used }()
+	return fmt.Sprint(ctx)
+}
+
+// To print a context is no data race, and does not tell what is in it.
+func TestContextsPrint(t *testing.T) {
+	var all []string
+	h := idempotency.Middleware(printingStore{printed: &all}, nil)(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		all = append(all, printed(r.Context()))
+	}))
+	h.ServeHTTP(httptest.NewRecorder(), new(idemtest.Client).Request(idemtest.Exchange{Key: "a"}))
+	require.Equal(t, []string{"idempotency.handlerContext", "idempotency.storeContext"}, all)
+}
+
+// A handler that asks late is told what came first.
+func TestHandlerContextTellsTheFirstCause(t *testing.T) {
+	for name, row := range map[string]struct {
+		deadline time.Duration // of the request; the lease ends after 30s
+		cause    error
+	}{
+		"the end of the lease": {deadline: 40 * time.Second, cause: idempotency.ErrLeaseLost},
+		"the deadline":         {deadline: 20 * time.Second, cause: context.DeadlineExceeded},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ctx, cancel := context.WithTimeout(t.Context(), row.deadline)
+				defer cancel()
+				store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+				c := idemtest.NewClient(store, &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
+					store.Fail("Acquire", idemtest.ErrDown)
+					time.Sleep(50 * time.Second)
+					require.Equal(t, row.cause, context.Cause(r.Context()))
+				})
+				c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx))
+				require.Equal(t, 1, c.Runs())
+			})
+		})
+	}
+}
+
+// Who asks a context for its end only when the handler has returned is told.
+func TestContextAfterTheHandlerReturned(t *testing.T) {
+	var kept context.Context
+	// Not through idemtest.NewClient, whose handler derives a context and so asks.
+	h := idempotency.Middleware(idempotency.NewMemoryStore(), nil)(http.HandlerFunc(
+		func(_ http.ResponseWriter, r *http.Request) { kept = r.Context() }))
+	h.ServeHTTP(httptest.NewRecorder(), new(idemtest.Client).Request(idemtest.Exchange{Key: "a"}))
+	require.ErrorIs(t, kept.Err(), context.Canceled)
+	<-kept.Done()
+}
+
+// The context of a handler is made when somebody asks for it. What happened
+// before is not lost, with a deadline of the request's or without.
+func TestHandlerContextTellsWhatHappenedBefore(t *testing.T) {
+	for name, withDeadline := range map[string]bool{"with a deadline": true, "without one": false} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+				c := idemtest.NewClient(store, &idempotency.Options{}, nil)
+				ctx := t.Context()
+				if withDeadline {
+					var cancel context.CancelFunc
+					ctx, cancel = context.WithTimeout(ctx, time.Hour)
+					defer cancel()
+				}
+				handler := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+					store.Fail("Acquire", errors.New("down"))
+					time.Sleep(time.Minute) // the lease ends, and nobody listens
+					require.ErrorIs(t, r.Context().Err(), context.Canceled)
+					require.ErrorIs(t, context.Cause(r.Context()), idempotency.ErrLeaseLost)
+					<-r.Context().Done()
+					derived, cancel := context.WithCancel(r.Context())
+					defer cancel()
+					require.ErrorIs(t, context.Cause(derived), idempotency.ErrLeaseLost)
+				})
+				handler.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx))
+				require.Equal(t, 1, handler.Runs())
+			})
+		})
+	}
+}
+
+// Why a context ended is why it ended first.
+func TestHandlerContextKeepsItsFirstCause(t *testing.T) {
+	for name, listens := range map[string]bool{"somebody listens": true, "nobody listens": false} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				opts := idempotency.Options{MaxExecution: 40 * time.Second}
+				var inside context.Context
+				c := idemtest.NewClient(idempotency.NewMemoryStore(), &opts, func(w http.ResponseWriter, r *http.Request) {
+					inside = r.Context()
+					if listens {
+						<-inside.Done()
+					}
+					time.Sleep(5 * time.Minute) // longer than the lease as well
+				})
+				c.Do(c.Request(idemtest.Exchange{Key: "a"}))
+				require.ErrorIs(t, context.Cause(inside), context.DeadlineExceeded)
+				require.ErrorIs(t, inside.Err(), context.Canceled)
+			})
+		})
+	}
+}
+
+// The cause reaches contexts that the handler has derived, whether the request
+// has a deadline or not.
+func TestHandlerContextPassesItsCauseOn(t *testing.T) {
+	for name, timeout := range map[string]time.Duration{"with a deadline": time.Hour, "without one": 0} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ctx := t.Context()
+				if timeout > 0 {
+					var cancel context.CancelFunc
+					ctx, cancel = context.WithTimeout(ctx, timeout)
+					defer cancel()
+				}
+				c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxExecution: time.Minute},
+					func(w http.ResponseWriter, r *http.Request) {
+						derived, cancel := context.WithCancel(r.Context())
+						defer cancel()
+						start := time.Now()
+						<-derived.Done()
+						require.Equal(t, time.Minute, time.Since(start))
+						require.ErrorIs(t, context.Cause(derived), context.DeadlineExceeded)
+						require.ErrorIs(t, derived.Err(), context.Canceled)
+					})
+				c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx))
+				require.Equal(t, 1, c.Runs())
+			})
+		})
+	}
 }

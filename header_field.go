@@ -7,13 +7,13 @@ import (
 	"strings"
 )
 
-// What a header field does to the headers that outer middleware has set.
+// What a header field does to the headers that outer middleware has set. In the
+// stored form an op takes two bits.
 const (
-	opSet    = 0 // replaces
-	opAdd    = 1 // follows
-	opDelete = 2 // removes
-
-	opCommon = 0x20 // from here on: sets one of the commonHeaders
+	opSet     = 0 // replaces
+	opAdd     = 1 // follows
+	opDelete  = 2 // removes
+	opSetList = 3 // in the stored form: replaces, with another number of values than one
 )
 
 // headerField is one difference that the handler made to the header.

@@ -60,15 +60,11 @@ package idempotency
 
 import (
 	"bytes"
-	"crypto/sha256"
-	"encoding/base64"
+	"context"
 	"errors"
-	"io"
 	"net/http"
 	"slices"
-	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 )
 
@@ -103,12 +99,13 @@ func Middleware(store Store, opts *Options) func(http.Handler) http.Handler {
 	}
 }
 
+// A middleware is what all requests through it share.
 type middleware struct {
-	store   Store
-	watcher Watcher      // the same store, or nil
-	memory  *MemoryStore // the same store, or nil
-	opts    Options
-	calm    calm // what is given back
+	store    Store
+	watcher  Watcher      // the same store, or nil
+	memory   *MemoryStore // the same store, or nil
+	opts     Options
+	releases releases
 }
 
 type handler struct {
@@ -125,7 +122,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	c := calls.Get().(*call)
-	c.handler, c.w, c.r = h, w, r
+	c.middleware, c.next, c.w, c.r = h.middleware, h.next, w, r
 	if h.opts.OnEvent != nil {
 		c.started = time.Now()
 	}
@@ -133,64 +130,33 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	c.recycle()
 }
 
-// call is one request that has a key, or should have one, and everything that
-// its execution needs: one allocation.
+// A call takes one request with a key to its answer. It holds, in one
+// allocation, what the steps make, in their order. Each of them knows only those
+// before it.
 type call struct {
-	arrival
-	result Result // what the handler's run came to
-	gaveUp bool   // the handler said nothing when its context, or the body, had ended
+	request
+	claim        claim
+	execution    Execution
+	cancellation cancellation
+	context      handlerContext
+	recorder     recorder
+	lease        lease
+	settlement   settlement
 
-	execution Execution
-	context   handlerContext
-	lease     lease
-	recorder  recorder
-}
-
-// arrival is the part of a call that does not need an execution.
-type arrival struct {
-	*handler
 	w       http.ResponseWriter
-	r       *http.Request
-	started time.Time // only if there is an OnEvent to tell it
-
-	key         string // the client's
-	scope       string
-	text        strings.Builder // of the strings that follow, and of a replay's header
-	storeKey    string
-	token       string // what the claim is made under
-	body        requestBody
-	fingerprint []byte
-	sum         [sha256.Size]byte // backing of fingerprint
-
-	outer     *Execution  // that the request is part of already, or nil
-	claimSent time.Time   // when the last claim was asked for
-	claimed   time.Time   // when it was answered
-	uncertain atomic.Bool // a claim may have been made that nobody knows of
-	waited    time.Duration
+	next    http.Handler
+	started time.Time // only if there is an OnEvent
 }
 
-// calls are for reuse.
-var calls = sync.Pool{New: func() any { return new(call) }}
-
-// recycle keeps a call for reuse that nobody else can know of: one that was
-// answered from memory, without running the handler. It halves the time of a
-// replay.
-func (c *call) recycle() {
-	if c.memory != nil && c.execution.attempt == 0 {
-		c.arrival = arrival{}
-		calls.Put(c)
-	}
-}
-
-// serve takes a request with a key to its answer.
+// serve is the way of every request with a key.
 func (c *call) serve(lines []string) {
 	defer c.body.free()
 	if err := c.identify(lines); err != nil {
 		c.refuse(err)
 		return
 	}
-	c.outer, _ = FromContext(c.r.Context())
-	if c.outer.covers(c.storeKey) {
+	outer, _ := FromContext(c.r.Context())
+	if outer.covers(c.storeKey) {
 		c.next.ServeHTTP(c.w, c.r)
 		return
 	}
@@ -198,124 +164,91 @@ func (c *call) serve(lines []string) {
 		c.refuse(err)
 		return
 	}
-	rec, err := c.claim()
+	c.claim.middleware, c.claim.storeKey, c.claim.token, c.claim.fingerprint = c.middleware, c.storeKey, c.token, c.fingerprint
+	rec, err := c.claim.get(c.r.Context())
 	switch {
 	case err == nil && rec.State == Acquired:
-		c.run(rec)
-		return
+		c.run(rec.Attempt, outer)
 	case err == nil && rec.State == Completed:
 		c.replay(rec)
-		return
-	case err != nil && c.opts.FailOpen && rec.State != InProgress && !errors.Is(err, ErrTooFewReplicas):
-		// A claim that was made unnoticed protects the run for a while.
-		c.runUnprotected(err)
-		return
-	}
-	if c.uncertain.Load() {
-		c.giveBack(c.opts.AtMostOnce)
-	}
-	if err != nil {
-		c.refuse(c.problem(ErrStoreUnavailable, err))
-		return
-	}
-	c.refuse(c.problem(refusals[rec.State], nil))
-}
-
-// refusals are the answers to a request that may not run.
-var refusals = [...]error{
-	InProgress: ErrInProgress,
-	Mismatch:   ErrKeyReused,
-	Abandoned:  ErrOutcomeUnknown,
-	Lost:       ErrStoreUnavailable, // our claim came late, after we gave it up
-}
-
-// identify finds out which cell the request belongs to.
-func (c *call) identify(lines []string) *Error {
-	if len(lines) == 0 && c.opts.RequireKey {
-		return c.problem(ErrKeyMissing, nil)
-	}
-	key, detail := parseKey(lines)
-	if detail == "" && c.opts.ValidateKey != nil {
-		if err := c.opts.ValidateKey(key); err != nil {
-			detail = err.Error()
-		}
-	}
-	if detail != "" {
-		err := c.problem(ErrKeyInvalid, nil)
-		err.Detail = detail
-		return err
-	}
-	c.key = key
-	if c.opts.Scope != nil {
-		c.scope = c.opts.Scope(c.r)
-	}
-	c.body.buffer = buffers.Get().(*[]byte)
-	c.nameCell()
-	return nil
-}
-
-// textBytes has room for the store key, the token and the header of a usual
-// replay: 65 bytes and some.
-const textBytes = 224
-
-// nameCell makes the store key, and the token in case that the cell is free.
-func (c *call) nameCell() {
-	path, _ := target(c.r)
-	sum := hashKey((*c.body.buffer)[:0], c.scope, c.r.Method, path, c.key)
-	token := newToken()
-	var text [storeKeyBytes + tokenBytes]byte
-	base64.RawURLEncoding.Encode(text[:storeKeyBytes], sum[:])
-	base64.RawURLEncoding.Encode(text[storeKeyBytes:], token[:])
-	c.text.Grow(textBytes)
-	c.text.Write(text[:])
-	both := c.text.String()
-	c.storeKey, c.token = both[:storeKeyBytes], both[storeKeyBytes:]
-}
-
-// takeFingerprint finds out what tells the request apart from others under the
-// same key, for which it reads the body or the beginning of it.
-func (c *call) takeFingerprint() *Error {
-	custom := c.opts.Fingerprint != nil
-	identity := appendIdentity((*c.body.buffer)[:0], c.r, c.scope, c.key, custom)
-	if err := c.body.readAhead(c.r, identity, c.opts.MaxBufferedBody); err != nil {
-		return c.bodyProblem(err)
-	}
-	switch {
-	case !custom:
-		c.sum = c.body.fingerprint()
-	case c.body.whole:
-		c.sum = c.body.customFingerprint(c.opts.Fingerprint(c.r, c.body.ahead))
+	case err != nil && c.mayRunUnprotected(err):
+		c.runUnprotected(err, outer)
 	default:
-		return c.problem(ErrBodyTooLarge, nil)
+		c.claim.abandon()
+		c.refuse(c.refusal(rec.State, err))
 	}
-	c.fingerprint = c.sum[:]
-	return nil
 }
 
-// bodyProblem is the answer to a body that cannot be read.
-func (c *call) bodyProblem(err error) *Error {
-	var tooLarge *http.MaxBytesError
-	if errors.As(err, &tooLarge) {
-		return c.problem(ErrBodyTooLarge, err)
-	}
-	return c.problem(ErrBodyIncomplete, err)
+// run runs the handler under the claim, and answers with what the run comes to.
+func (c *call) run(attempt int, outer *Execution) {
+	c.execution = Execution{key: c.key, storeKey: c.storeKey, attempt: attempt, claim: &c.claim, outer: outer}
+	c.cancellation = cancellation{request: c.r.Context(), keepCancel: c.opts.CancelOnDisconnect}
+	c.context = handlerContext{&c.cancellation, &c.execution}
+	defer c.context.cancel(nil)
+	c.recorder.init(c.w, c.r.ProtoMajor, c.opts.MaxResponseBytes)
+	c.claim.handler = &c.cancellation
+	c.lease.claim, c.lease.ctx, c.lease.handler = &c.claim, &c.context, &c.cancellation
+	c.lease.start()
+	c.callHandler(&c.recorder, &c.context)
+	c.settlement.middleware, c.settlement.request, c.settlement.claim = c.middleware, &c.request, &c.claim
+	c.settlement.execution, c.settlement.context = &c.execution, &c.context
+	c.settlement.lease, c.settlement.recorder = &c.lease, &c.recorder
+	c.deliver(c.settlement.settle())
 }
 
-// claim asks for the key and, while another execution holds it, waits. An error
-// comes with the state that was known last.
-func (c *call) claim() (Record, error) {
-	rec, err := c.tryClaim()
-	if err == nil && rec.State == InProgress && c.opts.Wait != NoWait {
-		if rec, err = c.wait(rec); err != nil {
-			rec = Record{State: InProgress}
+// mayRunUnprotected reports whether the handler may run although the store
+// failed. Not when another execution may be running, which FailOpen is not for.
+// A claim that was made unnoticed protects the run for a while.
+func (c *call) mayRunUnprotected(err error) bool {
+	return c.opts.FailOpen && !c.claim.heldByOther && !errors.Is(err, ErrTooFewReplicas)
+}
+
+func (c *call) runUnprotected(err error, outer *Execution) {
+	c.warn(c.r.Context(), c.storeKey, "store unavailable, running unprotected", err)
+	c.execution = Execution{key: c.key, storeKey: c.storeKey, attempt: 1, outer: outer}
+	c.callHandler(c.w, context.WithValue(c.r.Context(), executionKey{}, &c.execution))
+	c.execution.end()
+	c.report(OutcomeUnprotected, 0, err)
+}
+
+// callHandler calls the next handler with a copy of the request. The server
+// cleans up after the request it made; what the handler opened through the copy
+// is ours.
+//
+// Leaving the handler by panic or runtime.Goexit is a crash: nothing is released,
+// the claim ends with its lease, and the panic goes on untouched. Freeing the key
+// instead would be worse than it looks: Go's Transport sends a request with this
+// header again by itself when its connection breaks without an answer, so the
+// handler would run, and panic, several times at once.
+func (c *call) callHandler(w http.ResponseWriter, ctx context.Context) {
+	r := c.r.WithContext(ctx)
+	c.body.handOver(r)
+	returned := false
+	defer func() {
+		if r.MultipartForm != nil && r.MultipartForm != c.r.MultipartForm {
+			_ = r.MultipartForm.RemoveAll()
 		}
+		if !returned {
+			c.crashed()
+		}
+	}()
+	c.next.ServeHTTP(w, r)
+	returned = true
+}
+
+// crashed ends a run whose handler does not return.
+func (c *call) crashed() {
+	c.execution.end()
+	if c.execution.claim != nil {
+		c.lease.stop()
+		c.recorder.drop()
 	}
-	return rec, err
+	c.report(OutcomePanicked, 0, nil)
 }
 
 // replay answers with the stored response, if this is the request it is for.
 func (c *call) replay(rec Record) {
-	resp, err := decodeResponse(c.opts.AEAD, c.storeKey, rec, &c.text, c.recorder.room.fields[:0])
+	resp, err := decodeResponse(c.opts.AEAD, c.storeKey, rec, &c.text, c.recorder.scratch.fields[:0])
 	if err != nil {
 		c.refuse(c.problem(ErrRecordUnreadable, err))
 		return
@@ -343,32 +276,63 @@ func (c *call) replay(rec Record) {
 	}
 }
 
+// refusal is the answer to a request that may not run.
+func (c *call) refusal(state State, err error) *Error {
+	switch {
+	case err != nil:
+		return c.problem(ErrStoreUnavailable, err)
+	case state == InProgress:
+		return c.problem(ErrInProgress, nil)
+	case state == Mismatch:
+		return c.problem(ErrKeyReused, nil)
+	case state == Abandoned:
+		return c.problem(ErrOutcomeUnknown, nil)
+	}
+	return c.problem(ErrStoreUnavailable, nil) // Lost: our claim came after we gave it up
+}
+
 // refuse answers with an error of the middleware's own.
 func (c *call) refuse(err *Error) { c.refuseAs(Outcome(err.Code), err) }
 
 func (c *call) refuseAs(outcome Outcome, err *Error) {
 	if err.Status >= 500 || outcome == OutcomeLeaseLost {
-		c.warn("request refused", err)
+		c.warn(c.r.Context(), c.storeKey, "request refused", err)
 	}
 	c.drain()
 	c.opts.ErrorHandler(c.w, c.r, err)
 	c.report(outcome, err.Status, err)
 }
 
-// maxDrain is how much of a body is read that nobody asked for.
-const maxDrain = 1 << 20
-
-// drain reads on, so that a client of HTTP/1 sees the answer and not a
-// connection that is reset while it sends. One that waits for 100 Continue has
-// sent nothing, and need not.
-func (c *call) drain() {
-	unasked := !c.body.hasStarted() && c.r.Header.Get("Expect") != ""
-	if c.r.Body == nil || c.body.whole || unasked || c.r.ProtoMajor > 1 {
-		return
+// deliver lets the handler's response go out, or answers in its place. What was
+// already streamed cannot be taken back, but the client can be kept from taking
+// it for a whole response.
+func (c *call) deliver(a answer) {
+	switch {
+	case a.problem == nil:
+		c.recorder.send()
+		c.report(a.outcome, c.recorder.status, a.err)
+	case !c.recorder.drop():
+		c.refuseAs(a.outcome, a.problem)
+	default:
+		c.warn(c.r.Context(), c.storeKey, "a response was withheld that had begun to stream", a.problem)
+		c.report(a.outcome, c.recorder.status, a.problem)
+		panic(http.ErrAbortHandler)
 	}
-	_, _ = io.CopyN(io.Discard, c.r.Body, maxDrain)
 }
 
-func (c *call) problem(sentinel, cause error) *Error {
-	return newError(sentinel, cause, c.opts.DocsURL)
+// calls are for reuse.
+var calls = sync.Pool{New: func() any { return new(call) }}
+
+// recycle keeps a call for reuse that no handler can hold: one that was answered
+// from memory, without running the handler. It halves the time of a replay.
+func (c *call) recycle() {
+	if c.memory != nil && c.execution.attempt == 0 {
+		c.request, c.claim = request{}, claim{}
+		c.w, c.next = nil, nil
+		calls.Put(c)
+	}
+}
+
+func (m *middleware) problem(sentinel, cause error) *Error {
+	return newError(sentinel, cause, m.opts.DocsURL)
 }

@@ -1,10 +1,18 @@
 package idempotency_test
 
 import (
+	"bytes"
+	"context"
 	"errors"
 	"fmt"
+	"io"
+	"log"
 	"net/http"
+	"net/http/httptest"
+	"runtime"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -251,5 +259,342 @@ func eachWay(t *testing.T, test func(t *testing.T, store idempotency.Store)) {
 
 type anyStore struct{ *idempotency.MemoryStore }
 
-func k(key string) []string         { return []string{key} }
 func auth(token string) http.Header { return http.Header{"Authorization": {token}} }
+
+// What serves a request from memory serves another one after it, of another
+// middleware perhaps. Nothing of the first is left for the second: not its
+// scope, its body, its key, nor the time that it waited.
+func TestCallsAreReused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		events := &idemtest.EventLog{}
+		scoped := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{
+			Scope:           func(*http.Request) string { return "acme" },
+			MaxBufferedBody: 4, // bodies are large
+		}, idemtest.Lasting(time.Second))
+		plain := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{OnEvent: events.Add, RequireKey: true}, nil)
+
+		plain.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
+		var first sync.WaitGroup
+		first.Go(func() { scoped.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 charge 1"}) })
+		synctest.Wait()
+		for i := range 20 {
+			// The first of these waits.
+			scoped.Check(t, i, idemtest.Exchange{Key: "a", Get: "replay 201 charge 1"})
+			plain.Check(t, i, idemtest.Exchange{Key: "a", Get: "replay 201 charge 1"})
+			require.Zero(t, events.Last().Waited)
+			require.Zero(t, events.Last().Attempt)
+			scoped.Check(t, i, idemtest.Exchange{Key: "a", Body: "other", Get: "422 key_reused"})
+			plain.Check(t, i, idemtest.Exchange{Get: "400 key_missing"})
+			require.Empty(t, events.Last().StoreKey)
+			scoped.Check(t, i, idemtest.Exchange{Key: "a", Get: "replay 201 charge 1"})
+			name := fmt.Sprint("b", i)
+			plain.Check(t, i, idemtest.Exchange{Key: name, Get: fmt.Sprint("201 charge ", i+2)})
+			plain.Check(t, i, idemtest.Exchange{Key: name, Body: "x", Get: "422 key_reused"})
+		}
+		first.Wait()
+		require.Equal(t, 1, scoped.Runs())
+		require.Equal(t, 21, plain.Runs())
+	})
+}
+
+// Many clients at once get their own answers, first, replayed and cut short by
+// a limit, whatever buffers they share on the way.
+func TestAnswersAreNotMixedUp(t *testing.T) {
+	opts := idempotency.Options{MaxResponseBytes: 40 << 10}
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &opts, func(w http.ResponseWriter, r *http.Request) {
+		body, err := io.ReadAll(r.Body)
+		idemtest.Must(err)
+		w.Header().Set("X-Body", string(body))
+		for range 5 {
+			_, err = w.Write(bytes.Repeat(body, 1+len(body)%3000))
+			idemtest.Must(err)
+		}
+	})
+	var clients sync.WaitGroup
+	for n := range 8 {
+		clients.Go(func() {
+			for i := range 60 {
+				body := fmt.Sprintf("client %d request %d %s", n, i, strings.Repeat("x", i%7*(i%11)))
+				want := "200 " + strings.Repeat(body, 5*(1+len(body)%3000))
+				x := idemtest.Exchange{Key: fmt.Sprint(n, "-", i), Body: body}
+				got, _ := idemtest.Describe(t, c.Do(c.Request(x)))
+				if got != want {
+					t.Errorf("client %d got another answer to request %d", n, i)
+				}
+				if len(want) > 40<<10 {
+					want = "409 response_not_stored"
+				} else {
+					want = "replay " + want
+				}
+				for range 2 {
+					if got, _ := idemtest.Describe(t, c.Do(c.Request(x))); got != want {
+						t.Errorf("client %d got another replay of request %d", n, i)
+					}
+				}
+			}
+		})
+	}
+	clients.Wait()
+	require.Equal(t, 8*60, c.Runs())
+}
+
+func TestNestedMiddlewareRunsOnce(t *testing.T) {
+	store := idempotency.NewMemoryStore()
+	mw := idempotency.Middleware(store, nil)
+	runs := 0
+	h := mw(mw(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		runs++
+		w.WriteHeader(http.StatusCreated)
+	})))
+	for range 2 {
+		w := httptest.NewRecorder()
+		r := httptest.NewRequest("POST", "/charge", strings.NewReader("x"))
+		r.Header.Set("Idempotency-Key", "a")
+		h.ServeHTTP(w, r)
+		require.Equal(t, http.StatusCreated, w.Code)
+	}
+	require.Equal(t, 1, runs)
+}
+
+// Two middlewares that a request meets under different keys protect both.
+func TestNestedMiddlewareOfAnotherKey(t *testing.T) {
+	var keys []string
+	inner := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{Header: "Inner-Key"}, func(w http.ResponseWriter, r *http.Request) {
+		keys = append(keys, idemtest.Execution(r).Key())
+		w.WriteHeader(http.StatusCreated)
+	})
+	outer := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, inner.Handler.ServeHTTP)
+	for _, key := range []string{"a", "b"} {
+		outer.Do(outer.Request(idemtest.Exchange{Key: key, Header: http.Header{"Inner-Key": {"inner"}}}))
+	}
+	require.Equal(t, []string{"inner"}, keys)
+	require.Equal(t, 2, outer.Runs())
+}
+
+// Of nested middlewares that share a cell, the outer one counts, even if there is
+// another one between them.
+func TestNestedMiddlewareAroundAnother(t *testing.T) {
+	outer := idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{Wait: idempotency.NoWait})
+	between := idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{Scope: func(*http.Request) string { return "tenant" }})
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, nil)
+	h := outer(between(outer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusCreated) }))))
+	for _, want := range []string{"201 ", "replay 201 "} {
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, c.Request(idemtest.Exchange{Key: "a"}))
+		got, _ := idemtest.Describe(t, w.Result())
+		require.Equal(t, want, got)
+	}
+}
+
+// newServer serves handler behind the middleware on a real connection.
+func newServer(t *testing.T, opts *idempotency.Options, handler http.HandlerFunc) *httptest.Server {
+	t.Helper()
+	return serve(t, idempotency.Middleware(idempotency.NewMemoryStore(), opts)(handler))
+}
+
+func serve(t *testing.T, handler http.Handler) *httptest.Server {
+	t.Helper()
+	s := httptest.NewUnstartedServer(handler)
+	s.Config.ErrorLog = log.New(io.Discard, "", 0)
+	s.Start()
+	t.Cleanup(s.Close)
+	return s
+}
+
+// post sends one request, and returns the answer with its body read.
+func post(ctx context.Context, s *httptest.Server, key string, body io.Reader) (*http.Response, string, error) {
+	r, err := http.NewRequestWithContext(ctx, "POST", s.URL+"/charge", body)
+	if err != nil {
+		return nil, "", err
+	}
+	r.Header.Set("Idempotency-Key", key)
+	resp, err := s.Client().Do(r)
+	if err != nil {
+		return nil, "", err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	return resp, string(b), err
+}
+
+// waitFor waits for a condition on this goroutine, so that it may count them.
+func waitFor(t *testing.T, condition func() bool) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for !condition() {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			require.FailNow(t, "condition never satisfied")
+		}
+	}
+}
+
+// A client that gives up and comes back gets the answer of its first request.
+func TestServerClientTimesOutAndRetries(t *testing.T) {
+	var runs atomic.Int32
+	running, finish := make(chan struct{}), make(chan struct{})
+	s := newServer(t, nil, func(w http.ResponseWriter, r *http.Request) {
+		runs.Add(1)
+		close(running)
+		<-finish
+		w.WriteHeader(http.StatusCreated)
+		_, _ = io.WriteString(w, "charged")
+	})
+	ctx, giveUp := context.WithCancel(t.Context())
+	go func() {
+		<-running
+		giveUp()
+	}()
+	_, _, err := post(ctx, s, "a", strings.NewReader("x"))
+	require.ErrorIs(t, err, context.Canceled)
+	close(finish)
+	resp, body, err := post(t.Context(), s, "a", strings.NewReader("x"))
+	require.NoError(t, err)
+	require.Equal(t, "charged", body)
+	require.Equal(t, http.StatusCreated, resp.StatusCode)
+	require.Equal(t, "true", resp.Header.Get("Idempotent-Replayed"))
+	require.EqualValues(t, 1, runs.Load())
+}
+
+func TestServerParallelDuplicates(t *testing.T) {
+	const duplicates = 200
+	var runs atomic.Int32
+	arrived := make(chan struct{}, duplicates)
+	s := serve(t, counting(arrived, newHandler(func(w http.ResponseWriter, r *http.Request) {
+		for range duplicates { // all of them are there
+			<-arrived
+		}
+		w.WriteHeader(http.StatusCreated)
+		fmt.Fprintf(w, "charge %d", runs.Add(1))
+	})))
+	answers := make(chan string, duplicates)
+	var all sync.WaitGroup
+	for range duplicates {
+		all.Go(func() {
+			resp, body, err := post(t.Context(), s, "a", strings.NewReader("x"))
+			if err != nil {
+				body = err.Error()
+			} else {
+				body = resp.Status + " " + body
+			}
+			answers <- body
+		})
+	}
+	all.Wait()
+	close(answers)
+	for answer := range answers {
+		require.Equal(t, "201 Created charge 1", answer)
+	}
+	require.EqualValues(t, 1, runs.Load())
+}
+
+func newHandler(h http.HandlerFunc) http.Handler {
+	return idempotency.Middleware(idempotency.NewMemoryStore(), nil)(h)
+}
+
+// counting tells arrived of each request before it is served.
+func counting(arrived chan<- struct{}, h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		arrived <- struct{}{}
+		h.ServeHTTP(w, r)
+	})
+}
+
+// Go's Transport sends a request with this header again by itself when an idle
+// connection breaks without an answer. The handler must not run, and panic, for
+// each of them.
+func TestServerPanicRunsOnceThroughGoClient(t *testing.T) {
+	var runs, requests atomic.Int32
+	h := idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{Wait: idempotency.NoWait})(
+		http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.Header.Get("Idempotency-Key") == "panic" {
+				runs.Add(1)
+				panic("boom")
+			}
+		}))
+	both := make(chan struct{})
+	var once sync.Once
+	var waiting atomic.Int32
+	s := serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		requests.Add(1)
+		if strings.HasPrefix(r.Header.Get("Idempotency-Key"), "warm") {
+			// Two requests at once leave two idle connections.
+			if waiting.Add(1) == 2 {
+				once.Do(func() { close(both) })
+			}
+			<-both
+		}
+		h.ServeHTTP(w, r)
+	}))
+	var warm sync.WaitGroup
+	for i := range 2 {
+		warm.Go(func() { _, _, _ = post(t.Context(), s, fmt.Sprint("warm", i), strings.NewReader("x")) })
+	}
+	warm.Wait()
+	requests.Store(0)
+	_, body, err := post(t.Context(), s, "panic", strings.NewReader("x"))
+	require.NoError(t, err)
+	require.Contains(t, body, "in_progress")
+	require.Greater(t, requests.Load(), int32(1), "the Transport did send it again")
+	require.EqualValues(t, 1, runs.Load())
+}
+
+// Load with every kind of key and answer: no race, no lost goroutine, and the
+// memory comes back.
+func TestServerLoad(t *testing.T) {
+	total := 50_000
+	if testing.Short() {
+		total = 5_000
+	}
+	store := idempotency.NewMemoryStore()
+	var runs atomic.Int64
+	s := serve(t, idempotency.Middleware(store, &idempotency.Options{TTL: time.Second, Lease: time.Second})(
+		http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			runs.Add(1)
+			b, err := io.ReadAll(r.Body)
+			if err != nil {
+				panic(err)
+			}
+			w.WriteHeader(http.StatusCreated)
+			_, _ = w.Write(b)
+		})))
+	s.Client().Transport.(*http.Transport).MaxIdleConnsPerHost = 16
+	before := runtime.NumGoroutine()
+	var all sync.WaitGroup
+	var next atomic.Int64
+	errs := make(chan error, 16)
+	for range 16 {
+		all.Go(func() {
+			for {
+				i := int(next.Add(1))
+				if i > total {
+					return
+				}
+				body := fmt.Sprint("operation ", i/4) // each is sent four times
+				resp, got, err := post(t.Context(), s, fmt.Sprint("key-", i/4), strings.NewReader(body))
+				if err == nil && (resp.StatusCode != http.StatusCreated || got != body) {
+					err = errors.New(resp.Status + " " + got)
+				}
+				if err != nil {
+					errs <- err
+					return
+				}
+			}
+		})
+	}
+	all.Wait()
+	close(errs)
+	for err := range errs {
+		require.NoError(t, err)
+	}
+	// A key may run again after its TTL of a second, if the machine is slow.
+	require.GreaterOrEqual(t, runs.Load(), int64(total/4))
+
+	s.Client().CloseIdleConnections()
+	waitFor(t, func() bool { return runtime.NumGoroutine() <= before })
+	waitFor(t, func() bool { return store.Len() == 0 && store.Bytes() == 0 })
+}

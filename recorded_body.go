@@ -10,9 +10,9 @@ type recordedBody struct {
 	first  [1][]byte // backing of chunks for a small body
 	size   int64
 
-	// lent: a Write of a chunk has failed. net/http's HTTP/2 returns from one
+	// mayBeInUse: a Write of a chunk has failed. net/http's HTTP/2 returns from one
 	// while a frame of it may still be on its way, so it is not used again.
-	lent bool
+	mayBeInUse bool
 }
 
 const (
@@ -45,7 +45,7 @@ func appendBody[T []byte | string](b *recordedBody, p T) {
 
 // free gives the small chunk back.
 func (b *recordedBody) free() {
-	if b.chunks != nil && !b.lent {
+	if b.chunks != nil && !b.mayBeInUse {
 		smallChunks.Put((*[smallChunk]byte)(b.chunks[0][:smallChunk]))
 	}
 	*b = recordedBody{}

@@ -3,6 +3,7 @@ package idempotency
 import (
 	"bytes"
 	"crypto/sha256"
+	"encoding/base64"
 	"encoding/binary"
 	"errors"
 	"hash"
@@ -13,112 +14,120 @@ import (
 	"sync"
 )
 
-// maxKeyBytes is the longest key, after unquoting. Stripe's limit.
-const maxKeyBytes = 255
+// A request is one that has a key, or should have one, and what identifies it:
+// the cell of its key, and the fingerprint that tells it apart from another
+// request under the same key.
+type request struct {
+	*middleware
+	r *http.Request // as the middleware got it
 
-// parseKey returns the key in the lines of the header. A key comes bare, or as
-// the string item of RFC 9651 that draft-ietf-httpapi-idempotency-key-header
-// asks for; both forms of a key are the same key. If there is none, detail
-// tells the client why.
-func parseKey(lines []string) (key, detail string) {
-	if len(lines) > 1 {
-		return "", "The idempotency key header appears more than once."
+	key      string // the client's, unquoted
+	scope    string
+	storeKey string
+	token    string          // what the request claims the key under
+	text     strings.Builder // of storeKey and token, and of a replay's header
+
+	body        requestBody
+	fingerprint []byte
+	sum         [sha256.Size]byte // backing of fingerprint
+}
+
+// identify finds out which cell the request belongs to.
+func (q *request) identify(lines []string) *Error {
+	if len(lines) == 0 && q.opts.RequireKey {
+		return q.problem(ErrKeyMissing, nil)
 	}
-	key = strings.Trim(strings.Join(lines, ""), " \t")
-	if strings.HasPrefix(key, `"`) {
-		var rest string
-		var ok bool
-		if key, rest, ok = cutString(key); !ok || !isParameters(rest) {
-			return "", "The idempotency key is not a well-formed quoted string."
+	key, detail := parseKey(lines)
+	if detail == "" && q.opts.ValidateKey != nil {
+		if err := q.opts.ValidateKey(key); err != nil {
+			detail = err.Error()
 		}
-	} else if !isBare(key) {
-		return "", "An unquoted idempotency key must be visible ASCII without quotes, commas and spaces."
+	}
+	if detail != "" {
+		err := q.problem(ErrKeyInvalid, nil)
+		err.Detail = detail
+		return err
+	}
+	q.key = key
+	if q.opts.Scope != nil {
+		q.scope = q.opts.Scope(q.r)
+	}
+	q.body.buffer = buffers.Get().(*[]byte)
+	q.deriveStoreKey()
+	return nil
+}
+
+const (
+	// storeKeyBytes is the length of a store key: 160 bits in base64url.
+	storeKeyBytes = 27
+
+	// textBytes has room for a store key, a token and the header of a usual
+	// replay.
+	textBytes = 224
+)
+
+// deriveStoreKey makes the store key, and the token in case that the key is free.
+func (q *request) deriveStoreKey() {
+	path, _ := target(q.r)
+	sum := hashKey((*q.body.buffer)[:0], q.scope, q.r.Method, path, q.key)
+	token := newToken()
+	var text [storeKeyBytes + tokenBytes]byte
+	base64.RawURLEncoding.Encode(text[:storeKeyBytes], sum[:])
+	base64.RawURLEncoding.Encode(text[storeKeyBytes:], token[:])
+	q.text.Grow(textBytes)
+	q.text.Write(text[:])
+	both := q.text.String()
+	q.storeKey, q.token = both[:storeKeyBytes], both[storeKeyBytes:]
+}
+
+// fingerprintBytes is the length of a fingerprint. Of the hash 128 bits are
+// enough: for a stranger to be answered with the response of another client
+// takes a second preimage under a key that the stranger has to know. A client
+// that looks for two bodies of its own with one fingerprint has to try 2^64, and
+// finds a request that is answered with its own response.
+const fingerprintBytes = 16
+
+// takeFingerprint reads the body, or the beginning of a large one, and makes the
+// fingerprint.
+func (q *request) takeFingerprint() *Error {
+	custom := q.opts.Fingerprint != nil
+	identity := appendIdentity((*q.body.buffer)[:0], q.r, q.scope, q.key, custom)
+	if err := q.body.readAhead(q.r, identity, q.opts.MaxBufferedBody); err != nil {
+		return q.bodyProblem(err)
 	}
 	switch {
-	case key == "":
-		return "", "The idempotency key is empty."
-	case len(key) > maxKeyBytes:
-		return "", "The idempotency key is longer than 255 bytes."
+	case !custom:
+		q.sum = q.body.fingerprint()
+	case q.body.whole:
+		q.sum = q.body.customFingerprint(q.opts.Fingerprint(q.r, q.body.ahead))
+	default:
+		return q.problem(ErrBodyTooLarge, nil)
 	}
-	return key, ""
+	q.fingerprint = q.sum[:fingerprintBytes]
+	return nil
 }
 
-// cutString takes the RFC 9651 string that s begins with and returns it
-// unquoted, with what follows it.
-func cutString(s string) (value, rest string, ok bool) {
-	var b strings.Builder
-	for i := 1; i < len(s); i++ {
-		switch c := s[i]; {
-		case c == '"':
-			return b.String(), s[i+1:], true
-		case c == '\\':
-			i++
-			if i == len(s) || s[i] != '"' && s[i] != '\\' {
-				return "", "", false
-			}
-			b.WriteByte(s[i])
-		case c < ' ' || c > '~':
-			return "", "", false
-		default:
-			b.WriteByte(c)
-		}
+// bodyProblem is the answer to a body that cannot be read.
+func (q *request) bodyProblem(err error) *Error {
+	var tooLarge *http.MaxBytesError
+	if errors.As(err, &tooLarge) {
+		return q.problem(ErrBodyTooLarge, err)
 	}
-	return "", "", false
+	return q.problem(ErrBodyIncomplete, err)
 }
 
-// isParameters reports whether s is a list of parameters as in RFC 9651,
-// section 3.1.2. They mean nothing here, but what is not a parameter could be a
-// second key that a proxy has joined to the first.
-func isParameters(s string) bool {
-	for s != "" {
-		name, ok := strings.CutPrefix(s, ";")
-		if !ok {
-			return false
-		}
-		name = strings.TrimLeft(name, " ")
-		end := strings.IndexAny(name, ";=")
-		if end < 0 {
-			return isToken(name)
-		}
-		if !isToken(name[:end]) {
-			return false
-		}
-		s = name[end:]
-		value, ok := strings.CutPrefix(s, "=")
-		if !ok {
-			continue
-		}
-		if strings.HasPrefix(value, `"`) {
-			if _, s, ok = cutString(value); !ok {
-				return false
-			}
-			continue
-		}
-		if display, ok := strings.CutPrefix(value, `%"`); ok {
-			text, rest, ok := strings.Cut(display, `"`)
-			if !ok || !isBare(strings.NewReplacer(" ", "", ",", "").Replace(text)) {
-				return false
-			}
-			s = rest
-			continue
-		}
-		end = strings.IndexByte(value+";", ';')
-		if end == 0 || !isBare(value[:end]) {
-			return false
-		}
-		s = value[end:]
-	}
-	return true
-}
+// maxDrain is how much of a body is read that the handler did not ask for.
+const maxDrain = 1 << 20
 
-// isBare reports whether s is visible ASCII without quotes and commas.
-func isBare(s string) bool {
-	for i := range len(s) {
-		if c := s[i]; c <= ' ' || c > '~' || c == '"' || c == ',' {
-			return false
-		}
+// drain reads on, so that a client of HTTP/1 sees the answer and not a
+// connection that is reset while it sends. A client that waits for 100 Continue
+// has sent nothing, and need not.
+func (q *request) drain() {
+	waits := !q.body.hasStarted() && q.r.Header.Get("Expect") != ""
+	if q.r.Body == nil || q.body.whole || waits || q.r.ProtoMajor > 1 {
+		return
 	}
-	return true
+	_, _ = io.CopyN(io.Discard, q.r.Body, maxDrain)
 }
 
 // target returns the path and the query as the client sent them, so that
@@ -156,14 +165,19 @@ func appendFields(b []byte, list []string) []byte {
 }
 
 // hashKey returns what the store key is made of: no choice of key reaches
-// another cell, and no client's key can be read in the store.
-func hashKey(scratch []byte, scope, method, path, key string) [sha256.Size]byte {
-	b := append(scratch, "idempotency store key 1"...)
+// another cell, and no client's key can be read in the store. To reach the cell
+// of another client takes a second preimage of 160 bits. The label is short so
+// that a usual path and a UUID fit into one block of SHA-256, 55 bytes, which
+// saves 60 ns.
+func hashKey(scratch []byte, scope, method, path, key string) (sum [20]byte) {
+	b := append(scratch, 'k')
 	b = appendField(b, scope)
 	b = appendField(b, method)
 	b = appendField(b, path)
 	b = appendField(b, key)
-	return sha256.Sum256(b)
+	full := sha256.Sum256(b)
+	copy(sum[:], full[:])
+	return sum
 }
 
 // appendIdentity appends all that tells two requests under one key apart, but

@@ -1,17 +1,21 @@
 package idempotency_test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
+	"fmt"
 	"io"
 	"mime/multipart"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -21,126 +25,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-func TestKeyForms(t *testing.T) {
-	long := strings.Repeat("k", 255)
-	for line, want := range map[string]string{ // want "": refused
-		"8e03978e-40d5-43dd-bc93-6894a57f9324": "8e03978e-40d5-43dd-bc93-6894a57f9324",
-		`"8e03978e"`:                           "8e03978e",
-		"  \t8e03978e ":                        "8e03978e",
-		`"with space, comma"`:                  "with space, comma",
-		`"a\"b\\c"`:                            `a"b\c`,
-		`a\b;c=d`:                              `a\b;c=d`,
-		`"a";v`:                                "a",
-		`"a";v=1; w="x,\"y";z`:                 "a",
-		`"a";v=:aGk=:`:                         "a",
-		`"a";v=?1`:                             "a",
-		long:                                   long,
-		`"` + long + `"`:                       long,
-
-		"":                "",
-		" ":               "",
-		`""`:              "",
-		`"`:               "",
-		`"a`:              "",
-		`a"`:              "",
-		`"a"b`:            "",
-		`"a", "b"`:        "",
-		`"a";x=1, "b"`:    "",
-		`"a";x, "b"`:      "",
-		`"a";,`:           "",
-		`"a";`:            "",
-		`"a";=1`:          "",
-		`"a";x=`:          "",
-		`"a";x="b`:        "",
-		`"a\x"`:           "",
-		`"a\`:             "",
-		"a,b":             "",
-		"a b":             "",
-		"a\x00b":          "",
-		"\"a\x7f\"":       "",
-		"\"a\tb\"":        "",
-		"schlüssel":       "",
-		`"schlüssel"`:     "",
-		long + "k":        "",
-		`"` + long + `k"`: "",
-	} {
-		t.Run(line, func(t *testing.T) {
-			var got string
-			c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
-				got = idemtest.Execution(r).Key()
-			})
-			resp := c.Do(c.Request(idemtest.Exchange{Keys: []string{line}}))
-			require.Equal(t, want, got)
-			if want == "" {
-				answer, p := idemtest.Describe(t, resp)
-				require.Equal(t, "400 key_invalid", answer)
-				require.NotEmpty(t, p.Detail)
-			}
-		})
-	}
-}
-
-// storeKey returns the cell that a request reaches.
-func storeKey(t *testing.T, opts *idempotency.Options, r *http.Request) string {
-	t.Helper()
-	s := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
-	idemtest.NewClient(s, opts, nil).Do(r)
-	require.NotEmpty(t, s.LastKey())
-	return s.LastKey()
-}
-
-func TestStoreKey(t *testing.T) {
-	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, nil)
-	scope := &idempotency.Options{Scope: func(r *http.Request) string { return r.Header.Get("Tenant") }}
-	key := storeKey(t, nilOptions(), c.Request(idemtest.Exchange{Key: "a"}))
-
-	// A deployment must find the records that were stored before it.
-	require.Equal(t, "X6TInVDcw8CoaojiMy5vpNMTe4uJbVLvuhjeC5l33gg", key)
-
-	same := map[string]*http.Request{
-		"quoted":              c.Request(idemtest.Exchange{Key: `"a"`}),
-		"another body":        c.Request(idemtest.Exchange{Key: "a", Body: "x"}),
-		"another query":       c.Request(idemtest.Exchange{Key: "a", Target: "/charge?x"}),
-		"the absolute form":   c.Request(idemtest.Exchange{Key: "a", Target: "http://other.example/charge"}),
-		"a path that was cut": stripped(c.Request(idemtest.Exchange{Key: "a"})),
-		"not from a server":   notFromServer(c.Request(idemtest.Exchange{Key: "a"})),
-		"another host":        withHost(c.Request(idemtest.Exchange{Key: "a"}), "other.example"),
-	}
-	for name, r := range same {
-		require.Equal(t, key, storeKey(t, nilOptions(), r), name)
-	}
-	different := map[string]string{
-		"another key":    storeKey(t, nilOptions(), c.Request(idemtest.Exchange{Key: "b"})),
-		"another path":   storeKey(t, nilOptions(), c.Request(idemtest.Exchange{Key: "a", Target: "/charge/"})),
-		"other escapes":  storeKey(t, nilOptions(), c.Request(idemtest.Exchange{Key: "a", Target: "/%63harge"})),
-		"another method": storeKey(t, nilOptions(), c.Request(idemtest.Exchange{Key: "a", Method: "PUT"})),
-		"a scope":        storeKey(t, scope, c.Request(idemtest.Exchange{Key: "a", Header: http.Header{"Tenant": {"t"}}})),
-		"scope and key":  storeKey(t, scope, c.Request(idemtest.Exchange{Key: "ta", Header: http.Header{"Tenant": {""}}})),
-		"the root":       storeKey(t, nilOptions(), c.Request(idemtest.Exchange{Key: "a", Target: "http://charge?"})),
-	}
-	seen := map[string]string{key: "the first"}
-	for name, key := range different {
-		require.Empty(t, seen[key], name)
-		seen[key] = name
-	}
-}
-
 func nilOptions() *idempotency.Options { return &idempotency.Options{} }
-
-func stripped(r *http.Request) *http.Request {
-	r.URL.Path = "/"
-	return r
-}
-
-func notFromServer(r *http.Request) *http.Request {
-	r.RequestURI = ""
-	return r
-}
-
-func withHost(r *http.Request, host string) *http.Request {
-	r.Host = host
-	return r
-}
 
 // brokenBody is a body that breaks off.
 type brokenBody struct {
@@ -157,27 +42,6 @@ func (b *brokenBody) Read(p []byte) (int, error) {
 }
 
 func (b *brokenBody) Close() error { return nil }
-
-func TestBodyThatBreaksOffBeforeTheClaim(t *testing.T) {
-	s := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
-	c := idemtest.NewClient(s, nilOptions(), nil)
-	r := c.Request(idemtest.Exchange{Key: "a"})
-	r.Body = &brokenBody{strings.NewReader(`{"amo`), io.ErrUnexpectedEOF}
-	got, p := idemtest.Describe(t, c.Do(r))
-	require.Equal(t, "400 body_incomplete", got)
-	require.True(t, p.Retryable)
-	require.Zero(t, s.Count("Acquire"))
-	c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
-}
-
-func TestOuterMaxBytesReader(t *testing.T) {
-	c := idemtest.NewClient(idempotency.NewMemoryStore(), nilOptions(), nil)
-	r := c.Request(idemtest.Exchange{Key: "a"})
-	r.Body = http.MaxBytesReader(nil, r.Body, 5)
-	got, _ := idemtest.Describe(t, c.Do(r))
-	require.Equal(t, "413 body_too_large", got)
-	require.Zero(t, c.Runs())
-}
 
 // upload is a body over the limit of the tests below, with n bytes of fill.
 func upload(n int, fill byte) string {
@@ -199,6 +63,27 @@ func reading(n int64) http.HandlerFunc {
 			_, _ = io.WriteString(w, err.Error())
 		}
 	}
+}
+
+func TestBodyThatBreaksOffBeforeTheClaim(t *testing.T) {
+	s := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+	c := idemtest.NewClient(s, nilOptions(), nil)
+	r := c.Request(idemtest.Exchange{Key: "a"})
+	r.Body = &brokenBody{strings.NewReader(`{"amo`), io.ErrUnexpectedEOF}
+	got, p := idemtest.Describe(t, c.Do(r))
+	require.Equal(t, "400 body_incomplete", got)
+	require.True(t, p.Retryable)
+	require.Zero(t, s.Count("Acquire"))
+	c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
+}
+
+func TestOuterMaxBytesReader(t *testing.T) {
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), nilOptions(), nil)
+	r := c.Request(idemtest.Exchange{Key: "a"})
+	r.Body = http.MaxBytesReader(nil, r.Body, 5)
+	got, _ := idemtest.Describe(t, c.Do(r))
+	require.Equal(t, "413 body_too_large", got)
+	require.Zero(t, c.Runs())
 }
 
 func TestLargeBodies(t *testing.T) {
@@ -311,24 +196,46 @@ func TestLargeBodyWithOtherCredentials(t *testing.T) {
 	c.Check(t, 1, idemtest.Exchange{Key: "a", Body: upload(500, 'x'), Header: auth("mallory"), Get: "422 key_reused"})
 }
 
+// A body that broke off tells a handler to start again, unless it says that it
+// has done what it was asked for.
 func TestLargeBodyThatBreaksOff(t *testing.T) {
+	answering := func(status int) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			_, _ = io.Copy(io.Discard, r.Body)
+			if status > 0 {
+				w.WriteHeader(status)
+			}
+		}
+	}
+	tooLarge := &http.MaxBytesError{Limit: 600}
 	for name, row := range map[string]struct {
-		atMostOnce bool
-		err        error
-		retryGet   string
-		original   int
+		atMostOnce  bool
+		err         error // io.ErrUnexpectedEOF if nil
+		handler     http.HandlerFunc
+		first, then string
+		original    int
 	}{
-		"done, but with a part of it":      {false, io.ErrUnexpectedEOF, "409 response_not_stored", 201},
-		"at most once: keeps the answer":   {true, io.ErrUnexpectedEOF, "replay 201 unexpected EOF", 0},
-		"at a limit: every retry meets it": {false, &http.MaxBytesError{Limit: 600}, "replay 201 http: request body too large", 0},
+		"done":                             {handler: reading(-1), first: "201 unexpected EOF", then: "409 response_not_stored", original: 201},
+		"not done":                         {handler: answering(400), first: "400 ", then: "400 "},
+		"no word":                          {handler: answering(0), first: "400 body_incomplete", then: "200 "},
+		"at most once, done":               {atMostOnce: true, handler: reading(-1), first: "201 unexpected EOF", then: "replay 201 unexpected EOF"},
+		"at most once, not done":           {atMostOnce: true, handler: answering(400), first: "400 ", then: "replay 400 "},
+		"at most once, without word":       {atMostOnce: true, handler: answering(0), first: "409 outcome_unknown", then: "409 outcome_unknown"},
+		"at a limit: every retry meets it": {err: tooLarge, handler: reading(-1), first: "201 " + tooLarge.Error(), then: "replay 201 " + tooLarge.Error()},
 	} {
 		t.Run(name, func(t *testing.T) {
-			c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64, AtMostOnce: row.atMostOnce}, reading(-1))
+			c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64, AtMostOnce: row.atMostOnce}, row.handler)
 			r := c.Request(idemtest.Exchange{Key: "a", Body: upload(600, 'x')})
+			if row.err == nil {
+				row.err = io.ErrUnexpectedEOF
+			}
 			r.Body = &brokenBody{strings.NewReader(upload(500, 'x')), row.err}
 			got, _ := idemtest.Describe(t, c.Do(r))
-			require.Equal(t, "201 "+row.err.Error(), got)
-			c.Check(t, 1, idemtest.Exchange{Key: "a", Body: upload(600, 'x'), Get: row.retryGet, Original: row.original})
+			require.Equal(t, row.first, got)
+			c.Check(t, 1, idemtest.Exchange{Key: "a", Body: upload(600, 'x'), Get: row.then, Original: row.original})
+			if row.original > 0 {
+				c.Check(t, 2, idemtest.Exchange{Key: "a", Body: upload(600, 'y'), Get: "422 key_reused"})
+			}
 		})
 	}
 }
@@ -457,36 +364,6 @@ func TestCustomFingerprintSeesTheBody(t *testing.T) {
 	require.Equal(t, "payload", seen)
 }
 
-// The store learns neither the client's key nor a hash that confirms a guess of
-// its body.
-func TestStoreLearnsNoSecrets(t *testing.T) {
-	fingerprint := func(key string) []byte {
-		s := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
-		c := idemtest.NewClient(s, nilOptions(), nil)
-		c.Do(c.Request(idemtest.Exchange{Key: key, Header: auth("secret")}))
-		require.NotContains(t, s.LastKey(), key)
-		require.NotContains(t, string(s.LastResult().Value), key)
-		require.Len(t, s.LastResult().Fingerprint, sha256.Size)
-		return s.LastResult().Fingerprint
-	}
-	require.NotEqual(t, fingerprint("first-key"), fingerprint("other-key"))
-}
-
-func TestClientThatHangsUpWhileWaiting(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		c := idemtest.NewClient(idempotency.NewMemoryStore(), nilOptions(), idemtest.Lasting(time.Minute))
-		go c.Do(c.Request(idemtest.Exchange{Key: "a"}))
-		synctest.Wait()
-		ctx, hangUp := context.WithCancel(t.Context())
-		time.AfterFunc(time.Second, hangUp)
-		start := time.Now()
-		got, _ := idemtest.Describe(t, c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx)))
-		require.Equal(t, "409 in_progress", got)
-		require.Equal(t, time.Second, time.Since(start))
-		time.Sleep(time.Minute) // the first ends
-	})
-}
-
 // What the client was asked for with 100 Continue it sends, so it is read before
 // an answer of the middleware's own.
 func TestUploadThatWasAskedForIsDrained(t *testing.T) {
@@ -505,5 +382,211 @@ func TestUploadThatWasAskedForIsDrained(t *testing.T) {
 			require.Equal(t, "409 in_progress", got)
 			require.Equal(t, row.left, sent.Len())
 		})
+	}
+}
+
+// A body of a byte more than is buffered is the same whether its end comes
+// together with that byte or after it.
+func TestBodyOfAByteMoreThanIsBuffered(t *testing.T) {
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 16}, reading(-1))
+	for i, end := range []io.Reader{strings.NewReader("y"), io.MultiReader(strings.NewReader("y"), strings.NewReader(""))} {
+		r := c.Request(idemtest.Exchange{Key: "a"})
+		r.ContentLength = -1
+		r.Body = io.NopCloser(io.MultiReader(strings.NewReader(strings.Repeat("x", 16)), &endsWithData{end, i == 0}))
+		got, _ := idemtest.Describe(t, c.Do(r))
+		require.Equal(t, []string{"201 ", "replay 201 "}[i], got)
+	}
+}
+
+// endsWithData returns the end of a reader together with the last of it, or
+// after that.
+type endsWithData struct {
+	io.Reader
+	together bool
+}
+
+func (r *endsWithData) Read(p []byte) (int, error) {
+	n, err := r.Reader.Read(p)
+	if r.together && n > 0 {
+		err = io.EOF
+	}
+	return n, err
+}
+
+// A goroutine that the handler leaves behind reads nothing of the body from the
+// moment on at which the response is put together: it may take the place of the
+// body.
+func TestBodyIsClosedBeforeTheResponseIsStored(t *testing.T) {
+	for name, body := range map[string]string{"small": "small", "large": upload(500, 'x')} {
+		t.Run(name, func(t *testing.T) {
+			var left *http.Request
+			looked := false
+			store := &idemtest.ObservedStore{Store: idempotency.NewMemoryStore(), Look: func(_ context.Context, method string) {
+				if method == "Complete" {
+					looked = true
+					n, err := left.Body.Read(make([]byte, 10))
+					require.Zero(t, n)
+					require.ErrorIs(t, err, http.ErrBodyReadAfterClose)
+				}
+			}}
+			c := idemtest.NewClient(store, &idempotency.Options{MaxBufferedBody: 64}, func(_ http.ResponseWriter, r *http.Request) { left = r })
+			c.Check(t, 0, idemtest.Exchange{Key: "a", Body: body, Get: "200 "})
+			require.True(t, looked)
+		})
+	}
+}
+
+// The request that outer middleware holds is not changed.
+func TestRequestIsCopied(t *testing.T) {
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+		r.Header.Set("X-Seen", "yes")
+		r.URL.Path = "/elsewhere"
+		var b bytes.Buffer
+		_, err := b.ReadFrom(r.Body)
+		require.NoError(t, err)
+		require.Equal(t, `{"amount":1}`, b.String())
+	})
+	r := c.Request(idemtest.Exchange{Key: "a"})
+	body, ctx := r.Body, r.Context()
+	c.Do(r)
+	require.Equal(t, body, r.Body)
+	require.Equal(t, ctx, r.Context())
+}
+
+// raw sends lines as they are and returns the first line that does not say
+// 100 Continue, and whether one did.
+func raw(t *testing.T, s *httptest.Server, send string) (status string, continued bool) {
+	t.Helper()
+	conn, err := net.Dial("tcp", s.Listener.Addr().String())
+	require.NoError(t, err)
+	defer conn.Close()
+	_, err = io.WriteString(conn, send)
+	require.NoError(t, err)
+	in := bufio.NewReader(conn)
+	for {
+		line, err := in.ReadString('\n')
+		require.NoError(t, err)
+		if strings.HasPrefix(line, "HTTP/1.1 100") {
+			continued = true
+			_, err = io.WriteString(conn, "body!")
+			require.NoError(t, err)
+			_, err = in.ReadString('\n')
+			require.NoError(t, err)
+			continue
+		}
+		return strings.TrimSpace(line), continued
+	}
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) {
+	clear(p)
+	return len(p), nil
+}
+
+func TestServerLargeUploadTakesBoundedMemory(t *testing.T) {
+	const size = 20 << 20
+	var runs atomic.Int32
+	var peak atomic.Int64
+	s := newServer(t, nil, func(w http.ResponseWriter, r *http.Request) {
+		runs.Add(1)
+		base := heap()
+		buf := make([]byte, 32<<10)
+		var total int64
+		for i := 0; ; i++ {
+			n, err := r.Body.Read(buf)
+			total += int64(n)
+			if i%100 == 0 {
+				peak.Store(max(peak.Load(), heap()-base))
+			}
+			if err != nil {
+				break
+			}
+		}
+		fmt.Fprint(w, total)
+	})
+	for i := range 2 {
+		// The client does not hold the body either.
+		resp, body, err := post(t.Context(), s, "a", io.LimitReader(zeros{}, size))
+		require.NoError(t, err)
+		require.Equal(t, fmt.Sprint(size), body)
+		require.Equal(t, i == 1, resp.Header.Get("Idempotent-Replayed") == "true")
+	}
+	resp, _, err := post(t.Context(), s, "a", io.LimitReader(zeros{}, size-1))
+	require.NoError(t, err)
+	require.Equal(t, http.StatusUnprocessableEntity, resp.StatusCode)
+	require.EqualValues(t, 1, runs.Load())
+	require.Less(t, peak.Load(), int64(4<<20))
+}
+
+// Trailers come with the end of the body, which the handler sees after its copy
+// of the request was made; those that nothing declared, too.
+func TestServerTrailersOfTheRequest(t *testing.T) {
+	for name, declared := range map[string]string{"declared": "Trailer: X-Sum\r\n", "undeclared": ""} {
+		for _, size := range []int{10, 2 << 20} {
+			t.Run(fmt.Sprint(name, " after ", size, " bytes"), func(t *testing.T) {
+				seen := make(chan string, 1)
+				s := newServer(t, nil, func(w http.ResponseWriter, r *http.Request) {
+					_, err := io.Copy(io.Discard, r.Body)
+					idemtest.Must(err)
+					seen <- r.Trailer.Get("X-Sum")
+				})
+				status, _ := raw(t, s, fmt.Sprintf("POST / HTTP/1.1\r\nHost: x\r\nIdempotency-Key: a\r\nTransfer-Encoding: chunked\r\n%s\r\n"+
+					"%x\r\n%s\r\n0\r\nX-Sum: 42\r\n\r\n", declared, size, strings.Repeat("x", size)))
+				require.Equal(t, "HTTP/1.1 200 OK", status)
+				require.Equal(t, "42", <-seen)
+			})
+		}
+	}
+}
+
+// As with net/http, a handler may look at its request while another goroutine
+// reads the body, as that of a proxy does. The race detector would tell.
+func TestServerBodyIsReadElsewhere(t *testing.T) {
+	s := newServer(t, nil, func(_ http.ResponseWriter, r *http.Request) {
+		read := make(chan struct{})
+		go func() {
+			defer close(read)
+			body, err := io.ReadAll(r.Body)
+			if err != nil || string(body) != "hello" {
+				t.Errorf("read %q, %v", body, err)
+			}
+		}()
+		require.Empty(t, r.WithContext(r.Context()).Trailer)
+		<-read
+	})
+	for _, key := range []string{"a", "b"} {
+		_, _, err := post(t.Context(), s, key, strings.NewReader("hello"))
+		require.NoError(t, err)
+	}
+}
+
+func TestServerExpectContinue(t *testing.T) {
+	s := newServer(t, nil, func(w http.ResponseWriter, r *http.Request) {
+		b, err := io.ReadAll(r.Body)
+		idemtest.Must(err)
+		if string(b) != "body!" {
+			panic(fmt.Sprintf("body is %q", b))
+		}
+		w.WriteHeader(http.StatusCreated)
+	})
+	const head = "POST / HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 5\r\n"
+	status, continued := raw(t, s, head+"Idempotency-Key: a\r\n\r\n")
+	require.Equal(t, "HTTP/1.1 201 Created", status)
+	require.True(t, continued)
+	status, continued = raw(t, s, head+"Idempotency-Key: \r\n\r\n")
+	require.Equal(t, "HTTP/1.1 400 Bad Request", status)
+	require.False(t, continued, "a body that is not wanted is not asked for")
+}
+
+// The client of a large upload that is refused sees the answer, not a reset.
+func TestServerDrainsARefusedUpload(t *testing.T) {
+	s := newServer(t, nil, func(http.ResponseWriter, *http.Request) {})
+	for range 20 {
+		resp, body, err := post(t.Context(), s, "", bytes.NewReader(make([]byte, 1<<20)))
+		require.NoError(t, err)
+		require.Equal(t, http.StatusBadRequest, resp.StatusCode)
+		require.Contains(t, body, "key_invalid")
 	}
 }

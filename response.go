@@ -11,20 +11,21 @@ import (
 	"strings"
 )
 
-// A stored value is a version byte, a kind byte and what the kind says. Numbers
-// are unsigned varints, strings follow their length.
+// A stored value begins with a byte for its version (the high half) and its kind
+// (the low half). What the kind says follows. Numbers are unsigned varints,
+// strings follow their length.
 //
 //	response:  status, digest, length of head, head, length of body, body
 //	notStored: status, digest
 //	unknown:   digest
-//	sealed:    nonce, ciphertext of a kind byte and what that says
+//	sealed:    nonce, ciphertext of a value of another kind
 //
 //	status: as the handler called WriteHeader with it, or 0 for a 200 that is implied
 //	digest: of a request body that was too large for the fingerprint, or empty
 //	head:   number of values in all, fields, trailers
-//	fields, trailers: their number, then for each: op, name, number of values, values
-//	                  or: opCommon and the number of a common header, and its value
-//	                  unless that is common too
+//	fields, trailers: their number, then for each field its name and its values
+//	name:   4 times its length plus an op, and the name
+//	values: opSet: a value; opSetList, opAdd: their number and the values; opDelete: nothing
 //
 // Records outlive deployments, so a version that was ever released stays
 // readable.
@@ -38,6 +39,9 @@ const (
 	kindSealed    = 3
 	kindUnknown   = 4
 )
+
+// form is the first byte of a stored value.
+func form(kind byte) byte { return formVersion<<4 | kind }
 
 // maxHeadBytes bounds what headers and trailers may add to a stored response.
 const maxHeadBytes = 64 << 10
@@ -67,19 +71,19 @@ type storedResponse struct {
 // encodeResponse appends the stored form of a response to scratch, with as much
 // of its body as is in chunks. It returns nil when the headers are too large.
 func encodeResponse(scratch []byte, status int, digest []byte, fields, trailers []headerField, size int64, chunks [][]byte) []byte {
-	var headRoom [512]byte
-	head := binary.AppendUvarint(headRoom[:0], countValues(fields)+countValues(trailers))
+	var backing [512]byte
+	head := binary.AppendUvarint(backing[:0], countValues(fields)+countValues(trailers))
 	head = appendHeaderFields(head, fields)
 	head = appendHeaderFields(head, trailers)
 	if len(head) > maxHeadBytes {
 		return nil
 	}
-	room := 2 + 4*binary.MaxVarintLen64 + len(digest) + len(head)
+	length := 1 + 4*binary.MaxVarintLen64 + len(digest) + len(head)
 	for _, chunk := range chunks {
-		room += len(chunk)
+		length += len(chunk)
 	}
-	value := slices.Grow(scratch, room)
-	value = append(value, formVersion, kindResponse)
+	value := slices.Grow(scratch, length)
+	value = append(value, form(kindResponse))
 	value = binary.AppendUvarint(value, uint64(status))
 	value = appendField(value, digest)
 	value = binary.AppendUvarint(value, uint64(len(head)))
@@ -113,17 +117,17 @@ func appendHeaderFields(b []byte, fields []headerField) []byte {
 		if f.transient {
 			continue
 		}
-		n, common := commonHeader(f)
-		switch {
-		case !common:
-			b = append(b, f.op)
-			b = appendField(b, f.name)
-			b = appendFields(b, f.values)
-		case commonHeaders[n].value == "":
-			b = append(b, opCommon+byte(n))
+		op := f.op
+		if op == opSet && len(f.values) != 1 {
+			op = opSetList
+		}
+		b = binary.AppendUvarint(b, uint64(len(f.name))<<2|uint64(op))
+		b = append(b, f.name...)
+		switch op {
+		case opSet:
 			b = appendField(b, f.values[0])
-		default:
-			b = append(b, opCommon+byte(n))
+		case opSetList, opAdd:
+			b = appendFields(b, f.values)
 		}
 	}
 	return b
@@ -132,22 +136,29 @@ func appendHeaderFields(b []byte, fields []headerField) []byte {
 // encodeNotStored returns the stored form of a response that is too large, or
 // otherwise not to be had again.
 func encodeNotStored(status int, digest []byte) []byte {
-	return appendField(binary.AppendUvarint([]byte{formVersion, kindNotStored}, uint64(status)), digest)
+	return appendField(binary.AppendUvarint([]byte{form(kindNotStored)}, uint64(status)), digest)
 }
 
 // encodeUnknown returns the stored form of a run that came to no answer.
 func encodeUnknown(digest []byte) []byte {
-	return appendField([]byte{formVersion, kindUnknown}, digest)
+	return appendField([]byte{form(kindUnknown)}, digest)
 }
 
-// seal encrypts a stored form and binds it to its cell.
-func seal(aead cipher.AEAD, storeKey string, value []byte) []byte {
-	head := 2 + aead.NonceSize()
-	sealed := make([]byte, head, head+len(value)+aead.Overhead())
-	sealed[0], sealed[1] = formVersion, kindSealed
-	nonce := sealed[2:head]
+// seal encrypts the value of a result and binds it to its cell and its request,
+// so that a response that was moved in the store to another key, or given another
+// fingerprint, is unreadable.
+func seal(aead cipher.AEAD, storeKey string, r Result) []byte {
+	head := 1 + aead.NonceSize()
+	sealed := make([]byte, head, head+len(r.Value)+aead.Overhead())
+	sealed[0] = form(kindSealed)
+	nonce := sealed[1:head]
 	_, _ = rand.Read(nonce) // never fails
-	return aead.Seal(sealed, nonce, value[1:], []byte(storeKey))
+	return aead.Seal(sealed, nonce, r.Value, sealedWith(storeKey, r.Fingerprint))
+}
+
+// sealedWith returns the additional data of an AEAD.
+func sealedWith(storeKey string, fingerprint []byte) []byte {
+	return append(appendField(nil, storeKey), fingerprint...)
 }
 
 // decodeResponse reads a stored value. Everything that is not one is an error,
@@ -155,33 +166,37 @@ func seal(aead cipher.AEAD, storeKey string, value []byte) []byte {
 // fields.
 func decodeResponse(aead cipher.AEAD, storeKey string, rec Record, text *strings.Builder, fields []headerField) (storedResponse, error) {
 	value := rec.Value
-	if len(value) < 2 {
-		return storedResponse{}, errMalformed
-	}
-	if value[0] != formVersion {
-		return storedResponse{}, fmt.Errorf("record has version %d, this release reads up to %d", value[0], formVersion)
-	}
-	kind, payload := value[1], value[2:]
+	kind, err := kindOf(value)
 	switch {
+	case err != nil:
+		return storedResponse{}, err
 	case kind == kindSealed && aead == nil:
 		return storedResponse{}, errSealed
 	case kind == kindResponse && aead != nil:
 		return storedResponse{}, errUnsealed
 	case kind == kindSealed:
 		n := aead.NonceSize()
-		if len(payload) < n {
+		if len(value) < 1+n {
 			return storedResponse{}, errMalformed
 		}
-		plain, err := aead.Open(nil, payload[:n], payload[n:], []byte(storeKey))
+		if value, err = aead.Open(nil, value[1:1+n], value[1+n:], sealedWith(storeKey, rec.Fingerprint)); err == nil {
+			kind, err = kindOf(value)
+		}
 		if err != nil {
 			return storedResponse{}, err
 		}
-		if len(plain) == 0 {
-			return storedResponse{}, errMalformed
-		}
-		kind, payload = plain[0], plain[1:]
 	}
-	return decodePayload(kind, payload, rec.parts, text, fields)
+	return decodePayload(kind, value[1:], rec.parts, text, fields)
+}
+
+func kindOf(value []byte) (kind byte, err error) {
+	if len(value) == 0 {
+		return 0, errMalformed
+	}
+	if version := value[0] >> 4; version != formVersion {
+		return 0, fmt.Errorf("record has version %d, this release reads up to %d", version, formVersion)
+	}
+	return value[0] & 0xf, nil
 }
 
 func decodePayload(kind byte, payload []byte, parts [][]byte, text *strings.Builder, fields []headerField) (storedResponse, error) {
@@ -310,39 +325,32 @@ func (r *headReader) fields(s string, fields []headerField) (_ []headerField, re
 }
 
 func (r *headReader) field(s string, f *headerField) (rest string) {
-	if s == "" {
+	n, s := r.number(s)
+	f.op, n = byte(n&3), n>>2
+	if n > uint64(len(s)) {
 		r.failed = true
 		return ""
 	}
-	op, s := s[0], s[1:]
-	if op >= opCommon && int(op-opCommon) < len(commonHeaders) {
-		return r.common(s, int(op-opCommon), f)
+	f.name, s = s[:n], s[n:]
+	n = 1
+	switch f.op {
+	case opSetList, opAdd:
+		n, s = r.number(s)
+	case opDelete:
+		return s
 	}
-	r.failed = r.failed || op > opDelete
-	f.op = op
-	f.name, s = r.text(s)
-	n, s := r.number(s)
-	f.values = r.room(n)
+	if f.op == opSetList {
+		f.op = opSet
+	}
+	f.values = r.take(n)
 	for i := range f.values {
 		f.values[i], s = r.text(s)
 	}
 	return s
 }
 
-func (r *headReader) common(s string, n int, f *headerField) (rest string) {
-	f.op, f.name, f.values = opSet, commonHeaders[n].name, r.room(1)
-	if r.failed {
-		return ""
-	}
-	f.values[0] = commonHeaders[n].value
-	if f.values[0] == "" {
-		f.values[0], s = r.text(s)
-	}
-	return s
-}
-
-// room returns n of the values.
-func (r *headReader) room(n uint64) []string {
+// take returns n of the values.
+func (r *headReader) take(n uint64) []string {
 	first := len(r.values)
 	if n > uint64(cap(r.values)-first) {
 		r.failed = true

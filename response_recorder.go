@@ -23,31 +23,31 @@ var errAfterReturn = errors.New("idempotency: write after the handler returned")
 // observe. There is no Unwrap, which would let writes bypass the record, and no
 // Hijack: http.ResponseController reports http.ErrNotSupported.
 type recorder struct {
-	w      http.ResponseWriter
-	proto  int         // major version of HTTP
-	limit  int64       // how much of the body is kept
-	header http.Header // the handler's; that of w is for outer middleware until it is sent
-	outer  http.Header // what outer middleware had set at the beginning
-	sent   atomic.Bool // the handler's header is no more than that of w
-	room   headerRoom
+	w       http.ResponseWriter
+	proto   int         // major version of HTTP
+	limit   int64       // how much of the body is kept
+	header  http.Header // the handler's; that of w is for outer middleware until it is sent
+	outer   http.Header // what outer middleware had set at the beginning
+	sent    atomic.Bool // the handler's header is no more than that of w
+	scratch headerScratch
 
-	mu          sync.Mutex // guards what follows, against goroutines the handler leaves behind
-	wroteHeader bool
-	implicit    bool // the handler did not call WriteHeader
-	silent      bool // it did not write at all
-	status      int
-	length      int64         // declared by the handler, or -1
-	declared    []string      // names of trailers
-	connection  []string      // values of the Connection header
-	sniff       bool          // net/http will find out the Content-Type
-	fields      []headerField // what the handler changed
-	early       http.Header   // values of trailers that the header has already
-	trailers    []headerField // what the handler changed of them since
-	body        recordedBody
-	written     int64 // asked to be written, refused or not
-	streaming   bool  // the header has gone out
-	overflow    bool  // the body is not kept any more
-	closed      bool
+	mu               sync.Mutex // guards what follows, against goroutines the handler leaves behind
+	wroteHeader      bool
+	implicit         bool // the handler did not call WriteHeader
+	wroteNothing     bool // it did not write at all
+	status           int
+	length           int64         // declared by the handler, or -1
+	declared         []string      // names of trailers
+	connection       []string      // values of the Connection header
+	sniff            bool          // net/http will find out the Content-Type
+	fields           []headerField // what the handler changed
+	trailersInHeader http.Header   // values of trailers that the header has already
+	trailers         []headerField // what the handler changed of them since
+	body             recordedBody
+	written          int64 // asked to be written, refused or not
+	streaming        bool  // the header has gone out
+	overflow         bool  // the body is not kept any more
+	closed           bool
 }
 
 // init makes the zero recorder record what goes to w.
@@ -62,8 +62,8 @@ func (r *recorder) init(w http.ResponseWriter, proto int, limit int64) {
 	}
 }
 
-// headerRoom is where the usual header fits in without an allocation.
-type headerRoom struct {
+// headerScratch is where the usual header fits in without an allocation.
+type headerScratch struct {
 	fields [4]headerField
 	values [4]string
 }
@@ -99,10 +99,10 @@ func (r *recorder) WriteHeader(status int) {
 func (r *recorder) informLocked(status int) {
 	h := r.w.Header()
 	before := h.Clone()
-	applyFields(h, new(headerRoom).difference(r.outer, r.header))
+	applyFields(h, new(headerScratch).difference(r.outer, r.header))
 	sent := h.Clone()
 	r.w.WriteHeader(status)
-	changed := new(headerRoom).difference(sent, h)
+	changed := new(headerScratch).difference(sent, h)
 	clear(h)
 	maps.Copy(h, before)
 	if r.outer == nil {
@@ -116,7 +116,7 @@ func (r *recorder) informLocked(status int) {
 // writeHeaderLocked fixes the status and the header, as net/http does.
 func (r *recorder) writeHeaderLocked(status int) {
 	r.wroteHeader, r.status = true, status
-	r.fields = r.room.difference(r.outer, r.header)
+	r.fields = r.scratch.difference(r.outer, r.header)
 	if declared := r.header["Content-Length"]; len(declared) > 0 && declared[0] != "" {
 		n, err := strconv.ParseInt(declared[0], 10, 64)
 		if err != nil || n < 0 {
@@ -135,7 +135,7 @@ func (r *recorder) writeHeaderLocked(status int) {
 			}
 		}
 	}
-	r.early = r.trailersLocked()
+	r.trailersInHeader = r.trailersLocked()
 	if r.sniff && r.proto == 1 && r.header.Get("Transfer-Encoding") != "" {
 		// HTTP/1 does not sniff then. A replay, which has no Transfer-Encoding
 		// of the handler's, must not either.
@@ -155,8 +155,8 @@ func (r *recorder) needHeaderLocked() {
 
 // difference returns what turns base into header. The values are copied: the
 // handler may go on changing them.
-func (room *headerRoom) difference(base, header http.Header) []headerField {
-	backing, fields := room.values[:0], room.fields[:0]
+func (s *headerScratch) difference(base, header http.Header) []headerField {
+	backing, fields := s.values[:0], s.fields[:0]
 	for name, values := range header {
 		f := headerField{op: opSet, name: name}
 		if outer, ok := base[name]; ok {
@@ -320,7 +320,7 @@ func (r *recorder) sendLocked() {
 	}
 	for _, chunk := range r.body.chunks {
 		if _, err := r.w.Write(chunk); err != nil {
-			r.body.lent = true
+			r.body.mayBeInUse = true
 			return // the client is gone
 		}
 	}
@@ -331,11 +331,11 @@ func (r *recorder) sendLocked() {
 func (r *recorder) finish() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.silent = !r.wroteHeader
+	r.wroteNothing = !r.wroteHeader
 	r.needHeaderLocked()
 	r.closed = true
-	if now := r.trailersLocked(); now != nil || r.early != nil {
-		r.trailers = new(headerRoom).difference(r.early, now)
+	if now := r.trailersLocked(); now != nil || r.trailersInHeader != nil {
+		r.trailers = new(headerScratch).difference(r.trailersInHeader, now)
 	}
 }
 
@@ -373,7 +373,7 @@ func (r *recorder) send() {
 		announceTrailers(h, r.trailers)
 		r.sent.Store(true)
 		r.sendLocked()
-		if r.implicit && !r.silent && r.body.size == 0 {
+		if r.implicit && !r.wroteNothing && r.body.size == 0 {
 			_, _ = r.w.Write(nil) // as the handler did
 		}
 	}
@@ -402,7 +402,7 @@ func (r *recorder) encode(scratch, digest []byte, keep func(name string) bool, w
 		chunks, parts = chunks[:1], slices.Clone(chunks[1:])
 	}
 	status := r.status
-	if r.implicit && (r.silent || r.body.size > 0) {
+	if r.implicit && (r.wroteNothing || r.body.size > 0) {
 		status = implicitStatus // not after a Write of nothing or a Flush, which are not repeated
 	}
 	return encodeResponse(scratch, status, digest, r.fields, r.trailers, r.body.size, chunks), parts

@@ -1,29 +1,18 @@
 package idempotency_test
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io"
-	"log"
-	"log/slog"
-	"maps"
-	"net"
 	"net/http"
 	"net/http/httptest"
-	"net/http/httptrace"
 	"net/http/httputil"
-	"net/textproto"
 	"net/url"
 	"os"
 	"path/filepath"
-	"slices"
-	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -32,427 +21,199 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// A shape is a handler whose response is looked at on the wire three times:
-// direct, from the handler without the middleware, which is the reference;
-// first, through the middleware; and replayed, for the same key again. They
-// must be equal, but for what first and replay list.
-type shape struct {
-	name    string
-	handler func(w *probe)
-	outer   func(http.Handler) http.Handler // what is around the middleware
-	opts    idempotency.Options
-	request func(*http.Request) // changes what the client sends
-	first   []edit              // what makes the direct response the first
-	replay  []edit              // what makes the first response the replay, see replayOf
-}
-
-// checkShapes is what the tables of response_recorder_shapes_test.go run
-// through.
-func checkShapes(t *testing.T, shapes []shape) {
-	for _, s := range shapes {
-		t.Run(s.name, func(t *testing.T) {
-			eachProto(t, func(t *testing.T, proto int) {
-				newWire(t, proto, s).check(func() {})
-			})
-		})
-	}
-}
-
-func eachProto(t *testing.T, test func(t *testing.T, proto int)) {
-	for _, proto := range []int{1, 2} {
-		t.Run(fmt.Sprintf("HTTP%d", proto), func(t *testing.T) {
-			t.Parallel()
-			test(t, proto)
-		})
-	}
-}
-
-// An answer is what the client sees of a response, and what the handler saw of
-// its ResponseWriter.
-type answer struct {
-	Proto    int
-	Interim  []string // 1xx responses with their headers
-	Status   string
-	Header   http.Header // with names and values as HTTP/1.1 has them on the wire
-	Length   int64
-	Encoding []string // Transfer-Encoding
-	Body     string
-	BodyErr  string
-	Trailer  http.Header
-	Err      string // instead of a response
-	Saw      []string
-}
-
-// replayOf returns the replay that a first answer should lead to: it says that
-// it is one, has no 1xx responses, and no handler has seen anything.
-func replayOf(first answer) answer {
-	first.Header = maps.Clone(first.Header)
-	first.Header["Idempotent-Replayed"] = []string{"true"}
-	first.Interim, first.Saw = nil, nil
-	return first
-}
-
-// An edit is one difference between two answers.
-type edit func(*answer)
-
-func (a answer) edited(edits []edit) answer {
-	a.Header, a.Saw = maps.Clone(a.Header), slices.Clone(a.Saw)
-	for _, e := range edits {
-		e(&a)
-	}
-	return a
-}
-
-// set gives a header values; remove takes headers away.
-func set(name string, values ...string) edit { return func(a *answer) { a.Header[name] = values } }
-
-func remove(names ...string) edit {
-	return func(a *answer) {
-		for _, name := range names {
-			delete(a.Header, name)
-		}
-	}
-}
-
-// length is for a body that has a Content-Length; unknownLength for one that
-// has none.
-func length(a *answer) {
-	a.Length, a.Encoding = int64(len(a.Body)), nil
-	a.Header["Content-Length"] = []string{strconv.Itoa(len(a.Body))}
-	delete(a.Header, "Transfer-Encoding")
-}
-
-func unknownLength(a *answer) {
-	a.Length = -1
-	delete(a.Header, "Content-Length")
-	if a.Proto == 1 {
-		a.Encoding = []string{"chunked"}
-		a.Header["Transfer-Encoding"] = []string{"chunked"}
-	}
-}
-
-func trailer(name string, values ...string) edit {
-	return func(a *answer) {
-		a.Trailer = maps.Clone(a.Trailer)
-		if a.Trailer == nil {
-			a.Trailer = make(http.Header)
-		}
-		a.Trailer[name] = values
-	}
-}
-
-// saw replaces what the handler saw in one place.
-func saw(i int, text string) edit { return func(a *answer) { a.Saw[i] = text } }
-
-// on limits edits to one version of HTTP.
-func on(proto int, edits ...edit) edit {
-	return func(a *answer) {
-		if a.Proto == proto {
-			*a = a.edited(edits)
-		}
-	}
-}
-
-// notStored is the whole answer to a retry whose response could not be kept.
-func notStored(status int) edit {
-	return func(a *answer) {
-		*a = answer{Proto: a.Proto, Status: "409 Conflict", Header: http.Header{
-			"Cache-Control":          {"no-store"},
-			"Content-Language":       {"en"},
-			"Content-Type":           {"application/problem+json"},
-			"Date":                   {"now"},
-			"X-Content-Type-Options": {"nosniff"},
-		}}
-		a.Body = `{"type":"about:blank","title":"The response to this request was not stored","status":409,` +
-			`"detail":"The request with this key was processed and is not repeated, but its response could not be kept.",` +
-			`"code":"response_not_stored","retryable":false,"original_status":` + strconv.Itoa(status) + "}\n"
-		length(a)
-	}
-}
-
-// A probe is the ResponseWriter of a handler, and its way to tell what it saw
-// there.
-type probe struct {
-	http.ResponseWriter
-	request *http.Request
-	client  *progress
-	mu      *sync.Mutex
-	notes   *[]string
-}
-
-func (w *probe) saw(values ...any) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	*w.notes = append(*w.notes, strings.TrimSuffix(fmt.Sprintln(values...), "\n"))
-}
-
-// write writes body and notes what came of it.
-func (w *probe) write(body string) {
-	n, err := w.Write([]byte(body))
-	w.saw("wrote", n, err)
-}
-
-// set sets headers, given as names and values.
-func (w *probe) set(headers ...string) {
-	for i := 0; i < len(headers); i += 2 {
-		w.Header().Set(headers[i], headers[i+1])
-	}
-}
-
-func (w *probe) flush() { w.saw("flushed", w.control().Flush()) }
-
-func (w *probe) control() *http.ResponseController {
-	return http.NewResponseController(w.ResponseWriter)
-}
-
-// awaitClient returns when the client has n bytes of the body; see progress.
-func (w *probe) awaitClient(n int) {
-	timeout := time.After(10 * time.Second)
-	for w.client.seen.Load() < int64(n) {
-		select {
-		case <-w.client.changed:
-		case <-timeout:
-			w.saw("the client did not get", n, "bytes in time")
-			return
-		}
-	}
-}
-
-// progress is how much of the body the client has. 0 says that it has the
-// header, interim that it has a 1xx response.
-type progress struct {
-	seen    atomic.Int64
-	changed chan struct{}
-}
-
-const (
-	interim = -1
-	nothing = -2
-)
-
-func newProgress() *progress {
-	p := &progress{changed: make(chan struct{}, 1)}
-	p.seen.Store(nothing)
-	return p
-}
-
-func (p *progress) reach(n int) {
-	p.seen.Store(int64(n))
-	select {
-	case p.changed <- struct{}{}:
-	default: // is not known yet, or nobody waits
-	}
-}
-
-// A wire sends the requests of one shape.
-type wire struct {
-	t     *testing.T
-	proto int
-	shape shape
-	store idempotency.Store
-}
-
-func newWire(t *testing.T, proto int, s shape) *wire {
-	return &wire{t: t, proto: proto, shape: s, store: idempotency.NewMemoryStore()}
-}
-
-// check compares the three responses.
-func (x *wire) check(beforeReplay func()) {
-	direct, first := x.direct(), x.kept("first")
-	beforeReplay()
-	replay := x.kept("replay")
-	require.Empty(x.t, direct.Err)
-	require.Equal(x.t, direct.edited(x.shape.first), first, "the first response is not the direct one")
-	require.Equal(x.t, replayOf(first).edited(x.shape.replay), replay, "the replay is not the first response")
-}
-
-// direct asks the handler without the middleware.
-func (x *wire) direct() answer {
-	return x.send("direct", func(next http.Handler) http.Handler { return next })
-}
-
-// kept asks through the middleware, always with the same key. The name reaches
-// the server as X-Request-Id.
-func (x *wire) kept(name string) answer {
-	opts := x.shape.opts
-	opts.Logger = slog.New(slog.DiscardHandler)
-	return x.send(name, idempotency.Middleware(x.store, &opts))
-}
-
-func (x *wire) send(name string, middleware func(http.Handler) http.Handler) answer {
-	a := answer{Proto: x.proto}
-	client, done := newProgress(), make(chan struct{})
-	var mu sync.Mutex
-	next := middleware(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		x.shape.handler(&probe{w, r, client, &mu, &a.Saw})
-	}))
-	if x.shape.outer != nil {
-		next = x.shape.outer(next)
-	}
-	url, transport, received := x.serve(func(w http.ResponseWriter, r *http.Request) {
-		defer close(done)
-		next.ServeHTTP(w, r)
-	})
-	defer transport.CloseIdleConnections()
-
-	ctx, cancel := context.WithTimeout(x.t.Context(), 30*time.Second)
-	defer cancel()
-	req, err := http.NewRequestWithContext(traced(ctx, &a, client), http.MethodPost, url, strings.NewReader("{}"))
-	require.NoError(x.t, err)
-	req.Header.Set("Idempotency-Key", "key")
-	req.Header.Set("X-Request-Id", name)
-	if x.shape.request != nil {
-		x.shape.request(req)
-	}
-	resp, err := transport.RoundTrip(req)
-	if err != nil {
-		a.Err = err.Error()
-	} else {
-		client.reach(0)
-		a.read(resp, client)
-		if x.proto == 1 {
-			a.Header = headerBytes(received.bytes())
-		}
-		hideClock(a.Header)
-	}
-	select {
-	case <-done:
-	case <-ctx.Done():
-		require.Fail(x.t, "the handler did not return")
-	}
-	return a
-}
-
-// read takes from resp what there is.
-func (a *answer) read(resp *http.Response, client *progress) {
-	defer resp.Body.Close()
-	var body []byte
-	for err := error(nil); err == nil; {
-		buf := make([]byte, 32<<10)
-		var n int
-		n, err = resp.Body.Read(buf)
-		body = append(body, buf[:n]...)
-		client.reach(len(body))
-		if err != nil && err != io.EOF {
-			a.BodyErr = err.Error()
-		}
-	}
-	a.Body = brief(string(body))
-	a.Status, a.Header, a.Trailer = resp.Status, resp.Header, resp.Trailer
-	a.Length, a.Encoding = resp.ContentLength, resp.TransferEncoding
-}
-
-// brief keeps a failure readable.
-func brief(body string) string {
-	if len(body) > 8<<10 {
-		return fmt.Sprintf("%d bytes with CRC %08x", len(body), crc32.ChecksumIEEE([]byte(body)))
-	}
-	return body
-}
-
-// serve starts a server and returns what a client for one request needs.
-// received is what comes over the connection.
-func (x *wire) serve(handler http.HandlerFunc) (url string, transport *http.Transport, received *tap) {
-	server := httptest.NewUnstartedServer(handler)
-	server.Config.ErrorLog = log.New(io.Discard, "", 0)
-	received = &tap{}
-	transport = &http.Transport{
-		DisableCompression:    true,
-		ExpectContinueTimeout: time.Minute, // until the server says something
-		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-			conn, err := new(net.Dialer).DialContext(ctx, network, addr)
-			return &tappedConn{conn, received}, err
-		},
-	}
-	if x.proto == 1 {
-		server.Start()
-	} else {
-		server.EnableHTTP2 = true
-		server.StartTLS()
-		transport.TLSClientConfig = server.Client().Transport.(*http.Transport).TLSClientConfig
-		transport.ForceAttemptHTTP2 = true
-	}
-	// Close of httptest would wait until a connection that was closed has lingered.
-	x.t.Cleanup(func() { _ = server.Config.Close() })
-	return server.URL, transport, received
-}
-
-// traced makes a note of 1xx responses.
-func traced(ctx context.Context, a *answer, client *progress) context.Context {
-	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-		Got1xxResponse: func(code int, header textproto.MIMEHeader) error {
-			a.Interim = append(a.Interim, fmt.Sprint(code, http.Header(header)))
-			client.reach(interim)
-			return nil
-		},
+func TestRecorderStatus(t *testing.T) {
+	checkShapes(t, []shape{
+		{name: "no write at all", handler: func(*probe) {}},
+		{name: "WriteHeader only", handler: func(w *probe) { w.WriteHeader(202) }},
+		{name: "a body with an implicit 200", handler: func(w *probe) { w.write("hello") }},
+		{name: "a status and a body", handler: func(w *probe) {
+			w.Header().Set("Location", "/charges/1")
+			w.WriteHeader(201)
+			w.write("charged")
+		}},
+		{name: "204", handler: func(w *probe) { w.WriteHeader(204) }},
+		{name: "204 with a body is refused", handler: func(w *probe) {
+			w.WriteHeader(204)
+			w.write("no")
+			w.saw(io.WriteString(w.ResponseWriter, "no"))
+		}},
+		{name: "204 with an empty body",
+			handler: func(w *probe) {
+				w.WriteHeader(204)
+				w.write("")
+			},
+			// HTTP/2 of net/http refuses even that. Ours is as on HTTP/1.1.
+			first: []edit{on(2, saw(0, "wrote 0 <nil>"))}},
+		{name: "304 with an ETag", handler: func(w *probe) {
+			w.Header().Set("ETag", `"v1"`)
+			w.Header().Set("Content-Type", "text/plain") // not sent on HTTP/1.1
+			w.WriteHeader(304)
+			w.write("no")
+		}},
+		{name: "304 with the length of what was not sent",
+			handler: func(w *probe) {
+				w.Header().Set("Content-Length", "5")
+				w.WriteHeader(304)
+			},
+			// A Content-Length that is not the body's is not kept. HTTP/1.1 does
+			// not send it in the first place.
+			replay: []edit{on(2, remove("Content-Length"), func(a *answer) { a.Length, a.BodyErr = 0, "" })}},
+		{name: "the first WriteHeader wins", handler: func(w *probe) {
+			w.WriteHeader(201)
+			w.WriteHeader(500)
+			w.write("created")
+		}},
+		{name: "WriteHeader after Write is too late", handler: func(w *probe) {
+			w.write("fine")
+			w.WriteHeader(409)
+		}},
+		{name: "an empty Write is a Write", handler: func(w *probe) {
+			w.write("")
+			w.Header().Set("X-Late", "1")
+			w.WriteHeader(409)
+		}},
+		{name: "999", handler: func(w *probe) { w.WriteHeader(999) },
+			opts: idempotency.Options{ShouldStore: func(int, http.Header) bool { return true }}},
+		{name: "WriteHeader panics as in net/http", handler: func(w *probe) {
+			for _, status := range []int{-1, 0, 99, 1000} {
+				func() {
+					defer func() { w.saw(recover()) }()
+					w.WriteHeader(status)
+				}()
+			}
+			w.WriteHeader(201)
+			w.WriteHeader(1000) // does not panic any more
+		}},
 	})
 }
 
-// bodyInParts makes the second part of the request's body wait for a value.
-func bodyInParts(r *http.Request, first string, wait <-chan struct{}, second string) {
-	r.ContentLength = -1
-	r.Body = io.NopCloser(io.MultiReader(strings.NewReader(first), waitReader(wait), strings.NewReader(second)))
+func TestRecorderInformational(t *testing.T) {
+	checkShapes(t, []shape{
+		{name: "103 with a Link, then other headers", handler: func(w *probe) {
+			w.set("Link", "</style.css>; rel=preload", "X-Both", "1")
+			w.WriteHeader(103)
+			w.Header().Del("Link")
+			w.Header().Set("X-Final", "1")
+			w.WriteHeader(201)
+			w.write("hello")
+		}},
+		{name: "103 with what is around the middleware",
+			outer: around("X-Outer", "1", "Link", "</outer>"),
+			handler: func(w *probe) {
+				w.Header().Add("Link", "</inner>")
+				w.WriteHeader(103)
+				w.Header().Del("X-Outer")
+			}},
+		{name: "100", handler: func(w *probe) {
+			w.WriteHeader(100)
+			body, err := io.ReadAll(w.request.Body)
+			w.saw(string(body), err)
+		}},
+		// A final status on HTTP/1.1, one of the 1xx on HTTP/2, which has no use
+		// for it.
+		{name: "101", handler: func(w *probe) {
+			w.Header().Set("Connection", "close")
+			w.WriteHeader(101)
+			w.write("no")
+		}, replay: []edit{on(1, remove("Connection"))}},
+		{name: "two 1xx", handler: func(w *probe) {
+			w.Header().Set("Content-Length", "5") // not in a 1xx
+			w.WriteHeader(102)
+			w.Header().Set("X-More", "1")
+			w.WriteHeader(103)
+			w.write("hello")
+		}},
+		{name: "1xx after the final status is nothing", handler: func(w *probe) {
+			w.WriteHeader(201)
+			w.WriteHeader(103)
+			w.write("hello")
+			w.flush()
+			w.WriteHeader(103)
+		}, replay: []edit{length}},
+		{name: "the client gets 1xx before the handler ends", handler: func(w *probe) {
+			w.WriteHeader(103)
+			w.awaitClient(interim)
+			w.WriteHeader(201)
+		}},
+		{name: "Expect: 100-continue", request: expectContinue, handler: func(w *probe) {
+			body, err := io.ReadAll(w.request.Body)
+			w.saw(string(body), err)
+		}, replay: []edit{continued}}, // the replay compares the body
+		{name: "Expect: 100-continue and a body that is not read", request: expectContinue,
+			handler: func(w *probe) { w.WriteHeader(400) },
+			// The middleware reads the body before the handler runs, which then has
+			// no reason to end the connection.
+			first: []edit{continued, on(1, remove("Connection"))}, replay: []edit{continued}},
+		{name: "Expect: 100-continue and a large body that is not read", request: expectContinue,
+			opts:    idempotency.Options{MaxBufferedBody: 1},
+			handler: func(w *probe) { w.WriteHeader(400) }},
+	})
 }
 
-// waitReader has nothing to read, and tells so late.
-type waitReader <-chan struct{}
+func expectContinue(r *http.Request) { r.Header.Set("Expect", "100-continue") }
 
-func (r waitReader) Read([]byte) (int, error) {
-	select {
-	case <-r:
-	case <-time.After(10 * time.Second):
-	}
-	return 0, io.EOF
-}
+func continued(a *answer) { a.Interim = []string{"100 map[]"} }
 
-// tap collects the bytes that a connection receives.
-type tap struct {
-	mu  sync.Mutex
-	all []byte
-}
-
-func (b *tap) bytes() []byte {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return slices.Clone(b.all)
-}
-
-type tappedConn struct {
-	net.Conn
-	tap *tap
-}
-
-func (c *tappedConn) Read(p []byte) (int, error) {
-	n, err := c.Conn.Read(p)
-	c.tap.mu.Lock()
-	defer c.tap.mu.Unlock()
-	if len(c.tap.all) < 128<<10 { // no header is larger
-		c.tap.all = append(c.tap.all, p[:n]...)
-	}
-	return n, err
-}
-
-// headerBytes returns the header of the final response in raw, byte by byte.
-func headerBytes(raw []byte) http.Header {
-	head, rest, _ := bytes.Cut(raw, []byte("\r\n\r\n"))
-	for bytes.HasPrefix(head, []byte("HTTP/1.1 1")) && !bytes.HasPrefix(head, []byte("HTTP/1.1 101")) {
-		head, rest, _ = bytes.Cut(rest, []byte("\r\n\r\n"))
-	}
-	header := make(http.Header)
-	for _, line := range strings.Split(string(head), "\r\n")[1:] {
-		name, value, _ := strings.Cut(line, ": ")
-		header[name] = append(header[name], value)
-	}
-	return header
-}
-
-// hideClock replaces a Date that net/http has set. Handlers set one of 2001.
-func hideClock(header http.Header) {
-	if date := header["Date"]; len(date) == 1 {
-		if at, err := http.ParseTime(date[0]); err == nil && at.Year() > 2001 {
-			header["Date"] = []string{"now"}
-		}
-	}
+func TestRecorderFlush(t *testing.T) {
+	checkShapes(t, []shape{
+		{name: "before any write", handler: func(w *probe) {
+			w.Header().Set("X-Early", "1")
+			w.flush()
+			w.awaitClient(0)
+			w.Header().Set("X-Late", "1")
+			w.write("hello")
+		}, replay: []edit{length}},
+		{name: "after WriteHeader", handler: func(w *probe) {
+			w.WriteHeader(202)
+			w.flush()
+			w.awaitClient(0)
+		}, replay: []edit{length}},
+		{name: "in the middle of the body", handler: func(w *probe) {
+			w.WriteHeader(201)
+			w.write("one ")
+			w.flush()
+			w.awaitClient(4)
+			w.write("two ")
+			w.flush()
+			w.awaitClient(8)
+			w.write("three")
+		}, replay: []edit{length}},
+		{name: "by http.Flusher", handler: func(w *probe) {
+			w.write("one")
+			w.ResponseWriter.(http.Flusher).Flush()
+			w.awaitClient(3)
+		}, replay: []edit{length}},
+		{name: "by FlushError", handler: func(w *probe) {
+			w.write("one")
+			w.saw(w.ResponseWriter.(interface{ FlushError() error }).FlushError())
+			w.awaitClient(3)
+		}, replay: []edit{length}},
+		{name: "with a Content-Length", handler: func(w *probe) {
+			w.Header().Set("Content-Length", "6")
+			w.write("one")
+			w.flush()
+			w.awaitClient(3)
+			w.write("two")
+		}},
+		{name: "of a long body", handler: func(w *probe) {
+			w.write(strings.Repeat("x", 10<<10))
+			w.flush()
+			w.awaitClient(10 << 10)
+			w.write(strings.Repeat("y", 10<<10))
+		}},
+		{name: "204", handler: func(w *probe) {
+			w.WriteHeader(204)
+			w.flush()
+			w.write("no")
+		}, replay: []edit{on(2, func(a *answer) { a.Length = 0 })}}, // net/http's client knows then
+		{name: "after more than is kept", opts: idempotency.Options{MaxResponseBytes: 10},
+			handler: func(w *probe) {
+				w.write("0123456789abcdef")
+				w.flush()
+				w.awaitClient(16)
+				w.write("!")
+			}, replay: []edit{notStored(200)}},
+	})
 }
 
 // Handlers of the standard library are the ones that know net/http's writers
@@ -670,10 +431,12 @@ func TestRecorderRefusesWritesAfterTheHandler(t *testing.T) {
 					left.WriteHeader(500)
 				}
 				direct := x.direct()
-				x.store = &storeWithPause{x.store, func() {
-					done := make(chan struct{})
-					go func() { defer close(done); late() }()
-					<-done
+				x.store = &idemtest.ObservedStore{Store: x.store, Look: func(_ context.Context, method string) {
+					if method == "Complete" {
+						done := make(chan struct{})
+						go func() { defer close(done); late() }()
+						<-done
+					}
 				}}
 				first := x.kept("first")
 				late()
@@ -716,17 +479,6 @@ func TestRecorderAcceptsWritesUntilTheHandlerReturns(t *testing.T) {
 	})
 }
 
-// storeWithPause calls pause before a response is stored.
-type storeWithPause struct {
-	idempotency.Store
-	pause func()
-}
-
-func (s *storeWithPause) Complete(ctx context.Context, key, token string, r idempotency.Result) error {
-	s.pause()
-	return s.Store.Complete(ctx, key, token, r)
-}
-
 // Without a key, or with a method that needs none, the handler gets what the
 // middleware got.
 func TestRecorderStaysOut(t *testing.T) {
@@ -750,29 +502,263 @@ func TestRecorderStaysOut(t *testing.T) {
 	}
 }
 
-// holdingWriter fails, and keeps what it was given, as HTTP/2 does for a while
-// when a stream is reset.
-type holdingWriter struct {
+// An outerWriter is what middleware around this one may put around the
+// ResponseWriter.
+type outerWriter struct {
 	http.ResponseWriter
-	held []byte
+	sent    bool
+	onSend  func(h http.Header)              // before the header goes out
+	onWrite func(h http.Header, body []byte) // before the first byte, unless WriteHeader was called
 }
 
-func (w *holdingWriter) Write(p []byte) (int, error) {
-	w.held = p
-	return 0, errors.New("stream reset")
-}
-
-// What a client did not take must not turn into the answer for another.
-func TestRecorderDoesNotReuseWhatAFailedWriteHolds(t *testing.T) {
-	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-		_, err := io.Copy(w, r.Body)
-		idemtest.Must(err)
-	})
-	first := &holdingWriter{ResponseWriter: httptest.NewRecorder()}
-	c.Handler.ServeHTTP(first, c.Request(idemtest.Exchange{Key: "first", Body: "the first answer"}))
-	require.Equal(t, "the first answer", string(first.held))
-	for i := range 100 {
-		c.Check(t, i, idemtest.Exchange{Key: fmt.Sprint(i), Body: "another's answer", Get: "200 another's answer"})
+func (w *outerWriter) WriteHeader(status int) {
+	if !w.sent && status >= 200 {
+		w.sent = true
+		if w.onSend != nil {
+			w.onSend(w.Header())
+		}
 	}
-	require.Equal(t, "the first answer", string(first.held))
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *outerWriter) Write(p []byte) (int, error) {
+	if !w.sent {
+		if w.onWrite != nil {
+			w.onWrite(w.Header(), p)
+		}
+		w.WriteHeader(http.StatusOK)
+	}
+	return w.ResponseWriter.Write(p)
+}
+
+func (w *outerWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+func wrapped(template outerWriter) func(http.Handler) http.Handler {
+	return func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			outer := template
+			outer.ResponseWriter = w
+			next.ServeHTTP(&outer, r)
+		})
+	}
+}
+
+// An outerHook is what middleware around this one shares with the handler.
+type outerHook struct {
+	header http.Header         // of the outer ResponseWriter
+	inner  http.ResponseWriter // that of the handler
+}
+
+type outerHookKey struct{}
+
+func hookOf(w *probe) *outerHook { return w.request.Context().Value(outerHookKey{}).(*outerHook) }
+
+// hooked is middleware that sets headers while the handler runs, or when the
+// header goes out, on the ResponseWriter of the handler.
+func hooked(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		hook := &outerHook{header: w.Header()}
+		w.Header().Set("X-Outer", "old")
+		outer := &outerWriter{ResponseWriter: w, onSend: func(http.Header) {
+			if hook.inner != nil {
+				hook.inner.Header().Set("X-Before", "1")
+			}
+		}}
+		next.ServeHTTP(outer, r.WithContext(context.WithValue(r.Context(), outerHookKey{}, hook)))
+	})
+}
+
+// early is middleware that sets a header with the first response, be it a 1xx.
+func early(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { next.ServeHTTP(&earlyWriter{w}, r) })
+}
+
+type earlyWriter struct{ http.ResponseWriter }
+
+func (w *earlyWriter) WriteHeader(status int) {
+	if w.Header()["X-Early"] == nil {
+		w.Header().Set("X-Early", "of the outer")
+	}
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *earlyWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// noFlush has the method and cannot do it.
+type noFlush struct{ http.ResponseWriter }
+
+func (w *noFlush) FlushError() error { return http.ErrNotSupported }
+
+// What middleware around this one does to a response is done to the first answer
+// and to the replay as it would be done to the handler's own.
+func TestRecorderUnderOtherWriters(t *testing.T) {
+	compressor := wrapped(outerWriter{onWrite: func(h http.Header, body []byte) {
+		h["Content-Type"] = []string{http.DetectContentType(body)}
+		h["X-Encoded"] = []string{"yes"}
+	}})
+	inPlace := wrapped(outerWriter{onSend: func(h http.Header) {
+		for i := range h["X-List"] {
+			h["X-List"][i] += "; outer"
+		}
+	}})
+	trailing := wrapped(outerWriter{onSend: func(h http.Header) { h.Set(http.TrailerPrefix+"X-Outer", "1") }})
+	fallback := func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			outer := &outerWriter{ResponseWriter: w}
+			next.ServeHTTP(outer, r)
+			if !outer.sent {
+				outer.WriteHeader(http.StatusNotFound)
+			}
+		})
+	}
+	checkShapes(t, []shape{
+		{name: "a header that is only implied", outer: compressor, handler: func(w *probe) { w.write("<html>hello") }},
+		{name: "a header that is implied by a flush", outer: compressor,
+			handler: func(w *probe) {
+				w.write("<html>hello")
+				w.flush()
+				w.write("again")
+			},
+			replay: []edit{length}},
+		{name: "a header that is not implied", outer: compressor, handler: func(w *probe) {
+			w.WriteHeader(200)
+			w.write("<html>hello")
+		}},
+		{name: "no answer", outer: fallback, handler: func(w *probe) { w.set("X-Handler", "1") }},
+		{name: "values that are changed in place", outer: inPlace, handler: func(w *probe) {
+			w.set("X-List", "a")
+			w.write("hello")
+		}},
+		{name: "values that are changed in place at a flush", outer: inPlace,
+			handler: func(w *probe) {
+				w.set("X-List", "a")
+				w.write("hello")
+				w.flush()
+			},
+			replay: []edit{length}},
+		{name: "a trailer of the outer one", outer: trailing,
+			handler: func(w *probe) {
+				w.WriteHeader(200)
+				w.flush()
+			},
+			replay: []edit{on(2, length)}},
+		{name: "values of a 1xx that are changed in place", outer: early,
+			handler: func(w *probe) {
+				w.WriteHeader(103)
+				w.Header()["X-Early"][0] = "of the handler"
+				w.WriteHeader(201)
+			}},
+		{name: "headers that are set meanwhile", outer: hooked,
+			handler: func(w *probe) {
+				h := hookOf(w).header
+				h.Set("X-Outer", "new")
+				h.Add("X-Meanwhile", "1")
+				w.write("hello")
+			},
+			replay: []edit{set("X-Outer", "old"), remove("X-Meanwhile")}},
+		{name: "a header that is set when all goes out", outer: hooked,
+			handler: func(w *probe) {
+				hookOf(w).inner = w.ResponseWriter
+				w.WriteHeader(201)
+			},
+			replay: []edit{remove("X-Before")}},
+		{name: "a write of nothing", outer: fallback, handler: func(w *probe) { w.write("") }},
+		{name: "a write of nothing and a trailer",
+			handler: func(w *probe) {
+				w.set("Trailer", "X-T")
+				w.write("")
+				w.set("X-T", "1")
+			}},
+		{name: "a flush of nothing", outer: fallback,
+			handler: func(w *probe) { w.flush() },
+			replay:  []edit{length}},
+		{name: "a flush that is not supported",
+			outer: func(next http.Handler) http.Handler {
+				return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { next.ServeHTTP(&noFlush{w}, r) })
+			},
+			handler: func(w *probe) {
+				w.write("hello")
+				w.flush()
+			}},
+	})
+}
+
+// As in net/http, a goroutine that flushes may meet one that sets trailers.
+func TestFlushWhileTrailersAreSet(t *testing.T) {
+	eachProto(t, func(t *testing.T, proto int) {
+		newWire(t, proto, shape{
+			handler: func(w *probe) {
+				w.WriteHeader(201)
+				header := w.Header() // net/http, too, must be asked for it before
+				var flushing sync.WaitGroup
+				flushing.Go(func() {
+					for range 100 {
+						_ = w.control().Flush()
+					}
+				})
+				for range 100 {
+					header.Set(http.TrailerPrefix+"X-T", "1")
+				}
+				flushing.Wait()
+				w.write("hello")
+			},
+			replay: []edit{on(2, length)},
+		}).check(func() {})
+	})
+}
+
+// goneWriter is that of a client who has hung up.
+type goneWriter struct {
+	*httptest.ResponseRecorder
+	gone bool
+}
+
+func (w *goneWriter) Write(p []byte) (int, error) {
+	if w.gone {
+		return 0, errors.New("broken pipe")
+	}
+	return w.ResponseRecorder.Write(p)
+}
+
+// As long as the response is kept a client who leaves does not stop the
+// handler, which streams to him.
+func TestStreamGoesOnWithoutItsClient(t *testing.T) {
+	writer := &goneWriter{ResponseRecorder: httptest.NewRecorder()}
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxResponseBytes: 20}, func(w http.ResponseWriter, _ *http.Request) {
+		_, err := io.WriteString(w, "one ")
+		require.NoError(t, err)
+		require.NoError(t, http.NewResponseController(w).Flush())
+		writer.gone = true
+		for _, part := range []string{"two ", "three "} {
+			n, err := io.WriteString(w, part)
+			require.NoError(t, err)
+			require.Equal(t, len(part), n)
+		}
+	})
+	c.Handler.ServeHTTP(writer, c.Request(idemtest.Exchange{Key: "a"}))
+	c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "replay 200 one two three "})
+	require.Equal(t, 1, c.Runs())
+}
+
+// An endless stream ends when its client is gone and it is not kept any more.
+func TestServerEndlessStreamEnds(t *testing.T) {
+	ended := make(chan error, 1)
+	s := newServer(t, nil, func(w http.ResponseWriter, r *http.Request) {
+		chunk := make([]byte, 64<<10)
+		for {
+			if _, err := w.Write(chunk); err != nil {
+				ended <- err
+				return
+			}
+		}
+	})
+	ctx, hangUp := context.WithCancel(t.Context())
+	r, err := http.NewRequestWithContext(ctx, "POST", s.URL+"/charge", strings.NewReader("x"))
+	require.NoError(t, err)
+	r.Header.Set("Idempotency-Key", "a")
+	resp, err := s.Client().Do(r)
+	require.NoError(t, err)
+	hangUp()
+	resp.Body.Close()
+	require.Error(t, <-ended)
 }

@@ -125,7 +125,6 @@ func expireMillion(b *testing.B, wrap func(http.Handler) http.Handler) {
 	ttl := time.Second + 15*fill(b, few, millionInUse)
 	alone := heapInUse() - before
 	runtime.KeepAlive(few)
-	few = nil
 
 	var store *idempotency.MemoryStore
 	for before = heapInUse(); ; ttl *= 2 { // until none expires before the last is there

@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-idempotency/idempotency/integration/history"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 )
 
 // A fleet is a service of several processes on one Redis, and its ledger.
@@ -21,7 +22,7 @@ type fleet struct {
 	epoch   time.Time
 	lease   time.Duration
 	ledger  *ledger
-	redis   *redisServer
+	redis   *idemtest.RedisServer
 	links   []*link
 	servers []*server
 
@@ -48,9 +49,9 @@ const replicas = 3
 
 func (s scenario) redisArgs() []string {
 	if s.volatile {
-		return []string{"--appendonly", "no"}
+		return nil
 	}
-	return nil
+	return durable
 }
 
 func startFleet(t *testing.T, s scenario) *fleet {
@@ -58,11 +59,11 @@ func startFleet(t *testing.T, s scenario) *fleet {
 	if s.load.plan != nil {
 		plan = s.load.plan(s.lease)
 	}
-	f := &fleet{epoch: time.Now(), lease: s.lease, redis: startRedis(t, s.redisArgs()...),
+	f := &fleet{epoch: time.Now(), lease: s.lease, redis: idemtest.StartRedis(t, s.redisArgs()...),
 		killed: make(map[string]time.Duration)}
 	f.ledger = startLedger(t, f.epoch, plan)
 	for n := range replicas {
-		f.links = append(f.links, startLink(t, f.redis.addr))
+		f.links = append(f.links, startLink(t, f.redis.Addr))
 		f.servers = append(f.servers, startServer(t, replicaConfig{
 			Name: fmt.Sprintf("replica-%d", n), Redis: f.links[n].addr(), Ledger: f.ledger.url, Epoch: f.epoch,
 			Lease: s.lease, Wait: s.lease, Bug: s.bug,

@@ -30,5 +30,9 @@ func must(err error) {
 	}
 }
 
+// durable are arguments of a redis-server that writes every command to disk
+// before it answers, so that a restart is no excuse.
+var durable = []string{"--appendonly", "yes", "--appendfsync", "always"}
+
 // patience is how long tests wait for what must happen.
 const patience = 20 * time.Second

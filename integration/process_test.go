@@ -3,14 +3,15 @@ package integration
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 )
@@ -99,10 +100,12 @@ func (s *server) kill() string {
 	return s.config.Name
 }
 
-func (s *server) signal(sig syscall.Signal) {
+// stopFor stops the process for d, or until ctx ends.
+func (s *server) stopFor(ctx context.Context, d time.Duration) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	_ = s.cmd.Process.Signal(sig)
+	process := s.cmd.Process
+	s.mu.Unlock()
+	stopFor(ctx, process, d)
 }
 
 // A tail keeps the end of what is written to it.

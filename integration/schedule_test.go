@@ -4,11 +4,13 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
+
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 )
 
 // A fault is something that happens to one part of the service. From is since
@@ -152,6 +154,14 @@ func pauseFor(ctx context.Context, d time.Duration) bool {
 	}
 }
 
+// stopFor stops a process for d, or until ctx ends. Where that is not possible
+// it goes on.
+func stopFor(ctx context.Context, process *os.Process, d time.Duration) {
+	_ = idemtest.Stop(process)
+	pauseFor(ctx, d)
+	_ = idemtest.Continue(process)
+}
+
 // strike lets a fault happen and waits until it is over.
 func (f *fleet) strike(ctx context.Context, t *testing.T, lane string, fault fault) {
 	name, number, _ := strings.Cut(lane, "-")
@@ -159,15 +169,13 @@ func (f *fleet) strike(ctx context.Context, t *testing.T, lane string, fault fau
 	_, _ = fmt.Sscan(number, &n)
 	switch {
 	case name == "redis" && fault.What == killProcess:
-		f.redis.kill()
+		f.redis.Kill()
 		pauseFor(ctx, fault.For)
-		if !f.redis.start() {
+		if !f.redis.Start() {
 			t.Error("redis-server does not start again")
 		}
 	case name == "redis":
-		f.redis.signal(syscall.SIGSTOP)
-		pauseFor(ctx, fault.For)
-		f.redis.signal(syscall.SIGCONT)
+		stopFor(ctx, f.redis.Process(), fault.For)
 	case fault.What == killProcess:
 		f.kill(n)
 		pauseFor(ctx, fault.For)
@@ -175,9 +183,7 @@ func (f *fleet) strike(ctx context.Context, t *testing.T, lane string, fault fau
 			t.Error(err)
 		}
 	case fault.What == stopProcess:
-		f.servers[n].signal(syscall.SIGSTOP)
-		pauseFor(ctx, fault.For)
-		f.servers[n].signal(syscall.SIGCONT)
+		f.servers[n].stopFor(ctx, fault.For)
 	case fault.What == cutLink:
 		f.links[n].cut()
 	default:

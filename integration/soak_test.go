@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/redis/go-redis/v9"
 	"github.com/stretchr/testify/require"
 )
@@ -23,7 +24,7 @@ type soak struct {
 	began   time.Time
 	length  time.Duration
 	ledger  *soakLedger
-	redis   *redisServer
+	redis   *idemtest.RedisServer
 	links   []*link
 	servers []*server
 	load    *soakLoad
@@ -90,11 +91,11 @@ func startSoak(t *testing.T, length time.Duration, rate float64, bug string) *so
 	// A claim outlives its process for a TTL. After that even an at-most-once
 	// key is free, so clients must have been told by then.
 	lease := ttl / 4
-	s := &soak{t: t, began: time.Now(), length: length, ledger: startSoakLedger(t, lease), redis: startRedis(t),
+	s := &soak{t: t, began: time.Now(), length: length, ledger: startSoakLedger(t, lease), redis: idemtest.StartRedis(t, durable...),
 		samples: make(map[string][]sample)}
 	config := replicaConfig{Ledger: s.ledger.addr, TTL: ttl, Lease: lease, Wait: 3 * time.Second, Bug: bug}
 	for n := range 2 {
-		s.links = append(s.links, startLink(t, s.redis.addr))
+		s.links = append(s.links, startLink(t, s.redis.Addr))
 		config.Name, config.Redis, config.Soak = fmt.Sprintf("redis-%d", n), s.links[n].addr(), soakRedis
 		s.servers = append(s.servers, startServer(t, config))
 	}
@@ -118,9 +119,9 @@ func (s *soak) trouble(ctx context.Context) {
 		switch {
 		case n%6 == 0:
 			down := time.Now()
-			s.redis.kill()
+			s.redis.Kill()
 			pauseFor(ctx, 200*time.Millisecond)
-			if !s.redis.start() {
+			if !s.redis.Start() {
 				s.t.Error("redis-server does not start again")
 			}
 			s.ledger.away(down, time.Now())
@@ -186,7 +187,7 @@ func (s *soak) take(server *server) (sample sample) {
 }
 
 func (s *soak) takeRedis() (sample sample) {
-	client := redis.NewClient(&redis.Options{Addr: s.redis.addr, ContextTimeoutEnabled: true})
+	client := redis.NewClient(&redis.Options{Addr: s.redis.Addr, ContextTimeoutEnabled: true})
 	defer func() { _ = client.Close() }()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()

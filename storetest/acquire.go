@@ -58,7 +58,7 @@ var acquireRules = []rule{
 
 	{name: "Mismatch comes before Abandoned", check: func(e *env) {
 		a := e.acquireOnce(claim{token: "A", fp: "one", lease: e.short})
-		e.turns(a.span, e.short, claim{token: "C", fp: "one"}, idempotency.InProgress).is(idempotency.Abandoned)
+		e.changesAfter(a.span, e.short, claim{token: "C", fp: "one"}, idempotency.InProgress).is(idempotency.Abandoned)
 		e.acquire(claim{token: "B", fp: "two"}).is(idempotency.Mismatch)
 	}},
 
@@ -66,7 +66,7 @@ var acquireRules = []rule{
 		a := e.acquire(claim{token: "A", fp: "one", lease: e.short}).acquired(1)
 		e.lapse()
 		e.acquire(claim{token: "B", fp: "two"}).is(idempotency.Mismatch)
-		e.turns(a.span, e.short, claim{token: "C", fp: "one"}, idempotency.InProgress).acquired(2)
+		e.changesAfter(a.span, e.short, claim{token: "C", fp: "one"}, idempotency.InProgress).acquired(2)
 	}},
 
 	{name: "an unknown fingerprint is no Mismatch", check: func(e *env) {
@@ -128,8 +128,8 @@ var acquireRules = []rule{
 		e.acquire(claim{token: "A"}).acquired(1)
 		e.release("A")
 		b := e.acquire(claim{token: "B", lease: e.short}).acquired(2)
-		c := e.turns(b.span, e.short, claim{token: "C", lease: e.short}, idempotency.InProgress).acquired(3)
-		e.turns(c.span, e.short, claim{token: "D"}, idempotency.InProgress).acquired(4)
+		c := e.changesAfter(b.span, e.short, claim{token: "C", lease: e.short}, idempotency.InProgress).acquired(3)
+		e.changesAfter(c.span, e.short, claim{token: "D"}, idempotency.InProgress).acquired(4)
 		e.acquire(claim{token: "D"}).acquired(4)
 		e.release("D")
 		e.acquire(claim{token: "E"}).acquired(5)
@@ -146,8 +146,8 @@ var acquireRules = []rule{
 	}},
 }
 
-// cancelled makes calls whose context has ended. What they did is unknown, but
-// they must say so with an error or have done it. Then the owner goes on.
+// cancelled makes calls whose context has ended. Each must have done its work or
+// return an error. Then the owner goes on.
 func cancelled(e *env) {
 	ctx, cancel := context.WithCancel(e.ctx)
 	cancel()

@@ -20,7 +20,7 @@ var completeRules = []rule{
 
 	{name: "the result of an abandoned claim is stored", check: func(e *env) {
 		a := e.acquireOnce(claim{token: "A", lease: e.short})
-		e.turns(a.span, e.short, claim{token: "B"}, idempotency.InProgress).is(idempotency.Abandoned)
+		e.changesAfter(a.span, e.short, claim{token: "B"}, idempotency.InProgress).is(idempotency.Abandoned)
 		e.complete("A", result{value: "done"})
 		e.acquire(claim{token: "B"}).completed("", "done")
 	}},
@@ -73,7 +73,7 @@ var completeRules = []rule{
 
 	{name: "a former owner is refused after a take-over", check: func(e *env) {
 		a := e.acquire(claim{token: "A", lease: e.short}).acquired(1)
-		e.turns(a.span, e.short, claim{token: "B"}, idempotency.InProgress).acquired(2)
+		e.changesAfter(a.span, e.short, claim{token: "B"}, idempotency.InProgress).acquired(2)
 		e.refuseComplete("A", result{value: "late"})
 		e.acquire(claim{token: "C"}).is(idempotency.InProgress)
 		e.complete("B", result{value: "done"})

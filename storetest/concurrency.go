@@ -10,7 +10,7 @@ import (
 	"github.com/go-idempotency/idempotency"
 )
 
-// A race is won by luck, so each rule runs many, with a key for each.
+// Which call wins a race is luck, so each rule runs many, with a key for each.
 const (
 	races  = 16
 	racers = 16
@@ -146,7 +146,7 @@ var concurrencyRules = []rule{
 }
 
 // completeOrTakeOver lets the owner of a lapsed claim complete while another
-// takes it over. Each must be told what the other one sees.
+// token takes it over. The two answers must agree on which was first.
 func completeOrTakeOver(e *env) {
 	for _, key := range e.lapsedClaims() {
 		e.use(key)
@@ -171,8 +171,8 @@ func completeOrTakeOver(e *env) {
 	}
 }
 
-// completeOrRenewal lets a renewal, or the claim once more, be on its way while
-// the owner completes. It must not bring the claim back.
+// completeOrRenewal renews the claim, or sends it twice, while the owner
+// completes. Neither may bring the claim back.
 func completeOrRenewal(e *env) {
 	for _, again := range []claim{{token: "A"}, {token: "A", attempt: 1}} {
 		for range races {
@@ -196,8 +196,8 @@ func completeOrRenewal(e *env) {
 	}
 }
 
-// completeOrRelease lets the owner complete while a Release of its own is on
-// its way. What Complete has reported as stored must not be freed.
+// completeOrRelease lets the owner complete and release at once. A result that
+// Complete has reported as stored must not be freed.
 func completeOrRelease(e *env) {
 	for range races {
 		e.use(randomKey())
@@ -310,7 +310,7 @@ func (e *env) lapsedClaims() []string {
 		last = e.acquire(claim{token: "A", lease: e.short}).acquired(1)
 	}
 	// When the last one can be taken over, the leases of all are over.
-	e.turns(last.span, e.short, claim{token: "B"}, idempotency.InProgress).acquired(2)
+	e.changesAfter(last.span, e.short, claim{token: "B"}, idempotency.InProgress).acquired(2)
 	return keys[:races-1]
 }
 
@@ -358,8 +358,8 @@ func (e *env) claimAll(claims []claim, also func()) []idempotency.Record {
 	return recs
 }
 
-// oneOfTwo fails unless one of two calls has acquired, and the other was told
-// the state that stands for it.
+// oneOfTwo fails unless one of two calls has acquired the key, and the other got
+// its state of a loser.
 func (e *env) oneOfTwo(recs []idempotency.Record, first, second idempotency.State) {
 	switch {
 	case e.err != nil:
@@ -396,7 +396,8 @@ func count(recs []idempotency.Record, s idempotency.State) int {
 func atOnce(n int, call func(i int)) {
 	var ready, done sync.WaitGroup
 	ready.Add(1)
-	// The scheduler has a habit of running some first. Not always the same.
+	// The scheduler tends to run the last goroutine first, so it is another one
+	// each time.
 	first := rand.IntN(n)
 	for i := range n {
 		done.Go(func() {

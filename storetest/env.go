@@ -13,9 +13,9 @@ import (
 	"github.com/go-idempotency/idempotency"
 )
 
-// An env is what a rule works with: a store, a key of its own, and steps that
-// are written down as they are done. The first step that fails sets err, and
-// those after it do nothing; so a rule reads as a list of steps.
+// An env is what a rule works with: a store, a key of its own, and a log of its
+// steps. The first step that fails sets err, and the steps after it do nothing;
+// so a rule reads as a list of steps.
 type env struct {
 	timing
 	ctx   context.Context
@@ -40,7 +40,7 @@ func randomKey() string {
 	return base64.RawURLEncoding.EncodeToString(b)
 }
 
-// use makes key the one that the steps from here on are about.
+// use makes key the key of the steps that follow.
 func (e *env) use(key string) {
 	e.key = key
 	e.note("with the key %s", show([]byte(key)))
@@ -268,7 +268,7 @@ func outcome(r idempotency.Record, err error) string {
 	return r.State.String()
 }
 
-// show returns b for the log, the middle of what is long left out.
+// show returns b for the log, without the middle when it is long.
 func show(b []byte) string {
 	switch {
 	case len(b) == 0:
@@ -279,7 +279,7 @@ func show(b []byte) string {
 	return fmt.Sprintf("%q…%q (%d bytes)", b[:16], b[len(b)-16:], len(b))
 }
 
-// same fails unless a slice that the store returned is what it was.
+// same fails if a slice that the store returned has changed since.
 func (e *env) same(what string, got []byte, want string) {
 	if !bytes.Equal(got, []byte(want)) {
 		e.fail("the %s that was returned to stay %s; it has become %s", what, show([]byte(want)), show(got))

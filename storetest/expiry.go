@@ -7,8 +7,8 @@ import (
 	"github.com/go-idempotency/idempotency"
 )
 
-// expiryRules are about the end of cells. That a cell still exists shows in
-// Attempt: it is 1 again where nothing is left.
+// expiryRules are about the end of cells. Attempt tells whether a cell is still
+// there: it is 1 where the cell has expired.
 var expiryRules = slices.Concat(
 	everyWay("starts the TTL anew", startsTTL),
 	everyWay("does not expire before its lease", keepsLease),
@@ -16,13 +16,13 @@ var expiryRules = slices.Concat(
 	[]rule{
 		{name: "a Once claim expires", check: func(e *env) {
 			a := e.acquireOnce(claim{token: "A", lease: e.short / 2, ttl: e.short})
-			e.turns(a.span, e.short, claim{token: "B"}, idempotency.InProgress, idempotency.Abandoned).acquired(1)
+			e.changesAfter(a.span, e.short, claim{token: "B"}, idempotency.InProgress, idempotency.Abandoned).acquired(1)
 		}},
 
 		{name: "a completed cell expires", check: func(e *env) {
 			e.acquire(claim{token: "A"}).acquired(1)
 			a := e.complete("A", result{value: "done", ttl: e.short})
-			e.turns(a, e.short, claim{token: "B"}, idempotency.Completed).acquired(1)
+			e.changesAfter(a, e.short, claim{token: "B"}, idempotency.Completed).acquired(1)
 		}},
 
 		{name: "Complete starts a TTL of its own", check: func(e *env) {
@@ -38,7 +38,7 @@ var expiryRules = slices.Concat(
 				e.complete("A", result{value: "done"})
 				return first
 			})
-			e.turns(first, ttl, claim{token: "B"}, idempotency.Completed).acquired(1)
+			e.changesAfter(first, ttl, claim{token: "B"}, idempotency.Completed).acquired(1)
 		}},
 
 		{name: "Complete writes after the claim has expired", check: func(e *env) {
@@ -51,7 +51,7 @@ var expiryRules = slices.Concat(
 		{name: "a renewal that is refused does not prolong a completed cell", check: func(e *env) {
 			e.acquire(claim{token: "A"}).acquired(1)
 			done := e.complete("A", result{value: "done", ttl: e.short})
-			e.turns(done, e.short, claim{token: "A", attempt: 2}, idempotency.Lost).acquired(2)
+			e.changesAfter(done, e.short, claim{token: "A", attempt: 2}, idempotency.Lost).acquired(2)
 		}},
 	})
 
@@ -60,13 +60,13 @@ var markerRules = []rule{
 	{name: "a released cell expires before the claim would have", check: func(e *env) {
 		e.acquire(claim{token: "A"}).acquired(1)
 		a := e.releaseFor("A", e.short)
-		e.turns(a, e.short, claim{token: "A"}, idempotency.Lost).acquired(1)
+		e.changesAfter(a, e.short, claim{token: "A"}, idempotency.Lost).acquired(1)
 	}},
 
 	{name: "a released cell expires after the claim would have", check: func(e *env) {
 		e.acquire(claim{token: "A", lease: e.short / 2, ttl: e.short / 2}).acquired(1)
 		a := e.releaseFor("A", e.short)
-		e.turns(a, e.short, claim{token: "A"}, idempotency.Lost).acquired(1)
+		e.changesAfter(a, e.short, claim{token: "A"}, idempotency.Lost).acquired(1)
 	}},
 
 	{name: "a released cell counts attempts for as long as it is kept", check: func(e *env) {
@@ -82,7 +82,7 @@ var markerRules = []rule{
 
 	{name: "an absent cell that was released expires", check: func(e *env) {
 		a := e.releaseFor("A", e.short)
-		e.turns(a, e.short, claim{token: "A"}, idempotency.Lost).acquired(1)
+		e.changesAfter(a, e.short, claim{token: "A"}, idempotency.Lost).acquired(1)
 	}},
 
 	{name: "an absent cell that was released is kept", check: func(e *env) {
@@ -98,7 +98,7 @@ var markerRules = []rule{
 				e.release(token)
 				return first
 			})
-			e.turns(first, keep, claim{token: "A"}, idempotency.Lost).acquired(1)
+			e.changesAfter(first, keep, claim{token: "A"}, idempotency.Lost).acquired(1)
 		}
 	}},
 
@@ -112,7 +112,7 @@ var markerRules = []rule{
 
 	{name: "a renewal that is refused does not prolong a released cell", check: func(e *env) {
 		a := e.releaseFor("A", e.short)
-		e.turns(a, e.short, claim{token: "B", attempt: 2}, idempotency.Lost).acquired(2)
+		e.changesAfter(a, e.short, claim{token: "B", attempt: 2}, idempotency.Lost).acquired(2)
 	}},
 
 	{name: "a release that is not the owner's changes no TTL", check: func(e *env) {
@@ -121,7 +121,7 @@ var markerRules = []rule{
 			e.release("B")
 			return a.span
 		})
-		e.turns(start, ttl, claim{token: "B", fp: "two"}, idempotency.Mismatch).acquired(1)
+		e.changesAfter(start, ttl, claim{token: "B", fp: "two"}, idempotency.Mismatch).acquired(1)
 
 		e.use(randomKey())
 		e.acquire(claim{token: "A", fp: "one"}).acquired(1)
@@ -136,7 +136,7 @@ var markerRules = []rule{
 			e.release("A")
 			return done
 		})
-		e.turns(done, ttl, claim{token: "B"}, idempotency.Completed).acquired(1)
+		e.changesAfter(done, ttl, claim{token: "B"}, idempotency.Completed).acquired(1)
 
 		e.use(randomKey())
 		e.complete("A", result{value: "done"})

@@ -28,7 +28,7 @@ var leaseRules = slices.Concat(everyWay("starts the lease", startsLease), []rule
 
 	{name: "a claim is taken over when its lease is over", check: func(e *env) {
 		a := e.acquire(claim{token: "A", fp: "one", lease: e.short}).acquired(1)
-		e.turns(a.span, e.short, claim{token: "B", fp: "one"}, idempotency.InProgress).acquired(2)
+		e.changesAfter(a.span, e.short, claim{token: "B", fp: "one"}, idempotency.InProgress).acquired(2)
 		e.acquire(claim{token: "A", fp: "one"}).is(idempotency.InProgress)
 		e.acquire(claim{token: "C", fp: "one"}).is(idempotency.InProgress)
 		e.acquire(claim{token: "B", fp: "one"}).acquired(2)
@@ -36,9 +36,9 @@ var leaseRules = slices.Concat(everyWay("starts the lease", startsLease), []rule
 
 	{name: "a take-over writes its own fingerprint", check: func(e *env) {
 		a := e.acquire(claim{token: "A", lease: e.short}).acquired(1)
-		b := e.turns(a.span, e.short, claim{token: "B", fp: "one", lease: e.short}, idempotency.InProgress).acquired(2)
+		b := e.changesAfter(a.span, e.short, claim{token: "B", fp: "one", lease: e.short}, idempotency.InProgress).acquired(2)
 		e.acquire(claim{token: "C", fp: "two"}).is(idempotency.Mismatch)
-		e.turns(b.span, e.short, claim{token: "C"}, idempotency.InProgress).acquired(3)
+		e.changesAfter(b.span, e.short, claim{token: "C"}, idempotency.InProgress).acquired(3)
 		e.acquire(claim{token: "D", fp: "two"}).is(idempotency.InProgress)
 	}},
 
@@ -46,19 +46,19 @@ var leaseRules = slices.Concat(everyWay("starts the lease", startsLease), []rule
 	{name: "a claim that is refused changes nothing", check: func(e *env) {
 		a := e.acquire(claim{token: "A", fp: "one", lease: e.short}).acquired(1)
 		e.acquire(claim{token: "B", fp: "two", ttl: e.short}).is(idempotency.Mismatch)
-		e.turns(a.span, e.short, claim{token: "C", fp: "one"}, idempotency.InProgress).acquired(2)
+		e.changesAfter(a.span, e.short, claim{token: "C", fp: "one"}, idempotency.InProgress).acquired(2)
 	}},
 
 	{name: "a Once claim is Abandoned when its lease is over", check: func(e *env) {
 		a := e.acquireOnce(claim{token: "A", fp: "one", lease: e.short})
-		e.turns(a.span, e.short, claim{token: "B", fp: "one"}, idempotency.InProgress).is(idempotency.Abandoned)
+		e.changesAfter(a.span, e.short, claim{token: "B", fp: "one"}, idempotency.InProgress).is(idempotency.Abandoned)
 		e.acquire(claim{token: "B"}).is(idempotency.Abandoned)
 		e.acquire(claim{token: "C", fp: "one", once: true}).is(idempotency.Abandoned)
 	}},
 
 	{name: "a Once claim that is Abandoned stays its owner's", check: func(e *env) {
 		a := e.acquireOnce(claim{token: "A", lease: e.short})
-		e.turns(a.span, e.short, claim{token: "B"}, idempotency.InProgress).is(idempotency.Abandoned)
+		e.changesAfter(a.span, e.short, claim{token: "B"}, idempotency.InProgress).is(idempotency.Abandoned)
 		e.acquire(claim{token: "A"}).acquiredOnce(1)
 		e.acquire(claim{token: "A", attempt: 1}).acquiredOnce(1)
 	}},

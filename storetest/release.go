@@ -59,19 +59,19 @@ var releaseRules = []rule{
 	{name: "another owner's claim stays", check: func(e *env) {
 		a := e.acquire(claim{token: "A", lease: e.short}).acquired(1)
 		e.release("B")
-		e.turns(a.span, e.short, claim{token: "C"}, idempotency.InProgress).acquired(2)
+		e.changesAfter(a.span, e.short, claim{token: "C"}, idempotency.InProgress).acquired(2)
 	}},
 
 	{name: "another owner's abandoned claim stays", check: func(e *env) {
 		a := e.acquireOnce(claim{token: "A", lease: e.short})
 		e.lapse()
 		e.release("B")
-		e.turns(a.span, e.short, claim{token: "C"}, idempotency.InProgress).is(idempotency.Abandoned)
+		e.changesAfter(a.span, e.short, claim{token: "C"}, idempotency.InProgress).is(idempotency.Abandoned)
 	}},
 
 	{name: "a former owner leaves the new one alone", check: func(e *env) {
 		a := e.acquire(claim{token: "A", lease: e.short}).acquired(1)
-		e.turns(a.span, e.short, claim{token: "B"}, idempotency.InProgress).acquired(2)
+		e.changesAfter(a.span, e.short, claim{token: "B"}, idempotency.InProgress).acquired(2)
 		e.release("A")
 		e.acquire(claim{token: "C"}).is(idempotency.InProgress)
 		e.complete("B", result{value: "done"})

@@ -25,11 +25,11 @@ var resendRules = []rule{
 
 	{name: "an unknown fingerprint stays unknown", check: func(e *env) { e.keepsUnknownFingerprint(0) }},
 
-	// The former owner's claim is that of any other token.
+	// The former owner has no better right than any other token.
 	{name: "a claim that was taken over is another owner's", check: func(e *env) {
 		a := e.acquire(claim{token: "A", lease: e.short}).acquired(1)
-		b := e.turns(a.span, e.short, claim{token: "B", lease: e.short}, idempotency.InProgress).acquired(2)
-		e.turns(b.span, e.short, claim{token: "A"}, idempotency.InProgress).acquired(3)
+		b := e.changesAfter(a.span, e.short, claim{token: "B", lease: e.short}, idempotency.InProgress).acquired(2)
+		e.changesAfter(b.span, e.short, claim{token: "A"}, idempotency.InProgress).acquired(3)
 	}},
 }
 
@@ -44,7 +44,7 @@ var renewRules = []rule{
 			e.acquire(claim{token: "C", fp: "one"}).is(idempotency.InProgress)
 			e.acquire(claim{token: "A", attempt: attempt + 1}).is(idempotency.Lost)
 			a := e.acquire(claim{token: "A", attempt: attempt, lease: e.short}).acquired(attempt)
-			e.turns(a.span, e.short, claim{token: "C", fp: "one"}, idempotency.InProgress).acquired(attempt + 1)
+			e.changesAfter(a.span, e.short, claim{token: "C", fp: "one"}, idempotency.InProgress).acquired(attempt + 1)
 		}
 	}},
 
@@ -123,7 +123,7 @@ var renewRules = []rule{
 			e.pass(e.short / 2)
 			a = e.acquire(claim{token: "A", attempt: 1, lease: e.short}).acquired(1)
 		}
-		e.turns(a.span, e.short, claim{token: "B"}, idempotency.InProgress).acquired(2)
+		e.changesAfter(a.span, e.short, claim{token: "B"}, idempotency.InProgress).acquired(2)
 	}},
 
 	{name: "the fingerprint stays", check: func(e *env) { e.keepsFingerprint(1) }},
@@ -149,8 +149,9 @@ var renewRules = []rule{
 		e.acquire(claim{token: "B"}).acquired(2)
 	}},
 
-	// Two commands of A are late: its claim, sent twice, and the renewal that
-	// was to mark it. B has come and gone, so the marker is no longer A's.
+	// Two commands of A are late: its claim, which was sent twice, and the
+	// renewal that was to mark it. Meanwhile B has claimed and released the key,
+	// so the marker is B's.
 	{name: "a late renewal does not mark a late claim", check: func(e *env) {
 		e.acquire(claim{token: "A"}).acquired(1)
 		e.release("A")
@@ -158,7 +159,7 @@ var renewRules = []rule{
 		e.release("B")
 		a := e.acquire(claim{token: "A", lease: e.short}).acquired(3)
 		e.acquire(claim{token: "A", attempt: 1, once: true}).is(idempotency.Lost)
-		e.turns(a.span, e.short, claim{token: "C"}, idempotency.InProgress).acquired(4)
+		e.changesAfter(a.span, e.short, claim{token: "C"}, idempotency.InProgress).acquired(4)
 	}},
 
 	{name: "another owner's claim is Lost while its lease runs", check: func(e *env) {
@@ -173,27 +174,27 @@ var renewRules = []rule{
 		e.lapse()
 		e.acquire(claim{token: "A", attempt: 1}).is(idempotency.Lost)
 		e.acquire(claim{token: "A", attempt: 2, once: true}).is(idempotency.Lost)
-		e.turns(b.span, e.short, claim{token: "C"}, idempotency.InProgress).acquired(2)
+		e.changesAfter(b.span, e.short, claim{token: "C"}, idempotency.InProgress).acquired(2)
 	}},
 
 	{name: "another owner's Once claim is Lost when its lease is over", check: func(e *env) {
 		b := e.acquireOnce(claim{token: "B", lease: e.short})
-		e.turns(b.span, e.short, claim{token: "C"}, idempotency.InProgress).is(idempotency.Abandoned)
+		e.changesAfter(b.span, e.short, claim{token: "C"}, idempotency.InProgress).is(idempotency.Abandoned)
 		e.acquire(claim{token: "A", attempt: 1}).is(idempotency.Lost)
 		e.acquire(claim{token: "C"}).is(idempotency.Abandoned)
 	}},
 
 	{name: "a claim that was taken over is Lost", check: func(e *env) {
 		a := e.acquire(claim{token: "A", lease: e.short}).acquired(1)
-		b := e.turns(a.span, e.short, claim{token: "B", lease: e.short}, idempotency.InProgress).acquired(2)
+		b := e.changesAfter(a.span, e.short, claim{token: "B", lease: e.short}, idempotency.InProgress).acquired(2)
 		e.acquire(claim{token: "A", attempt: 1}).is(idempotency.Lost)
 		e.acquire(claim{token: "A", attempt: 2}).is(idempotency.Lost)
 		e.lapse()
 		e.acquire(claim{token: "A", attempt: 1}).is(idempotency.Lost)
-		e.turns(b.span, e.short, claim{token: "C"}, idempotency.InProgress).acquired(3)
+		e.changesAfter(b.span, e.short, claim{token: "C"}, idempotency.InProgress).acquired(3)
 	}},
 
-	// None of them may prolong the lease, mark the claim or change its token,
+	// No refused call may prolong the lease, mark the claim or change its token,
 	// its attempt or its fingerprint.
 	{name: "a renewal that is refused changes nothing", check: func(e *env) {
 		a := e.acquire(claim{token: "A", fp: "one", lease: e.short}).acquired(1)
@@ -201,7 +202,7 @@ var renewRules = []rule{
 		e.acquire(claim{token: "A", attempt: 2, once: true}).is(idempotency.Lost)
 		e.acquire(claim{token: "B", attempt: 1, once: true}).is(idempotency.Lost)
 		e.acquire(claim{token: "C", fp: "two"}).is(idempotency.Mismatch)
-		e.turns(a.span, e.short, claim{token: "C", fp: "one"}, idempotency.InProgress).acquired(2)
+		e.changesAfter(a.span, e.short, claim{token: "C", fp: "one"}, idempotency.InProgress).acquired(2)
 	}},
 }
 

@@ -19,10 +19,9 @@ import (
 )
 
 // Run checks the stores that newStore returns, one rule of the contract per
-// subtest. Each rule calls newStore for itself, and there is one call more for
-// a look at the type. All keys and tokens are random, so the stores may share
-// one database and it need not be empty. What is left in it expires within
-// five minutes.
+// subtest. Each rule has a store of its own; one more is made to see its type.
+// All keys and tokens are random, so the stores may share one database, which
+// need not be empty. The cells that are left in it expire within five minutes.
 //
 // Some rules wait for a lease or a TTL to end. How depends on the store:
 //
@@ -30,19 +29,19 @@ import (
 //     moves it on, and the rules run one after the other, so that stores may
 //     share the clock as well. The clock may also run by itself.
 //   - Otherwise the rules wait in real time, a fraction of a second each, and
-//     several run at a time. The store's clock may then be 10 ms coarse, not more: a
-//     store with a coarser one needs Advance.
+//     several run at a time. The store's clock may then be 10 ms coarse, not
+//     more: a store with a coarser one needs Advance.
 //
 // The rules about [idempotency.Watcher] are skipped for a store that is none.
 func Run(t *testing.T, newStore func(t *testing.T) idempotency.Store) {
 	_, virtual := newStore(t).(advancer)
-	at := 1
+	limit := 1
 	if !virtual {
-		at = waiting
+		limit = realTimeRules
 	}
 	for _, g := range groups {
 		t.Run(g.name, func(t *testing.T) {
-			slots := make(chan struct{}, at)
+			slots := make(chan struct{}, limit)
 			var all sync.WaitGroup
 			for _, r := range g.rules {
 				slots <- struct{}{}
@@ -56,15 +55,15 @@ func Run(t *testing.T, newStore func(t *testing.T) idempotency.Store) {
 	}
 }
 
-// waiting is how many rules run at a time in real time. Most of them wait, so
-// they are more than the processors that t.Parallel would count.
-const waiting = 8
+// realTimeRules is how many rules run at a time in real time. Most of them wait,
+// so there are more of them than the processors that t.Parallel would count.
+const realTimeRules = 8
 
 // An advancer is a store with a virtual clock.
 type advancer interface{ Advance(time.Duration) }
 
 // A rule is one sentence of the contract. Its check reports to the env and not
-// to a testing.T, so that the suite can be tested on stores that break it.
+// to a testing.T, so that the suite can be tested with stores that break it.
 type rule struct {
 	name  string
 	check func(*env)
@@ -100,7 +99,7 @@ func (r rule) test(t *testing.T, store idempotency.Store) {
 	}
 }
 
-// skip returns why the rule is not for this store, or "".
+// skip returns why the rule does not apply to this store, or "".
 func (r rule) skip(store idempotency.Store) string {
 	if _, ok := store.(idempotency.Watcher); r.needsWatcher && !ok {
 		return "optional: the store is no idempotency.Watcher"

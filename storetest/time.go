@@ -7,9 +7,9 @@ import (
 	"github.com/go-idempotency/idempotency"
 )
 
-// Two kinds of duration keep the suite from failing on a slow machine. What is
-// to end is short, and is awaited. What is to go on is long: no rule lives to
-// see its end, however slow the machine.
+// Two kinds of duration keep the suite from failing on a slow machine. A lease
+// or TTL that a rule waits for is short. Any other is long: it outlives the rule,
+// however slow the machine.
 const (
 	ruleTimeout = time.Minute
 	long        = 5 * time.Minute
@@ -23,8 +23,8 @@ type timing struct {
 	// tolerance is by how much the store's clock may be coarse or off.
 	tolerance time.Duration
 
-	// patience is the real time after which something that must happen, but
-	// cannot be told when, counts as never happening.
+	// patience is how long, in real time, a rule waits for an event that has no
+	// time of its own, as a notification.
 	patience time.Duration
 }
 
@@ -35,7 +35,8 @@ func timingOf(store idempotency.Store) timing {
 	return timing{short: 100 * time.Millisecond, tolerance: 10 * time.Millisecond, patience: 5 * time.Second}
 }
 
-// An instant is a reading of the clock, and how far the store's was moved.
+// An instant is a reading of the machine's clock, and how far the store's clock
+// was moved by then.
 type instant struct {
 	wall  time.Time
 	moved time.Duration
@@ -92,16 +93,16 @@ func (e *env) within(steps func(d time.Duration) span) (start span, d time.Durat
 	}
 }
 
-// lapse lets something short come to its end.
+// lapse lets pass what ends a short lease or TTL.
 func (e *env) lapse() { e.pass(e.short + 2*e.tolerance) }
 
-// turns asks with c until the state is none of from any more, and returns that
-// answer. This must be no sooner than d after start, and happen at all.
+// changesAfter calls Acquire with c until the state is none of from, and returns
+// that answer. It must come no sooner than d after start, and must come.
 //
-// Both bounds come from what was measured, so a slow machine makes the check
-// coarse and never wrong. The answers in from change nothing in the store,
-// therefore it does not matter how often they are asked for.
-func (e *env) turns(start span, d time.Duration, c claim, from ...idempotency.State) answer {
+// Both bounds are measured, so a slow machine makes the check coarse and never
+// wrong. The states in from change no cell, so the number of calls does not
+// matter.
+func (e *env) changesAfter(start span, d time.Duration, c claim, from ...idempotency.State) answer {
 	step, limit := e.tolerance/2, d+e.patience
 	if e.clock != nil {
 		// The moves are exact: one look just before the time and one after.
@@ -128,7 +129,7 @@ func (e *env) turns(start span, d time.Duration, c claim, from ...idempotency.St
 	return answer{e: e}
 }
 
-// mustReturn makes a call that is to return without having to wait.
+// mustReturn makes a call that must return within the patience.
 func (e *env) mustReturn(what string, call func()) {
 	if e.err != nil {
 		return

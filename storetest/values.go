@@ -95,7 +95,7 @@ func returnedSlices(e *env) {
 	})
 	b.completed("one", "done")
 
-	e.turns(done, ttl, claim{token: "C"}, idempotency.Completed).acquired(1)
+	e.changesAfter(done, ttl, claim{token: "C"}, idempotency.Completed).acquired(1)
 	e.complete("C", result{fp: "two", value: "null"})
 	e.acquire(claim{token: "D"}).completed("two", "null")
 	e.same("fingerprint", b.Fingerprint, "one")

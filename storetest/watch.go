@@ -70,7 +70,7 @@ var watchRules = []rule{
 	{name: "a watch outlives a take-over", needsWatcher: true, check: func(e *env) {
 		a := e.acquire(claim{token: "A", lease: e.short}).acquired(1)
 		changed := e.watch(e.ctx)
-		e.turns(a.span, e.short, claim{token: "B"}, idempotency.InProgress).acquired(2)
+		e.changesAfter(a.span, e.short, claim{token: "B"}, idempotency.InProgress).acquired(2)
 		e.acquire(claim{token: "C"}).is(idempotency.InProgress)
 		e.release("B")
 		e.awaitClosed(changed)
@@ -125,8 +125,8 @@ func (e *env) awaitClosed(changed <-chan struct{}) {
 }
 
 // abandonedWatches counts the goroutines that watches leave behind. Those that
-// Watch starts inherit its label, so whatever else is running does not count.
-// A store may well keep a few that serve all of its watches.
+// Watch starts inherit its label, so no other goroutine counts. A store may keep
+// a few that serve all of its watches.
 func abandonedWatches(e *env) {
 	const watches, few = 64, 16
 	ctx, cancel := context.WithCancel(e.ctx)

@@ -7,8 +7,8 @@ import (
 )
 
 // A way is a row of the table of Acquire that answers Acquired. Its prepare
-// makes a cell that fits the row, for lease and ttl where there is a choice.
-// Its claim acquires that cell.
+// makes a cell that fits the row, with lease and ttl where the row leaves a
+// choice. Its claim acquires that cell.
 type way struct {
 	name    string
 	prepare func(e *env, lease, ttl time.Duration)
@@ -58,19 +58,20 @@ func startsLease(e *env, w way) {
 		c := w.claim
 		c.lease = e.short
 		a := e.acquire(c).acquiredAny()
-		e.turns(a.span, e.short, claim{token: "C", fp: "one"}, idempotency.InProgress).acquired(a.Attempt + 1)
+		e.changesAfter(a.span, e.short, claim{token: "C", fp: "one"}, idempotency.InProgress).acquired(a.Attempt + 1)
 	}
 }
 
 // startsTTL acquires a cell that would be kept for longer, and one that would
-// not be kept for as long. Asked for with another fingerprint, a cell cannot be
-// taken over and shows when it expires. That it is there still shows in Attempt.
+// not be kept for as long. A claim with another fingerprint cannot take the cell
+// over, so its answer changes when the cell expires. Attempt tells whether the
+// cell is still there.
 func startsTTL(e *env, w way) {
 	w.prepare(e, e.short/2, long)
 	c := w.claim
 	c.lease, c.ttl = e.short/2, e.short
 	a := e.acquire(c).acquiredAny()
-	e.turns(a.span, e.short, claim{token: "C", fp: "two"}, idempotency.Mismatch).acquired(1)
+	e.changesAfter(a.span, e.short, claim{token: "C", fp: "two"}, idempotency.Mismatch).acquired(1)
 
 	e.use(randomKey())
 	w.prepare(e, e.short/2, e.short)

@@ -20,7 +20,7 @@ import (
 // first try, and keep it as long as the operation is not settled.
 func NewKey() string {
 	var b [16]byte
-	rand.Read(b[:])            // never fails
+	_, _ = rand.Read(b[:])     // never fails
 	b[6] = b[6]&0x0f | 4<<4    // version 4
 	b[8] = b[8]&0x3f | 0b10<<6 // the variant of RFC 9562
 	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])

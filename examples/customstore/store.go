@@ -57,7 +57,6 @@ const (
 			once        BOOLEAN NOT NULL,
 			fingerprint BLOB,
 			value       BLOB,
-			lease       INTEGER NOT NULL, -- its length
 			lease_end   INTEGER NOT NULL,
 			expires     INTEGER NOT NULL
 		);
@@ -66,19 +65,18 @@ const (
 	now = `CAST(round(1000 * unixepoch('subsec')) AS INTEGER)`
 
 	selectCell = `
-		SELECT state, token, attempt, once, fingerprint, value, lease, lease_end - ` + now + `
+		SELECT state, token, attempt, once, fingerprint, value, lease_end - ` + now + `
 		FROM idempotency WHERE key = $1 AND expires > ` + now
 
 	upsertCell = `
-		INSERT INTO idempotency (key, state, token, attempt, once, fingerprint, value, lease, lease_end, expires)
-		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $8 + ` + now + `, $9 + ` + now + `)
+		INSERT INTO idempotency (key, state, token, attempt, once, fingerprint, value, lease_end, expires)
+		VALUES ($1, $2, $3, $4, $5, $6, $7, $8 + ` + now + `, $9 + ` + now + `)
 		ON CONFLICT (key) DO UPDATE SET state = excluded.state, token = excluded.token,
 			attempt = excluded.attempt, once = excluded.once, fingerprint = excluded.fingerprint,
-			value = excluded.value, lease = excluded.lease, lease_end = excluded.lease_end,
-			expires = excluded.expires`
+			value = excluded.value, lease_end = excluded.lease_end, expires = excluded.expires`
 
-	// A claim makes one cell at most, so the table keeps up, and no request
-	// pays for the cleaning of a whole night.
+	// A claim makes one cell at most and deletes up to four, so the table does
+	// not grow, and no request pays for the cleaning of a whole night.
 	deleteExpired = `
 		DELETE FROM idempotency WHERE key IN
 			(SELECT key FROM idempotency WHERE expires <= ` + now + ` ORDER BY expires LIMIT 4)`
@@ -97,22 +95,22 @@ type cell struct {
 	token              string
 	once               bool
 	fingerprint, value []byte
-	lease, remaining   int64
+	remaining          int64 // of the lease
 }
 
 func load(ctx context.Context, tx *sql.Tx, key string) (c cell, err error) {
 	err = tx.QueryRowContext(ctx, selectCell, key).Scan(
-		&c.state, &c.token, &c.attempt, &c.once, &c.fingerprint, &c.value, &c.lease, &c.remaining)
+		&c.state, &c.token, &c.attempt, &c.once, &c.fingerprint, &c.value, &c.remaining)
 	if errors.Is(err, sql.ErrNoRows) {
 		return cell{}, nil
 	}
 	return c, err
 }
 
-// save writes c, whose lease begins now, and keeps it for ttl.
-func save(ctx context.Context, tx *sql.Tx, key string, c cell, ttl int64) error {
+// save writes c and keeps it for ttl from now.
+func save(ctx context.Context, tx *sql.Tx, key string, c cell, ttl time.Duration) error {
 	_, err := tx.ExecContext(ctx, upsertCell,
-		key, c.state, c.token, c.attempt, c.once, c.fingerprint, c.value, c.lease, ttl)
+		key, c.state, c.token, c.attempt, c.once, c.fingerprint, c.value, c.remaining, millis(ttl))
 	return err
 }
 
@@ -125,7 +123,7 @@ func (s *Store) update(ctx context.Context, f func(tx *sql.Tx) error) error {
 	if err != nil {
 		return err
 	}
-	defer tx.Rollback() // without effect after Commit
+	defer func() { _ = tx.Rollback() }() // without effect after Commit
 	if err := f(tx); err != nil {
 		return err
 	}
@@ -141,39 +139,47 @@ func (s *Store) Acquire(ctx context.Context, key string, c idempotency.Claim) (r
 	return rec, err
 }
 
-// acquire is the table in the documentation of [idempotency.Store].
+// acquire is the table in the documentation of [idempotency.Store]: the cases
+// that return are the rows that refuse, in its order. The others say what the
+// cell becomes.
 func acquire(ctx context.Context, tx *sql.Tx, key string, c idempotency.Claim) (idempotency.Record, error) {
 	old, err := load(ctx, tx, key)
 	if err != nil {
 		return idempotency.Record{}, err
 	}
+	// Only a renewal sets Once: a claim that did could arrive late, and would hold
+	// the key until its TTL is over.
 	next := cell{
 		state: claimed, token: c.Token, attempt: old.attempt + 1,
-		once: c.Once, fingerprint: c.Fingerprint, lease: millis(c.Lease),
+		fingerprint: c.Fingerprint, remaining: millis(c.Lease),
 	}
-	own := old.token == c.Token
+	own, renewal := old.token == c.Token, c.Attempt > 0
 	switch {
-	case old.state == absent:
-	case old.state == released && own:
+	case old.state == absent: // to a renewal as well: the record of a running handler was lost
+		next.attempt = max(c.Attempt, 1)
+	case old.state == released && (own || renewal):
 		return idempotency.Record{State: idempotency.Lost}, nil
 	case old.state == released:
 	case len(old.fingerprint) > 0 && len(c.Fingerprint) > 0 && !bytes.Equal(old.fingerprint, c.Fingerprint):
 		return idempotency.Record{State: idempotency.Mismatch}, nil
-	case old.state == completed:
+	case old.state == completed && !renewal:
 		return idempotency.Record{State: idempotency.Completed, Fingerprint: old.fingerprint, Value: old.value}, nil
-	case own:
-		next.attempt, next.once, next.fingerprint = old.attempt, old.once || c.Once, old.fingerprint
+	case old.state == claimed && own && (!renewal || c.Attempt == old.attempt):
+		next.attempt, next.fingerprint = old.attempt, old.fingerprint
+		next.once = old.once || renewal && c.Once
+	case renewal: // of another attempt, or of what is another owner's by now
+		return idempotency.Record{State: idempotency.Lost}, nil
 	case old.remaining > 0:
 		remaining := time.Duration(old.remaining) * time.Millisecond
 		return idempotency.Record{State: idempotency.InProgress, Remaining: remaining}, nil
 	case old.once:
 		return idempotency.Record{State: idempotency.Abandoned}, nil
 	}
-	if err := save(ctx, tx, key, next, millis(max(c.TTL, c.Lease))); err != nil {
+	if err := save(ctx, tx, key, next, max(c.TTL, c.Lease)); err != nil {
 		return idempotency.Record{}, err
 	}
 	_, err = tx.ExecContext(ctx, deleteExpired)
-	return idempotency.Record{State: idempotency.Acquired, Attempt: next.attempt}, err
+	return idempotency.Record{State: idempotency.Acquired, Attempt: next.attempt, Once: next.once}, err
 }
 
 // Complete implements [idempotency.Store]. When the handler attached a *sql.Tx,
@@ -188,7 +194,7 @@ func (s *Store) Complete(ctx context.Context, key, token string, r idempotency.R
 		_ = tx.Rollback() // if even that fails: what was not committed never is
 		return errors.Join(idempotency.ErrRolledBack, err)
 	}
-	// When this fails, nobody can say whether it was committed. So it is not
+	// A Commit that fails may have committed all the same, so its error is not
 	// ErrRolledBack: the claim stands until its lease ends, and the retry finds
 	// either the response or a lapsed claim.
 	return tx.Commit()
@@ -208,7 +214,7 @@ func complete(ctx context.Context, tx *sql.Tx, key, token string, r idempotency.
 	}
 	return save(ctx, tx, key, cell{
 		state: completed, token: token, attempt: old.attempt, fingerprint: r.Fingerprint, value: r.Value,
-	}, millis(r.TTL))
+	}, r.TTL)
 }
 
 // Release implements [idempotency.Store]. It rolls back what was attached.
@@ -218,16 +224,11 @@ func (s *Store) Release(ctx context.Context, key, token string, keep time.Durati
 	}
 	return s.update(ctx, func(tx *sql.Tx) error {
 		old, err := load(ctx, tx, key)
-		switch {
-		case err != nil:
+		if err != nil || old.state != absent && (old.state != claimed || old.token != token) {
 			return err
-		case old.state == absent:
-			old.lease = millis(30 * time.Second)
-		case old.state != claimed || old.token != token:
-			return nil
 		}
-		marker := cell{state: released, token: token, attempt: old.attempt, lease: old.lease}
-		return save(ctx, tx, key, marker, old.lease)
+		marker := cell{state: released, token: token, attempt: old.attempt}
+		return save(ctx, tx, key, marker, keep)
 	})
 }
 

@@ -154,10 +154,9 @@ func (l *lab) try(m *mutant) (v verdict) {
 		return verdict{err: err}
 	}
 	if m.tests != "" {
-		dir := "./" + filepath.ToSlash(filepath.Dir(m.file))
-		switch v := l.test(dir, m.tests, hintTimeout); {
+		switch v := l.test(m.in, m.tests, hintTimeout); {
 		case v.killed && v.timedOut():
-			return l.confirm(v, dir, m.tests, mend)
+			return l.confirm(v, m.in, m.tests, mend)
 		case v.killed || v.err != nil:
 			return v
 		}

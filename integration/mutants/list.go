@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"path"
 	"strings"
 )
 
@@ -12,9 +13,9 @@ type mutant struct {
 	old  string // occurs in file once
 	new  string
 
-	// tests is the -run pattern of the tests that are expected to fail. They
-	// are tried before the whole suite.
-	tests string
+	// tests is the -run pattern of the tests that are expected to fail, and in
+	// the directory of their package. They are tried before the whole suite.
+	tests, in string
 
 	// equivalent says why no test can fail. A mutant without it must be killed.
 	equivalent string
@@ -48,6 +49,9 @@ func parse(text string) (mutants []*mutant, err error) {
 			m.file = strings.TrimSpace(rest)
 		case word == "tests":
 			m.tests = strings.TrimSpace(rest)
+			if in, tests, found := strings.Cut(m.tests, " "); found {
+				m.in, m.tests = in, tests
+			}
 		case word == "equivalent":
 			m.equivalent = strings.TrimSpace(m.equivalent + " " + rest)
 		case line[0] == '-':
@@ -62,6 +66,9 @@ func parse(text string) (mutants []*mutant, err error) {
 		// What surrounds the text does not matter, so that it may begin in the
 		// middle of a line.
 		m.old, m.new = strings.TrimSpace(m.old), strings.TrimSpace(m.new)
+		if m.in == "" {
+			m.in = "./" + path.Dir(m.file)
+		}
 		if m.file == "" || m.old == "" || m.old == m.new {
 			return nil, fmt.Errorf("mutants.txt: %s needs a file and a change", m.name)
 		}

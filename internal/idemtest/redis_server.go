@@ -68,7 +68,7 @@ func FreePort(t testing.TB) string {
 	return port
 }
 
-// Start starts the process. It is false if that ended at once.
+// Start starts the process. It is false if that does not answer.
 func (s *RedisServer) Start() bool {
 	s.cmd = exec.Command(s.Args[0], s.Args[1:]...)
 	require.NoError(s.T, s.cmd.Start())
@@ -87,16 +87,21 @@ func (s *RedisServer) Start() bool {
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
+	s.Kill()
 	log, _ := os.ReadFile(s.Log)
-	s.T.Fatalf("redis-server does not answer\n%s", log)
+	s.T.Logf("redis-server does not answer\n%s", log)
 	return false
 }
 
-// Kill ends the process without a chance to save anything.
+// Kill ends the process, even one that is stopped, without a chance to save
+// anything.
 func (s *RedisServer) Kill() {
 	_ = s.cmd.Process.Kill()
 	<-s.exited
 }
+
+// Process is the process that was started last.
+func (s *RedisServer) Process() *os.Process { return s.cmd.Process }
 
 // Restart starts it anew on the same port and directory.
 func (s *RedisServer) Restart() { require.True(s.T, s.Start(), "redis-server does not start again") }

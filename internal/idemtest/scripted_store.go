@@ -16,7 +16,7 @@ type ScriptedStore struct {
 	// What the methods do, if it is not nil.
 	OnAcquire  func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error)
 	OnComplete func(ctx context.Context, key, token string, r idempotency.Result) error
-	OnRelease  func(ctx context.Context, key, token string) error
+	OnRelease  func(ctx context.Context, key, token string, keep time.Duration) error
 
 	// How often the methods were called.
 	Acquired  atomic.Int64
@@ -43,7 +43,7 @@ func (s *ScriptedStore) Complete(ctx context.Context, key, token string, r idemp
 // Release implements idempotency.Store.
 func (s *ScriptedStore) Release(ctx context.Context, key, token string, keep time.Duration) error {
 	if s.Released.Add(1); s.OnRelease != nil {
-		return s.OnRelease(ctx, key, token)
+		return s.OnRelease(ctx, key, token, keep)
 	}
 	return s.MemoryStore.Release(ctx, key, token, keep)
 }

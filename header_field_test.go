@@ -4,146 +4,16 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
+	"github.com/stretchr/testify/require"
 )
 
 const someDate = "Mon, 01 Jan 2001 00:00:00 GMT"
-
-func TestRecorderStatus(t *testing.T) {
-	checkShapes(t, []shape{
-		{name: "no write at all", handler: func(*probe) {}},
-		{name: "WriteHeader only", handler: func(w *probe) { w.WriteHeader(202) }},
-		{name: "a body with an implicit 200", handler: func(w *probe) { w.write("hello") }},
-		{name: "a status and a body", handler: func(w *probe) {
-			w.Header().Set("Location", "/charges/1")
-			w.WriteHeader(201)
-			w.write("charged")
-		}},
-		{name: "204", handler: func(w *probe) { w.WriteHeader(204) }},
-		{name: "204 with a body is refused", handler: func(w *probe) {
-			w.WriteHeader(204)
-			w.write("no")
-			w.saw(io.WriteString(w.ResponseWriter, "no"))
-		}},
-		{name: "204 with an empty body",
-			handler: func(w *probe) {
-				w.WriteHeader(204)
-				w.write("")
-			},
-			// HTTP/2 of net/http refuses even that. Ours is as on HTTP/1.1.
-			first: []edit{on(2, saw(0, "wrote 0 <nil>"))}},
-		{name: "304 with an ETag", handler: func(w *probe) {
-			w.Header().Set("ETag", `"v1"`)
-			w.Header().Set("Content-Type", "text/plain") // not sent on HTTP/1.1
-			w.WriteHeader(304)
-			w.write("no")
-		}},
-		{name: "304 with the length of what was not sent",
-			handler: func(w *probe) {
-				w.Header().Set("Content-Length", "5")
-				w.WriteHeader(304)
-			},
-			// A Content-Length that is not the body's is not kept. HTTP/1.1 does
-			// not send it in the first place.
-			replay: []edit{on(2, remove("Content-Length"), func(a *answer) { a.Length, a.BodyErr = 0, "" })}},
-		{name: "the first WriteHeader wins", handler: func(w *probe) {
-			w.WriteHeader(201)
-			w.WriteHeader(500)
-			w.write("created")
-		}},
-		{name: "WriteHeader after Write is too late", handler: func(w *probe) {
-			w.write("fine")
-			w.WriteHeader(409)
-		}},
-		{name: "an empty Write is a Write", handler: func(w *probe) {
-			w.write("")
-			w.Header().Set("X-Late", "1")
-			w.WriteHeader(409)
-		}},
-		{name: "999", handler: func(w *probe) { w.WriteHeader(999) },
-			opts: idempotency.Options{ShouldStore: func(int, http.Header) bool { return true }}},
-		{name: "WriteHeader panics as in net/http", handler: func(w *probe) {
-			for _, status := range []int{-1, 0, 99, 1000} {
-				func() {
-					defer func() { w.saw(recover()) }()
-					w.WriteHeader(status)
-				}()
-			}
-			w.WriteHeader(201)
-			w.WriteHeader(1000) // does not panic any more
-		}},
-	})
-}
-
-func TestRecorderInformational(t *testing.T) {
-	checkShapes(t, []shape{
-		{name: "103 with a Link, then other headers", handler: func(w *probe) {
-			w.set("Link", "</style.css>; rel=preload", "X-Both", "1")
-			w.WriteHeader(103)
-			w.Header().Del("Link")
-			w.Header().Set("X-Final", "1")
-			w.WriteHeader(201)
-			w.write("hello")
-		}},
-		{name: "103 with what is around the middleware",
-			outer: around("X-Outer", "1", "Link", "</outer>"),
-			handler: func(w *probe) {
-				w.Header().Add("Link", "</inner>")
-				w.WriteHeader(103)
-				w.Header().Del("X-Outer")
-			}},
-		{name: "100", handler: func(w *probe) {
-			w.WriteHeader(100)
-			body, err := io.ReadAll(w.request.Body)
-			w.saw(string(body), err)
-		}},
-		// A final status on HTTP/1.1, one of the 1xx on HTTP/2, which has no use
-		// for it.
-		{name: "101", handler: func(w *probe) {
-			w.Header().Set("Connection", "close")
-			w.WriteHeader(101)
-			w.write("no")
-		}, replay: []edit{on(1, remove("Connection"))}},
-		{name: "two 1xx", handler: func(w *probe) {
-			w.Header().Set("Content-Length", "5") // not in a 1xx
-			w.WriteHeader(102)
-			w.Header().Set("X-More", "1")
-			w.WriteHeader(103)
-			w.write("hello")
-		}},
-		{name: "1xx after the final status is nothing", handler: func(w *probe) {
-			w.WriteHeader(201)
-			w.WriteHeader(103)
-			w.write("hello")
-			w.flush()
-			w.WriteHeader(103)
-		}, replay: []edit{length}},
-		{name: "the client gets 1xx before the handler ends", handler: func(w *probe) {
-			w.WriteHeader(103)
-			w.awaitClient(interim)
-			w.WriteHeader(201)
-		}},
-		{name: "Expect: 100-continue", request: expectContinue, handler: func(w *probe) {
-			body, err := io.ReadAll(w.request.Body)
-			w.saw(string(body), err)
-		}, replay: []edit{continued}}, // the replay compares the body
-		{name: "Expect: 100-continue and a body that is not read", request: expectContinue,
-			handler: func(w *probe) { w.WriteHeader(400) },
-			// The middleware reads the body before the handler runs, which then has
-			// no reason to end the connection.
-			first: []edit{continued, on(1, remove("Connection"))}, replay: []edit{continued}},
-		{name: "Expect: 100-continue and a large body that is not read", request: expectContinue,
-			opts:    idempotency.Options{MaxBufferedBody: 1},
-			handler: func(w *probe) { w.WriteHeader(400) }},
-	})
-}
-
-func expectContinue(r *http.Request) { r.Header.Set("Expect", "100-continue") }
-
-func continued(a *answer) { a.Interim = []string{"100 map[]"} }
 
 // around returns middleware that sets headers, given as names and values.
 func around(headers ...string) func(http.Handler) http.Handler {
@@ -380,15 +250,6 @@ func TestRecorderOuterHeaders(t *testing.T) {
 	})
 }
 
-// idTrailer is middleware that declares a header as a trailer.
-func idTrailer(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("Trailer", "X-Request-Id")
-		w.Header().Set("X-Request-Id", r.Header.Get("X-Request-Id"))
-		next.ServeHTTP(w, r)
-	})
-}
-
 func TestRecorderContentType(t *testing.T) {
 	png := "\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 	checkShapes(t, []shape{
@@ -492,6 +353,15 @@ func TestRecorderContentLength(t *testing.T) {
 				w.Header().Del("Content-Length")
 				w.write("hello world")
 			}},
+	})
+}
+
+// idTrailer is middleware that declares a header as a trailer.
+func idTrailer(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Trailer", "X-Request-Id")
+		w.Header().Set("X-Request-Id", r.Header.Get("X-Request-Id"))
+		next.ServeHTTP(w, r)
 	})
 }
 
@@ -617,132 +487,51 @@ func TestRecorderTrailers(t *testing.T) {
 	})
 }
 
-func TestRecorderBody(t *testing.T) {
-	var shapes []shape
-	// The buffers of net/http (2048 bytes on HTTP/1.1, 4096 on HTTP/2) and of
-	// the recorder (4096, then 32768) end here; what fits into net/http's gets a
-	// Content-Length.
-	for _, size := range []int{1, 511, 512, 2047, 2048, 2049, 4095, 4096, 4097, 36863, 36864, 36865} {
-		body := strings.Repeat("0123456789", size/10+1)[:size]
-		shapes = append(shapes,
-			shape{name: fmt.Sprint(size, " bytes"), handler: func(w *probe) { w.write(body) }},
-			shape{name: fmt.Sprint(size, " bytes in two writes"), handler: func(w *probe) {
-				w.write(body[:size/2])
-				w.write(body[size/2:])
-			}})
-	}
-	limit := func(n int64) idempotency.Options { return idempotency.Options{MaxResponseBytes: n} }
-	checkShapes(t, append(shapes, []shape{
-		{name: "all that is kept", opts: limit(10), handler: func(w *probe) {
-			w.write("01234")
-			w.write("56789")
-		}},
-		{name: "one byte more than is kept", opts: limit(10), handler: func(w *probe) {
-			w.WriteHeader(201)
-			w.write("0123456789")
-			w.write("0")
-			w.write("1")
-		}, replay: []edit{notStored(201)}},
-		{name: "more than is kept at once", opts: limit(10),
-			handler: func(w *probe) { w.write("0123456789a") },
-			replay:  []edit{notStored(200)}},
-		{name: "more than is kept after a flush", opts: limit(10), handler: func(w *probe) {
-			w.write("01234")
-			w.flush()
-			w.write("56789a")
-		}, replay: []edit{notStored(200)}},
-		{name: "5 MiB, over the default limit", handler: func(w *probe) {
-			for range 5 {
-				w.write(strings.Repeat("0123456789abcdef", 64<<10))
-			}
-			w.awaitClient(4 << 20) // streams
-		}, replay: []edit{notStored(200)}},
-		{name: "1 MiB, the default limit", handler: func(w *probe) {
-			w.write(strings.Repeat("0123456789abcdef", 64<<10))
-		}},
-		{name: "WriteString", handler: func(w *probe) {
-			w.saw(io.WriteString(w.ResponseWriter, "hello"))
-			w.saw(w.ResponseWriter.(io.StringWriter).WriteString(", world"))
-			w.saw(io.WriteString(w.ResponseWriter, ""))
-		}},
-		{name: "the handler reuses what it wrote", handler: func(w *probe) {
-			buf := []byte("hello")
-			w.saw(w.Write(buf))
-			copy(buf, "XXXXX")
-		}},
-		{name: "io.Copy of a short body", handler: func(w *probe) {
-			w.saw(io.Copy(w.ResponseWriter, io.LimitReader(strings.NewReader("hello"), 5)))
-		}},
-		{name: "io.Copy of a longer body",
-			handler: func(w *probe) {
-				_, fast := w.ResponseWriter.(io.ReaderFrom)
-				w.saw(fast)
-				w.saw(io.Copy(w.ResponseWriter, io.LimitReader(strings.NewReader(strings.Repeat("x", 1000)), 1000)))
-			},
-			// net/http on HTTP/1.1 sends the header early to be able to copy from
-			// one file descriptor to the other, past any record.
-			first: []edit{on(1, saw(0, "false"), length)}},
-	}...))
+// A labelWriter sets headers when the first WriteHeader comes, be it for a 1xx,
+// as compressing middlewares do.
+type labelWriter struct {
+	http.ResponseWriter
+	label string
+	done  bool
 }
 
-func TestRecorderFlush(t *testing.T) {
-	checkShapes(t, []shape{
-		{name: "before any write", handler: func(w *probe) {
-			w.Header().Set("X-Early", "1")
-			w.flush()
-			w.awaitClient(0)
-			w.Header().Set("X-Late", "1")
-			w.write("hello")
-		}, replay: []edit{length}},
-		{name: "after WriteHeader", handler: func(w *probe) {
-			w.WriteHeader(202)
-			w.flush()
-			w.awaitClient(0)
-		}, replay: []edit{length}},
-		{name: "in the middle of the body", handler: func(w *probe) {
-			w.WriteHeader(201)
-			w.write("one ")
-			w.flush()
-			w.awaitClient(4)
-			w.write("two ")
-			w.flush()
-			w.awaitClient(8)
-			w.write("three")
-		}, replay: []edit{length}},
-		{name: "by http.Flusher", handler: func(w *probe) {
-			w.write("one")
-			w.ResponseWriter.(http.Flusher).Flush()
-			w.awaitClient(3)
-		}, replay: []edit{length}},
-		{name: "by FlushError", handler: func(w *probe) {
-			w.write("one")
-			w.saw(w.ResponseWriter.(interface{ FlushError() error }).FlushError())
-			w.awaitClient(3)
-		}, replay: []edit{length}},
-		{name: "with a Content-Length", handler: func(w *probe) {
-			w.Header().Set("Content-Length", "6")
-			w.write("one")
-			w.flush()
-			w.awaitClient(3)
-			w.write("two")
-		}},
-		{name: "of a long body", handler: func(w *probe) {
-			w.write(strings.Repeat("x", 10<<10))
-			w.flush()
-			w.awaitClient(10 << 10)
-			w.write(strings.Repeat("y", 10<<10))
-		}},
-		{name: "204", handler: func(w *probe) {
-			w.WriteHeader(204)
-			w.flush()
-			w.write("no")
-		}, replay: []edit{on(2, func(a *answer) { a.Length = 0 })}}, // net/http's client knows then
-		{name: "after more than is kept", opts: idempotency.Options{MaxResponseBytes: 10},
-			handler: func(w *probe) {
-				w.write("0123456789abcdef")
-				w.flush()
-				w.awaitClient(16)
-				w.write("!")
-			}, replay: []edit{notStored(200)}},
-	})
+func (w *labelWriter) WriteHeader(status int) {
+	if !w.done {
+		w.done = true
+		w.Header().Set("X-Label", w.label)
+		w.Header().Add("Vary", "Accept-Encoding")
+		w.Header().Del("X-Internal")
+	}
+	if status >= 200 { // a ResponseRecorder takes every status for the final one
+		w.ResponseWriter.WriteHeader(status)
+	}
+}
+
+// What is around the middleware is not stored, even if it sets its headers only
+// when the first bytes go out, which may be those of a 1xx response.
+func TestOuterHeadersOfAnInformationalResponse(t *testing.T) {
+	for _, outer := range []string{"", "of the outer"} {
+		t.Run("outer header "+outer, func(t *testing.T) {
+			c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, _ *http.Request) {
+				w.Header().Set("X-Handler", "1")
+				w.WriteHeader(http.StatusEarlyHints)
+				w.Header().Add("Vary", "Accept")
+				w.WriteHeader(http.StatusCreated)
+			})
+			for i := range 2 {
+				w := httptest.NewRecorder()
+				if outer != "" {
+					w.Header().Set("X-Internal", outer)
+				}
+				label := fmt.Sprint("request ", i)
+				c.Handler.ServeHTTP(&labelWriter{ResponseWriter: w, label: label}, c.Request(idemtest.Exchange{Key: "a"}))
+				h := w.Result().Header
+				require.Equal(t, []string{label}, h["X-Label"])
+				require.ElementsMatch(t, []string{"Accept-Encoding", "Accept"}, h["Vary"])
+				require.Equal(t, "1", h.Get("X-Handler"))
+				require.NotContains(t, h, "X-Internal")
+			}
+			require.Equal(t, 1, c.Runs())
+		})
+	}
 }

@@ -1,6 +1,4 @@
-//go:build unix
-
-package idempotency_test
+package redis_test
 
 import (
 	"bufio"
@@ -15,7 +13,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -334,7 +331,7 @@ func TestRedisProcessIsStopped(t *testing.T) {
 		f.send(c, key, stopped)
 	}
 	idemtest.Await(t, "all to be inside", func() bool { return len(f.insideOf("", stopped)) == len(keys) })
-	require.NoError(t, stopped.cmd.Process.Signal(syscall.SIGSTOP))
+	require.NoError(t, idemtest.Stop(stopped.cmd.Process))
 	require.Equal(t, "409 outcome_unknown", f.ask(other, "once", ""))
 	for _, key := range keys[1:] {
 		f.send(c, key, other)
@@ -343,7 +340,7 @@ func TestRedisProcessIsStopped(t *testing.T) {
 	f.open("often/answered", 2)
 	answered("often/answered", other)
 
-	require.NoError(t, stopped.cmd.Process.Signal(syscall.SIGCONT))
+	require.NoError(t, idemtest.Continue(stopped.cmd.Process))
 	for _, key := range keys {
 		f.open(key, 1)
 		answered(key, stopped)

@@ -1,4 +1,4 @@
-package idempotency_test
+package redis_test
 
 import (
 	"net/http"

@@ -1,0 +1,270 @@
+package idempotency_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
+	"github.com/stretchr/testify/require"
+)
+
+// tooManyRequests says that nothing was done. The first run takes its time.
+func tooManyRequests(first func(r *http.Request)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		if idemtest.Run(r) == 1 {
+			first(r)
+		}
+		w.WriteHeader(http.StatusTooManyRequests)
+	}
+}
+
+// What is to be given back while the store is down takes little room, and leaves
+// the store in peace.
+func TestGivingBackDuringAnOutage(t *testing.T) {
+	for name, outage := range map[string]func(ctx context.Context) error{
+		"refused": func(context.Context) error { return errors.New("connection refused") },
+		"hangs":   func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var up atomic.Bool
+				s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+				s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+					_, _ = s.MemoryStore.Acquire(ctx, key, c)
+					return idempotency.Record{}, errors.New("the answer is lost")
+				}
+				s.OnRelease = func(ctx context.Context, key, token string, keep time.Duration) error {
+					if !up.Load() {
+						return outage(ctx)
+					}
+					return s.MemoryStore.Release(ctx, key, token, keep)
+				}
+				giveBackDuring(t, s, func() { s.OnAcquire = nil; up.Store(true) })
+			})
+		})
+	}
+}
+
+func giveBackDuring(t *testing.T, s *idemtest.ScriptedStore, end func()) {
+	const (
+		requests = 800
+		few      = 50
+	)
+	c := idemtest.NewClient(s, &idempotency.Options{AtMostOnce: true}, nil)
+	before := runtime.NumGoroutine()
+	for i := range requests {
+		c.Check(t, i, idemtest.Exchange{Key: fmt.Sprint(i), Get: "503 store_unavailable"})
+	}
+	for _, later := range []time.Duration{0, 60 * time.Millisecond, 30 * time.Second} {
+		time.Sleep(later)
+		synctest.Wait()
+		require.Less(t, runtime.NumGoroutine()-before, few)
+	}
+	s.Released.Store(0)
+	time.Sleep(10 * time.Second)
+	require.LessOrEqual(t, s.Released.Load(), int64(10*100), "a hundred a second")
+
+	end()
+	time.Sleep(time.Minute)
+	for i := range requests {
+		c.Check(t, i, idemtest.Exchange{Key: fmt.Sprint(i), Get: fmt.Sprintf("201 charge %d", i+1)})
+	}
+}
+
+// What one middleware gives back has nothing to do with the execution of one
+// around it.
+func TestGivingBackInsideOfAnother(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+		s.OnAcquire = func(int, context.Context, string, idempotency.Claim) (idempotency.Record, error) {
+			return idempotency.Record{}, errors.New("down")
+		}
+		s.OnRelease = func(ctx context.Context, key, token string, keep time.Duration) error {
+			_, ok := idempotency.FromContext(ctx)
+			require.False(t, ok)
+			return s.MemoryStore.Release(ctx, key, token, keep)
+		}
+		inner := idempotency.Middleware(s, &idempotency.Options{Scope: func(*http.Request) string { return "inner" }})(http.NotFoundHandler())
+		c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+			idemtest.Execution(r).Attach("the outer transaction")
+			inner.ServeHTTP(w, r)
+			time.Sleep(time.Minute)
+		})
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 store_unavailable"})
+		require.NotZero(t, s.Released.Load())
+	})
+}
+
+// A mark may stand until TTL, although no handler runs. So the key is released
+// until the store answers, for as long as Lease and MaxExecution together. A claim
+// that was not marked ends by itself.
+func TestReleaseAfterAMark(t *testing.T) {
+	for name, row := range map[string]struct {
+		opts  idempotency.Options
+		store func(s *idemtest.ScriptedStore, down func() bool)
+		until time.Duration // releases go on
+	}{
+		"the mark of at-most-once": {idempotency.Options{AtMostOnce: true}, losesAnswersTo(true), 10*time.Minute + 30*time.Second},
+		"a claim":                  {idempotency.Options{AtMostOnce: true}, losesAnswersTo(false), 30 * time.Second},
+		"a plain claim":            {idempotency.Options{}, losesAnswersTo(false), 30 * time.Second},
+	} {
+		for _, outage := range []time.Duration{row.until - 10*time.Second, row.until + time.Hour} {
+			t.Run(name+", an outage of "+outage.String(), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					start, last := time.Now(), time.Time{}
+					down := func() bool { return time.Since(start) < outage }
+					s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+					row.store(s, down)
+					s.OnRelease = func(ctx context.Context, key, token string, keep time.Duration) error {
+						if last = time.Now(); down() {
+							return idemtest.ErrDown
+						}
+						return s.MemoryStore.Release(ctx, key, token, keep)
+					}
+					c := idemtest.NewClient(s, &row.opts, nil)
+					c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 store_unavailable"})
+					time.Sleep(2 * time.Hour)
+					require.LessOrEqual(t, last.Sub(start), row.until+2*time.Second)
+					if outage < row.until || row.until == 30*time.Second {
+						c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
+					} else {
+						require.Greater(t, last.Sub(start), row.until-10*time.Second)
+						c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 outcome_unknown"})
+					}
+				})
+			})
+		}
+	}
+}
+
+// losesAnswersTo makes a store that answers no mark, or no claim, while it is
+// down.
+func losesAnswersTo(marks bool) func(s *idemtest.ScriptedStore, down func() bool) {
+	return func(s *idemtest.ScriptedStore, down func() bool) {
+		s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+			rec, err := s.MemoryStore.Acquire(ctx, key, c)
+			if down() && c.Once == marks {
+				return idempotency.Record{}, idemtest.ErrDown
+			}
+			return rec, err
+		}
+	}
+}
+
+// The same after a Commit that was not answered, when the handler then says that
+// nothing was done.
+func TestReleaseAfterACommit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		start := time.Now()
+		down := func() bool { return time.Since(start) < 5*time.Minute }
+		s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+		losesAnswersTo(true)(s, down)
+		s.OnRelease = func(ctx context.Context, key, token string, keep time.Duration) error {
+			if down() {
+				return errors.New("down")
+			}
+			return s.MemoryStore.Release(ctx, key, token, keep)
+		}
+		c := idemtest.NewClient(s, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+			if idemtest.Run(r) == 1 {
+				require.Error(t, idemtest.Execution(r).Commit(r.Context()))
+				w.WriteHeader(http.StatusServiceUnavailable)
+			}
+		})
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 "})
+		time.Sleep(6 * time.Minute)
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "200 "})
+	})
+}
+
+func TestReleaseFailsForAWhile(t *testing.T) {
+	withFaults(t, idempotency.Options{Wait: idempotency.NoWait}, idemtest.Answering(500, 201), func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, events *idemtest.EventLog) {
+		s.Fail("Release", idemtest.ErrDown)
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "500 "})
+		require.Equal(t, []string{"released 500"}, events.All())
+		require.ErrorIs(t, events.Last().Err, idemtest.ErrDown)
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
+		s.Fail("Release", nil)
+		time.Sleep(6 * time.Second)
+		c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "201 "})
+	})
+}
+
+// Nobody takes an at-most-once claim over, so that one whose handler said that
+// nothing was done is freed whenever the store is back, and not only within the
+// lease: else it would be said to be unknown for all of the TTL.
+func TestReleaseFailsForLongerThanTheLease(t *testing.T) {
+	commits := func(w http.ResponseWriter, r *http.Request) {
+		if idemtest.Run(r) == 1 && idemtest.Execution(r).Commit(r.Context()) != nil { // the claim may be marked all the same
+			w.WriteHeader(429)
+		}
+	}
+	for name, row := range map[string]struct {
+		once    bool
+		handler http.HandlerFunc
+		then    string
+	}{
+		"at most once":                        {true, idemtest.Answering(429, 201), "201 "},
+		"after a Commit whose reply was lost": {false, commits, "200 "},
+	} {
+		t.Run(name, func(t *testing.T) {
+			withFaults(t, idempotency.Options{AtMostOnce: row.once, Wait: idempotency.NoWait}, row.handler, func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, _ *idemtest.EventLog) {
+				s.Fail("Release", idemtest.ErrDown)
+				if !row.once {
+					s.Replace(&lostCommits{Store: s.Store})
+				}
+				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "429 "})
+				time.Sleep(time.Minute)
+				s.Fail("Release", nil)
+				time.Sleep(10 * time.Second)
+				c.Check(t, 1, idemtest.Exchange{Key: "a", Get: row.then})
+			})
+		})
+	}
+}
+
+// lostCommits loses the replies to claims that are marked as at-most-once.
+type lostCommits struct{ idempotency.Store }
+
+func (s *lostCommits) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+	rec, err := s.Store.Acquire(ctx, key, c)
+	if c.Once {
+		return idempotency.Record{}, idemtest.ErrDown
+	}
+	return rec, err
+}
+
+// Requests that follow each other share buffers. A response that is stored in
+// the background, long after its request, is the one that was answered.
+func TestBackgroundStoresWhatWasAnswered(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+		c := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("X-Key", idemtest.Execution(r).Key())
+			w.WriteHeader(http.StatusCreated)
+			_, err := io.Copy(w, r.Body)
+			idemtest.Must(err)
+		})
+		store.Fail("Complete", errors.New("down"))
+		body := func(i int) string { return strings.Repeat(fmt.Sprint("body ", i, " "), 10+200*i) }
+		for i := range 10 {
+			c.Check(t, i, idemtest.Exchange{Key: fmt.Sprint(i), Body: body(i), Get: "201 " + body(i)})
+		}
+		store.Fail("Complete", nil)
+		time.Sleep(20 * time.Second)
+		for i := range 10 {
+			c.Check(t, i, idemtest.Exchange{Key: fmt.Sprint(i), Body: body(i), Get: "replay 201 " + body(i)})
+		}
+		require.Equal(t, 10, c.Runs())
+	})
+}

@@ -1,0 +1,81 @@
+package idempotency_test
+
+import (
+	"bytes"
+	"fmt"
+	"log/slog"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
+	"github.com/stretchr/testify/require"
+)
+
+func TestEvents(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		events := &idemtest.EventLog{}
+		c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{OnEvent: events.Add}, idemtest.Lasting(2*time.Second))
+		r := c.Request(idemtest.Exchange{Key: "a"})
+		c.Do(r)
+		e := events.Last()
+		require.Equal(t, idempotency.OutcomeExecuted, e.Outcome)
+		require.Len(t, e.StoreKey, 43)
+		require.Equal(t, 1, e.Attempt)
+		require.Equal(t, 201, e.Status)
+		require.Equal(t, 2*time.Second, e.Duration)
+		require.Zero(t, e.Waited)
+		require.NoError(t, e.Err)
+		require.Same(t, r, e.Request)
+
+		go c.Do(c.Request(idemtest.Exchange{Key: "b"}))
+		synctest.Wait()
+		time.Sleep(500 * time.Millisecond)
+		c.Do(c.Request(idemtest.Exchange{Key: "b"}))
+		e = events.Last()
+		require.Equal(t, idempotency.OutcomeReplayed, e.Outcome)
+		require.Equal(t, 1500*time.Millisecond, e.Waited)
+		require.Zero(t, e.Attempt)
+
+		c.Do(c.Request(idemtest.Exchange{})) // no key, no event
+		c.Do(c.Request(idemtest.Exchange{Keys: []string{""}}))
+		e = events.Last()
+		require.Equal(t, idempotency.OutcomeKeyInvalid, e.Outcome)
+		require.ErrorIs(t, e.Err, idempotency.ErrKeyInvalid)
+		require.Len(t, events.All(), 4)
+	})
+}
+
+// What a caller keeps of an event is not changed by what comes after it.
+func TestEventsStayAsTheyWere(t *testing.T) {
+	events := &idemtest.EventLog{}
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{OnEvent: events.Add}, nil)
+	var keys []string
+	for i := range 50 {
+		c.Do(c.Request(idemtest.Exchange{Key: fmt.Sprint("k", i%10)}))
+		keys = append(keys, strings.Clone(events.Last().StoreKey))
+	}
+	for i, e := range events.Events() {
+		require.Equal(t, keys[i], e.StoreKey)
+		require.Equal(t, keys[i%10], e.StoreKey)
+	}
+}
+
+// Keys, tokens and bodies stay out of the log; the store's words stay in it.
+func TestLog(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+		c := idemtest.NewClient(store, &idempotency.Options{Logger: slog.New(slog.NewTextHandler(&log, nil))}, nil)
+		c.Check(t, 0, idemtest.Exchange{Key: "fine", Get: "201 charge 1"})
+		c.Check(t, 1, idemtest.Exchange{Key: "fine", Get: "replay 201 charge 1"})
+		require.Empty(t, log.String(), "warnings and errors only")
+		store.Fail("Acquire", idemtest.ErrDown)
+		c.Check(t, 2, idemtest.Exchange{Key: "private-key", Body: "private-body", Get: "503 store_unavailable"})
+		require.Contains(t, log.String(), "secret-host")
+		time.Sleep(time.Hour) // what goes on in the background ends
+		require.NotContains(t, log.String(), "private")
+	})
+}

@@ -1,0 +1,288 @@
+package idempotency
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"time"
+)
+
+// facts are what a run came to. Two tables follow from them: what a retry is
+// to get (facts.verdict), and what the client gets (facts.answer).
+type facts struct {
+	atMostOnce bool // Options.AtMostOnce
+	committed  bool // Execution.Commit succeeded
+	discarded  bool // Execution.Discard was called
+	attached   bool // Execution.Attach was called
+	unanswered bool // the handler wrote nothing, and its context or the body had ended
+	cutOff     bool // the body broke off under the handler, and the key is not at-most-once
+	final      bool // ShouldStore says that the response is final
+	status     int  // of the response
+}
+
+// A verdict is what a retry of the request gets.
+type verdict uint8
+
+const (
+	retryRuns          verdict = iota // the handler runs again
+	retryReplays                      // the stored response
+	retryLearnsStatus                 // response_not_stored, with the status
+	retryLearnsNothing                // outcome_unknown
+)
+
+// verdict decides by the first rule that applies.
+func (f facts) verdict() verdict {
+	switch {
+	case f.committed && f.unanswered:
+		return retryLearnsNothing
+	case f.committed:
+		return retryReplays
+	case f.unanswered && f.attached && !f.atMostOnce: // what is attached is rolled back
+		return retryRuns
+	case f.discarded:
+		return retryRuns
+	case f.unanswered && f.cutOff:
+		return retryRuns
+	case f.cutOff && f.status >= 400:
+		return retryRuns
+	case f.unanswered:
+		return retryLearnsNothing
+	case !f.final:
+		return retryRuns
+	case f.cutOff: // a retry with the whole body must not get the answer to a part
+		return retryLearnsStatus
+	}
+	return retryReplays
+}
+
+// A storeReport is what the store made of a verdict.
+type storeReport struct {
+	err  error // of Complete or Release
+	lost bool  // another owner was seen
+	over bool  // the lease is over by our clock
+}
+
+// An answer is what the client gets.
+type answer struct {
+	outcome Outcome
+	problem *Error // in the place of the handler's response, if not nil
+	err     error  // for the event
+	storing bool   // the response goes out before it is stored
+}
+
+const (
+	unknownDetail = "Whether the request was processed is not known. Repeat it later with the same key to find out."
+	undoneDetail  = "This attempt was given up, and what it did was undone. Repeat it later with the same key."
+)
+
+// answer decides by the first rule that applies what the client gets. It never
+// gets a response that is not stored while another owner may store a different
+// one, nor the response of a transaction that was not committed.
+func (s *settlement) answer(v verdict, r storeReport) answer {
+	f := &s.facts
+	rolledBack := errors.Is(r.err, ErrRolledBack)
+	runs := v == retryRuns
+	switch {
+	case runs && (r.lost || r.over):
+		return s.withhold(OutcomeLeaseLost, ErrInProgress, ErrLeaseLost, "")
+	case runs && f.unanswered && f.cutOff:
+		return s.withhold(OutcomeReleased, ErrBodyIncomplete, r.err, "")
+	case runs && f.unanswered && r.err == nil:
+		return s.withhold(OutcomeReleased, ErrStoreUnavailable, s.cause, undoneDetail)
+	case runs && f.unanswered:
+		return s.withhold(OutcomeReleased, ErrStoreUnavailable, errors.Join(s.cause, r.err), unknownDetail)
+	case runs:
+		return answer{outcome: OutcomeReleased, err: r.err}
+	case r.err == nil && f.unanswered:
+		return s.withhold(OutcomeOutcomeUnknown, ErrOutcomeUnknown, s.cause, "")
+	case r.err == nil:
+		return answer{outcome: OutcomeExecuted, err: s.notStored}
+	case errors.Is(r.err, ErrLeaseLost) || r.lost && (rolledBack || !f.committed):
+		return s.withhold(OutcomeLeaseLost, ErrInProgress, r.err, "")
+	case rolledBack && !f.committed:
+		return s.withhold(OutcomeStoreUnavailable, ErrStoreUnavailable, r.err, "")
+	case rolledBack || f.attached:
+		return s.withhold(OutcomeStoreUnavailable, ErrStoreUnavailable, r.err, unknownDetail)
+	case f.unanswered:
+		a := s.withhold(OutcomeOutcomeUnknown, ErrOutcomeUnknown, s.cause, "")
+		a.storing = true
+		return a
+	}
+	return answer{outcome: OutcomeExecuted, err: r.err, storing: true}
+}
+
+// withhold is an answer in the place of the handler's response. Its detail is
+// that of the problem unless there is one.
+func (s *settlement) withhold(outcome Outcome, sentinel, cause error, detail string) answer {
+	p := s.problem(sentinel, cause)
+	if detail != "" {
+		p.Detail = detail
+	}
+	return answer{outcome: outcome, problem: p}
+}
+
+// A settlement takes a run that has returned to its answer: the facts, the
+// verdict, the store, the answer. What a client has seen, a retry must be able
+// to see again, so the store comes before the client.
+type settlement struct {
+	*middleware
+	request   *request
+	claim     *claim
+	lease     *lease
+	execution *Execution
+	context   *handlerContext
+	recorder  *recorder
+
+	facts     facts
+	digest    []byte // of a request body that the fingerprint does not cover
+	cause     error  // of the end of the handler's context
+	notStored error  // why the stored form is not the response
+}
+
+// settle makes the facts from what the handler left behind, and settles them.
+// The claim is renewed until all is ready for the store.
+func (s *settlement) settle() answer {
+	s.gather()
+	v := s.facts.verdict()
+	if v == retryRuns {
+		return s.free(v)
+	}
+	if s.facts.unanswered { // a half of what is attached must not be kept
+		s.facts.attached = false
+		s.execution.detach()
+		s.context.cancel(nil)
+	}
+	return s.keep(v)
+}
+
+func (s *settlement) gather() {
+	f := &s.facts
+	f.atMostOnce = s.opts.AtMostOnce
+	f.committed, f.discarded, f.attached = s.execution.end()
+	digest, broken := s.request.body.finish()
+	s.recorder.finish()
+	s.digest, f.status = digest, s.recorder.status
+	f.cutOff = broken && !f.atMostOnce
+	f.unanswered = s.recorder.wroteNothing && (broken || s.context.hasEnded())
+	if f.unanswered {
+		s.cause = context.Cause(s.context)
+		return
+	}
+	f.final = s.shouldStore()
+}
+
+// shouldStore asks ShouldStore. The handler has finished: a panic in it must not
+// make the request run again.
+func (s *settlement) shouldStore() (final bool) {
+	if s.opts.ShouldStore == nil {
+		return !s.saysNothingWasDone() && (s.facts.status < 500 || s.opts.AtMostOnce)
+	}
+	final = true
+	defer s.contain(s.request.r.Context(), "ShouldStore")
+	return s.opts.ShouldStore(s.facts.status, s.recorder.header)
+}
+
+// saysNothingWasDone reports whether the response says that the handler did
+// nothing yet, or not for this client.
+//
+// A conflict with Retry-After is what this package answers while another
+// request is running, and the handler may be a proxy to a service that has it
+// too. When outer middleware has set the same header, the handler does not say so.
+func (s *settlement) saysNothingWasDone() bool {
+	switch s.facts.status {
+	case http.StatusUnauthorized, http.StatusForbidden, http.StatusProxyAuthRequired,
+		http.StatusRequestTimeout, http.StatusTooEarly, http.StatusTooManyRequests:
+		return true
+	case http.StatusConflict:
+		return s.recorder.sets("Retry-After")
+	}
+	return false
+}
+
+// free frees the key. Its marker remembers the attempt: for one lease when
+// nothing was done, so that a flood of refused requests fills no store, and for
+// the TTL when the run may have got somewhere, so that the next one can tell.
+func (s *settlement) free(v verdict) answer {
+	s.lease.stop()
+	f := &s.facts
+	keep := s.opts.TTL
+	if f.discarded || !f.unanswered && !f.cutOff && s.saysNothingWasDone() {
+		keep = s.opts.Lease
+	}
+	err := s.claim.release(s.context, keep)
+	return s.answer(v, s.report(err))
+}
+
+// keep stores what a retry is to get. When the store fails, the client gets the
+// response all the same: the handler has finished, and the claim stands while
+// storing goes on in the background.
+func (s *settlement) keep(v verdict) answer {
+	result := s.encode(v)
+	s.lease.stop()
+	err := s.claim.complete(s.context, result, s.facts.attached)
+	if errors.Is(err, ErrRolledBack) && !s.facts.committed {
+		err = errors.Join(err, s.claim.release(s.context, s.opts.TTL))
+	}
+	a := s.answer(v, s.report(err))
+	if a.storing {
+		s.claim.completeLater(s.context, result)
+	}
+	return a
+}
+
+func (s *settlement) report(err error) storeReport {
+	end, lost := s.claim.standing()
+	return storeReport{err: err, lost: lost, over: !time.Now().Before(end)}
+}
+
+// encode makes the result that says what the verdict is. A response that cannot
+// be kept, because a callback panics, say, becomes one that a retry learns the
+// status of: it must not make the handler run again.
+func (s *settlement) encode(v verdict) Result {
+	r := Result{Fingerprint: s.claim.fingerprint, TTL: s.opts.TTL}
+	switch v {
+	case retryLearnsNothing:
+		r.Value = encodeUnknown(s.digest)
+	case retryReplays:
+		s.encodeResponse(&r)
+	}
+	if r.Value == nil {
+		s.notStored = ErrResponseNotStored
+		r.Value, r.parts = encodeNotStored(s.facts.status, s.digest), nil
+	}
+	if s.opts.AEAD == nil {
+		return r
+	}
+	sealed := s.seal(r)
+	if sealed == nil {
+		s.notStored = ErrResponseNotStored
+		sealed = encodeNotStored(s.facts.status, s.digest)
+	}
+	r.Value = sealed
+	return r
+}
+
+// encodeResponse makes no Value if the response cannot be kept.
+func (s *settlement) encodeResponse(r *Result) {
+	if !s.recorder.complete() {
+		return
+	}
+	defer s.contain(s.request.r.Context(), "ReplayHeader")
+	if s.memory == nil || s.opts.AEAD != nil {
+		r.Value, _ = s.recorder.encode(nil, s.digest, s.opts.ReplayHeader, true)
+		return
+	}
+	// A MemoryStore copies what is small before it returns, and the buffer of
+	// the request is free by now.
+	buffer := s.request.body.buffer
+	r.Value, r.parts = s.recorder.encode((*buffer)[:0], s.digest, s.opts.ReplayHeader, false)
+	if r.Value != nil {
+		*buffer = r.Value[:0]
+	}
+}
+
+// seal returns nil if the AEAD panics.
+func (s *settlement) seal(r Result) (sealed []byte) {
+	defer s.contain(s.request.r.Context(), "AEAD")
+	return seal(s.opts.AEAD, s.claim.storeKey, r)
+}
