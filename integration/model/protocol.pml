@@ -89,6 +89,13 @@ bit excused[TOKENS + 2];
 #define RENEWS holder == t
 #endif
 
+/* What nobody is there to end, with a reason that README.md gives. */
+#ifdef SHOW_DEATH_WITH_A_MARK
+#define EXCUSED(t_) 0
+#else
+#define EXCUSED(t_) excused[t_]
+#endif
+
 /* The owner's own clock says that the lease runs which its last answer was about:
  * a late command of its own that renewed the claim since does not count. */
 bit in_time[TOKENS + 2];
@@ -151,9 +158,9 @@ inline complete() {
 
 inline release() {
 	if
-	:: d_step { true; store_release(t, keep[t]) }
-	:: d_step { faults > 0; faults--; store_release(t, keep[t]); res = unknown }
-	:: d_step { faults > 0; faults--; late_release[t]++; res = unknown }
+	:: d_step { true; store_release(t, KEEP) }
+	:: d_step { faults > 0; faults--; store_release(t, KEEP); res = unknown }
+	:: d_step { faults > 0; faults--; late_release[t]++; keep[t] = KEEP; res = unknown }
 	:: d_step { faults > 0; faults--; res = unknown }
 	OR_CRASH
 	fi
@@ -284,7 +291,7 @@ marking: /* AtMostOnce */
 	acquire(att, 1); /* step: marking, asks for Once */
 #ifdef BUG_STARTS_BEFORE_ITS_MARK
 	if
-	:: atomic { res == unknown && IN_TIME -> start(); goto executing }
+	:: atomic { res == unknown && LEASED(t) -> in_time[t] = 1; start(); goto executing }
 	:: else
 	fi;
 #endif
@@ -369,11 +376,10 @@ freeing:
 		:: faults > 0 -> faults--; late_renewal[t] = att; uncertain = 1 /* step: releasing, while a renewal is on its way */
 		:: COMMITS && faults > 0 -> faults--; delay(att, 1); asked = 1; uncertain = 1 /* step: releasing, while a Commit is on its way */
 		fi;
-		keep[t] = KEEP;
 		release() /* step: releasing, frees the key */
 	};
 	if
-	:: res == unknown -> keep[t] = KEEP; release() /* step: releasing, once more when the answer is lost */
+	:: res == unknown -> release() /* step: releasing, once more when the answer is lost */
 	:: else
 	fi;
 	atomic {
@@ -501,6 +507,9 @@ end:	do
 /* Time passes. */
 proctype Clock() {
 	byte n;
+#if defined(LOSES_RECORDS) || defined(SHOW_LOSS_AND_LATE_MARKS) || defined(LOSES_UNUSED_CLAIMS)
+	byte losses = 1;
+#endif
 
 end:	do
 	/* A lease is over: by its owner's own clock and then by the store's, which
@@ -541,9 +550,16 @@ end:	do
 		n = 0
 	}
 #endif
-#ifdef LOSES_RECORDS
+#if defined(LOSES_RECORDS) || defined(SHOW_LOSS_AND_LATE_MARKS)
 	/* The store forgets, and nobody else does. */
-	:: d_step { state != absent -> state = absent; tok = 0; attempt = 0; fingerprint = 0; once = 0; running = 0; lasting = 0 }
+	:: d_step { losses > 0 && state != absent -> losses--;
+		state = absent; tok = 0; attempt = 0; fingerprint = 0; once = 0; running = 0; lasting = 0 }
+#endif
+#ifdef LOSES_UNUSED_CLAIMS
+	/* The store forgets a claim before its mark. */
+	:: d_step { losses > 0 && state == claimed && !once && !served -> losses--;
+		state = absent; tok = 0; attempt = 0; fingerprint = 0; running = 0;
+		may_take = 1; bound = 0; request = 0 }
 #endif
 	od
 }
@@ -555,7 +571,7 @@ proctype Probe() {
 
 	timeout;
 	d_step {
-		assert(!(state == claimed && once) || served || excused[tok] || OLD(tok)); /* nothing late holds a key for longer than one lease */
+		assert(!(state == claimed && once) || served || EXCUSED(tok) || OLD(tok)); /* nothing late holds a key for longer than one lease */
 		store_acquire(PROBE, fingerprint, 0, 0);
 		assert(res == acquired || res == replay || res == abandoned && (ONCE || COMMITS)) /* no key is stuck */
 	}
