@@ -64,19 +64,13 @@ byte releasing[TOKENS + 1];
 #define UNTIL_ITS_LEASE_IS_OVER 3
 
 /* What Release is called with: the TTL, or else one lease. One lease is enough
- * where nothing was done, in the first attempt, and every Acquire was answered. */
+ * where nothing was done and no mark was sent. */
 bit keep[TOKENS + 1];
-#ifdef BUG_SHORT_MARKER_OF_A_LATER_ATTEMPT
-#define LATER_ATTEMPT 0
+#ifdef BUG_SHORT_MARKER_AFTER_A_MARK
+#define KEEP ran
 #else
-#define LATER_ATTEMPT (att > 1)
+#define KEEP (ran || asked)
 #endif
-#ifdef BUG_SHORT_MARKER_AFTER_A_LOST_ANSWER
-#define LOST_ANSWER 0
-#else
-#define LOST_ANSWER uncertain
-#endif
-#define KEEP (ran || LATER_ATTEMPT || LOST_ANSWER)
 #define FORGET keep[t] = keep[t] && (releasing[t] != 0 || late_release[t] != 0);
 
 /* A ghost: the process died with a mark on its way, or the handler ran
@@ -124,21 +118,25 @@ inline delay(a_, o_) {
 	fi
 }
 
-/* One store call: it is answered; or it takes effect, and the reply is lost; or
- * the command comes when nobody waits for it any more; or it is lost. */
-inline acquire(a_, o_) {
+/* The Record that answers an Acquire. */
+inline learn(o_) {
 	if
-	:: d_step { true;
-		store_acquire(t, BODY(t), a_, o_);
+	:: res == acquired -> att = attempt; in_time[t] = 1;
 		if
-		:: res == acquired -> att = attempt; in_time[t] = 1;
-			if
-			:: o_ && once -> res = marked
-			:: else
-			fi
+		:: o_ && once -> res = marked
 		:: else
 		fi
-	}
+	:: else
+	fi
+}
+
+/* One store call. It is answered. Or it is answered, and the driver had sent it
+ * twice: a copy comes late. Or it takes effect, and the reply is lost. Or the
+ * command comes after its sender has stopped waiting. Or the command is lost. */
+inline acquire(a_, o_) {
+	if
+	:: d_step { true; store_acquire(t, BODY(t), a_, o_); learn(o_) }
+	:: d_step { faults > 0; faults--; delay(a_, o_); store_acquire(t, BODY(t), a_, o_); learn(o_) }
 	:: d_step { faults > 0; faults--; store_acquire(t, BODY(t), a_, o_); res = unknown }
 	:: d_step { faults > 0; faults--; delay(a_, o_); res = unknown }
 	:: d_step { faults > 0; faults--; res = unknown }
@@ -149,6 +147,7 @@ inline acquire(a_, o_) {
 inline complete() {
 	if
 	:: d_step { true; store_complete(t, RESULT(t)) }
+	:: d_step { faults > 0; faults--; late_complete[t] = 1; store_complete(t, RESULT(t)) }
 	:: d_step { faults > 0; faults--; store_complete(t, RESULT(t)); res = unknown }
 	:: d_step { faults > 0; faults--; late_complete[t] = 1; res = unknown }
 	:: d_step { faults > 0; faults--; res = unknown }
@@ -159,6 +158,7 @@ inline complete() {
 inline release() {
 	if
 	:: d_step { true; store_release(t, KEEP) }
+	:: d_step { faults > 0; faults--; late_release[t]++; keep[t] = KEEP; store_release(t, KEEP) }
 	:: d_step { faults > 0; faults--; store_release(t, KEEP); res = unknown }
 	:: d_step { faults > 0; faults--; late_release[t]++; keep[t] = KEEP; res = unknown }
 	:: d_step { faults > 0; faults--; res = unknown }
@@ -171,7 +171,7 @@ inline release() {
 inline hold() {
 	if
 	:: IN_TIME ->
-		assert(ALONE(t)); /* never two owners count on a lease */
+		assert(ALONE(t)); /* two owners never count on the lease at once */
 		holder = t
 	:: else
 	fi;
@@ -192,14 +192,14 @@ inline drop() {
 inline start() {
 	hold();
 	assert(holder == t); /* a handler starts only with the lease */
-	assert(!somewhere || att > 1 || OLD(t)); /* a handler is told when an earlier one may have got somewhere */
+	assert(!somewhere || att > 1 || OLD(t)); /* a handler is told when an earlier one has had its effect */
 	NOTE_START(t)
 	served = served || tok == t;
 	pledge = pledge || ONCE && !OLD(t);
 #ifdef BUG_GIVES_A_RUNNING_CLAIM_BACK
 	releasing[t] = (uncertain -> ONE_RELEASE : 0);
 #endif
-	res = 0; wasted = 0; back = 0
+	res = 0; wasted = 0; back = 0; uncertain = 0
 }
 
 /* The request ends, and no handler was called. */
@@ -224,7 +224,7 @@ inline refuse(claimed_) {
 /* An answer goes out that the handler made. */
 inline send() {
 	assert(res == unknown || record == t || OLD(t)); /* stored before sent */
-	assert(res != unknown || !seen || committed)     /* no answer that is not stored, after another owner was seen */
+	assert(res != unknown || !seen || committed)     /* an owner that saw another owner sends no answer that is not stored */
 }
 
 /* A renewal or a Commit found that another owner has the key, or had it. */
@@ -247,7 +247,7 @@ proctype Owner(byte i) {
 	mtype:answer res;
 	bit wasted;    /* an answer came when the lease was over, or told that the claim is not marked */
 	bit back;      /* a mark found another owner */
-	bit uncertain; /* an Acquire was not answered */
+	bit uncertain; /* an Acquire was not answered, and no handler was called since */
 	bit asked;     /* a mark was sent */
 	bit committed, ran, taken;
 	bit seen;      /* a ghost: what taken has to be */
@@ -320,9 +320,9 @@ executing:
 			acquire(att, 0);
 			if
 			:: res == acquired -> hold() /* step: renewing, has it longer */
-			:: res == unknown -> uncertain = 1 /* step: renewing, does not know, and tries again */
+			:: res == unknown /* step: renewing, does not know, and tries again */
 			:: else -> /* step: renewing, finds another owner, though its lease ended meanwhile */
-				assert(state != absent); /* no owner is told that it lost a key that nobody has had since */
+				assert(state != absent); /* an owner is not told that it lost a key that no other owner has had */
 				lose()
 			fi;
 			served = served || state == claimed && tok == t;
@@ -330,7 +330,7 @@ executing:
 		}
 	:: atomic { COMMITS && !committed && ran == COMMITS_LATE -> asked = 1; acquire(att, 1) }; /* step: committing, marks the claim */
 		if
-		:: res == unknown -> uncertain = 1; acquire(att, 1) /* step: committing, once more when the answer is lost */
+		:: res == unknown -> acquire(att, 1) /* step: committing, once more when the answer is lost */
 		:: else
 		fi;
 		if
@@ -340,7 +340,7 @@ executing:
 		atomic {
 			if
 			:: res == marked -> hold(); committed = 1; pledge = pledge || !OLD(t) /* step: committing, has committed */
-			:: res == unknown || res == acquired -> uncertain = 1 /* step: committing, does not know, and promises nothing */
+			:: res == unknown || res == acquired /* step: committing, does not know, and promises nothing */
 #ifdef BUG_COMMITS_REGARDLESS
 			:: else -> committed = 1
 #else
@@ -352,17 +352,17 @@ executing:
 		}
 	:: d_step {
 		!ran && (committed || !COMMITS || COMMITS_LATE) -> ran = 1; /* step: executing, has its effect */
-		assert(!charged || OLD(t)); /* an effect that is at-most-once happens once */
+		assert(!charged || OLD(t)); /* an at-most-once effect never happens twice */
 		charged = charged || (ONCE || COMMITS && !COMMITS_LATE) && !OLD(t);
 		somewhere = somewhere || !OLD(t)
 	}
-	:: atomic { ran -> ran = 0; uncertain = 0; asked = 0; att = 0; goto keeping } /* step: executing, returns a final answer */
+	:: atomic { ran -> ran = 0; asked = 0; att = 0; goto keeping } /* step: executing, returns a final answer */
 	:: atomic { ran && !committed && !ONCE -> taken = 0; seen = 0; goto freeing } /* step: executing, returns an answer after which a retry runs */
 	:: atomic { !ran && !committed -> taken = 0; seen = 0; goto freeing } /* step: executing, returns an answer that says that nothing was done */
 #ifdef BUG_RELEASES_AFTER_COMMIT
 	:: committed -> goto freeing
 #else
-	:: atomic { !ran && committed -> uncertain = 0; asked = 0; att = 0; goto keeping } /* step: executing, which makes no difference after Commit */
+	:: atomic { !ran && committed -> asked = 0; att = 0; goto keeping } /* step: executing, which makes no difference after Commit */
 #endif
 	:: atomic { crashes > 0; crashes--; drop(); goto again } /* step: executing, panics */
 	OR_CRASH
@@ -373,8 +373,8 @@ freeing:
 		drop();
 		if
 		:: true
-		:: faults > 0 -> faults--; late_renewal[t] = att; uncertain = 1 /* step: releasing, while a renewal is on its way */
-		:: COMMITS && faults > 0 -> faults--; delay(att, 1); asked = 1; uncertain = 1 /* step: releasing, while a Commit is on its way */
+		:: faults > 0 -> faults--; late_renewal[t] = att /* step: releasing, while a renewal is on its way */
+		:: COMMITS && faults > 0 -> faults--; delay(att, 1); asked = 1 /* step: releasing, while a Commit is on its way */
 		fi;
 		release() /* step: releasing, frees the key */
 	};
@@ -457,9 +457,6 @@ finished:
 #define LATE(flag, op) \
 	:: d_step { flag[t] > 0 -> flag[t]--; op; res = 0 } /* step: late, a command comes */ \
 	:: d_step { flag[t] > 0 && faults > 0 -> faults--; op; res = 0 } /* step: late, it comes twice */
-
-/* A repetition in the background is answered; or its reply is lost; or it comes
- * late; or it is lost. */
 
 /* What goes on under a token beside its request and after it. */
 proctype Wire(byte t) {
@@ -571,7 +568,7 @@ proctype Probe() {
 
 	timeout;
 	d_step {
-		assert(!(state == claimed && once) || served || EXCUSED(tok) || OLD(tok)); /* nothing late holds a key for longer than one lease */
+		assert(!(state == claimed && once) || served || EXCUSED(tok) || OLD(tok)); /* no late command holds a key for longer than one lease */
 		store_acquire(PROBE, fingerprint, 0, 0);
 		assert(res == acquired || res == replay || res == abandoned && (ONCE || COMMITS)) /* no key is stuck */
 	}

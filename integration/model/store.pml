@@ -65,11 +65,11 @@ bit started[TOKENS + 2];
 
 /* Writes a claim where none of this token was. */
 inline claim(t_, f_, a_) {
-	assert(ALONE(t_));                /* nobody takes a key whose owner counts on its lease */
-	assert(record == 0);              /* nobody takes a key whose response is stored */
-	assert(may_take);                 /* a handler runs again only for a reason */
+	assert(ALONE(t_));                /* a key is not taken while its owner counts on the lease */
+	assert(record == 0);              /* a key is not taken once its response is stored */
+	assert(may_take);                 /* a key is claimed again only after its release or the end of an unmarked lease */
 	assert(!bound || request == f_);  /* a different request does not get the key */
-	assert(marker != t_);             /* who freed a key does not have it again while its marker is there */
+	assert(marker != t_);             /* a token that released the key does not get it back while its marker is kept */
 	ISSUE(t_)
 	may_take = 0; served = 0; bound = 1; request = f_; marker = 0;
 	state = claimed; tok = t_; attempt = a_; fingerprint = f_; running = 1; lasting = 0;
@@ -174,7 +174,7 @@ inline store_acquire(t_, f_, a_, o_) {
 }
 
 inline write(t_, f_) {
-	assert(ALONE(t_));                   /* nobody stores a response while another counts on its lease */
+	assert(ALONE(t_));                   /* no response is stored while another owner counts on its lease */
 	assert(record == 0 || record == t_); /* a stored response is never overwritten */
 	assert(!bound || request == f_);     /* a response is stored for the request that has the key */
 	record = t_; bound = 1; request = f_; marker = 0; served = 0;
@@ -206,12 +206,18 @@ inline store_complete(t_, f_) {
 	fi
 }
 
+#ifdef BUG_SHORT_MARKER_OF_A_LATER_ATTEMPT
+#define LATER_ATTEMPT 0
+#else
+#define LATER_ATTEMPT (attempt > 1)
+#endif
+
 inline free(t_, k_) {
-	assert(holder == 0); /* nobody's running claim is freed, not even its own */
-	assert(!OPEN(t_));   /* the claim of a handler that runs unprotected is not freed beside it */
-	assert(record == 0); /* no stored response is thrown away */
+	assert(holder == 0); /* a claim is not released while its owner counts on the lease */
+	assert(!OPEN(t_));   /* a claim is not released while its handler runs unprotected */
+	assert(record == 0); /* a stored response is never released */
 	may_take = 1; pledge = 0; bound = 0; request = 0; marker = t_; served = 0;
-	fingerprint = 0; once = 0; running = 0; lasting = k_;
+	fingerprint = 0; once = 0; running = 0; lasting = k_ || LATER_ATTEMPT;
 #ifdef BUG_NO_MARKER
 	state = absent; tok = 0; attempt = 0; lasting = 0
 #else
@@ -220,7 +226,8 @@ inline free(t_, k_) {
 }
 
 /* Store.Release. The marker has the attempt of the claim, and 0 where the cell was
- * absent. It is kept for the TTL (1) or for one lease (0). */
+ * absent. It is kept for the TTL (1) or for one lease (0); but where the attempt is
+ * a later one, for what is left of the TTL, so that attempts go on counting. */
 inline store_release(t_, k_) {
 	if
 	:: state == absent -> /* step: release, absent */
