@@ -55,6 +55,7 @@ const (
 	redisReleasedHeader  = 8
 	redisClaimedHeader   = 21
 
+	// Flags of a claimed cell.
 	redisOnce    = 1 // the claim is never taken over
 	redisWatched = 2 // a caller was told InProgress, so a change is published
 )
@@ -78,7 +79,8 @@ func millis(d time.Duration) int64 {
 	return max(ms, 1)
 }
 
-// encode returns the stored form in one allocation.
+// encode returns the stored form in one allocation. Lengths are one byte each: a
+// token of this package has 22 bytes, a fingerprint 16.
 func (c *redisCell) encode() ([]byte, error) {
 	if len(c.token) > math.MaxUint8 || len(c.fingerprint) > math.MaxUint8 {
 		return nil, fmt.Errorf("idempotency: RedisStore takes a token and a fingerprint of up to 255 bytes each, not of %d and %d",
@@ -127,7 +129,7 @@ func parseRedisCell(b []byte) (redisCell, error) {
 	}
 	c := redisCell{state: b[1]}
 	start, token, fingerprint := redisCompletedHeader, 0, int(b[2])
-	if c.state != redisCompleted {
+	if c.state != redisCompleted { // a completed cell has its digest there
 		token, c.attempt = int(b[3]), int(binary.BigEndian.Uint32(b[4:]))
 	}
 	switch c.state {
@@ -139,6 +141,8 @@ func parseRedisCell(b []byte) (redisCell, error) {
 	default:
 		return redisCell{}, errForeignCell
 	}
+	// Only a completed cell goes on after its fingerprint, with the value. More
+	// bytes, or fewer, were not written by this release.
 	end := start + token + fingerprint
 	if end > len(b) || c.state != redisCompleted && end < len(b) {
 		return redisCell{}, errForeignCell
@@ -151,7 +155,9 @@ func parseRedisCell(b []byte) (redisCell, error) {
 	return c, nil
 }
 
-// redisParse is the part of the scripts that reads a cell. Lua counts from 1.
+// redisParse is the part of the scripts that reads a cell. Lua counts from 1, so
+// all offsets are one more than those of the table above.
+//
 // parse returns the state, the token, the fingerprint and the flags, or nil for
 // what is no cell. The token of a completed cell is its digest.
 const redisParse = `
@@ -177,13 +183,16 @@ local foreign = {err = 'FOREIGN the key holds something else'}
 // ARGV[2] is the attempt that is renewed, and 0 for a claim. ARGV[3] is 1 for a
 // renewal that marks the claim as Once.
 //
-// It returns a State and two values that belong to it: of Acquired the attempt
-// and Once, of InProgress the milliseconds that are left of the lease and the
-// cell, of any other the cell if there is one to tell of. InProgress also sets
+// Its rows are those of the table, in the same order. A claim is extended in
+// place, so that its fingerprint and its attempt stay.
+//
+// It returns a State and two values that belong to it: for Acquired the attempt
+// and Once, for InProgress the milliseconds that are left of the lease and the
+// cell, for Lost nothing, and else 0 and the cell. InProgress also sets
 // redisWatched in the cell, so that Complete and Release publish the change.
 //
-// A lease is over when more milliseconds have begun than it has. With one less
-// it would end up to one millisecond early.
+// A lease is over when more milliseconds have begun than it has. Else it would
+// end up to one millisecond early.
 var acquireScript = newRedisScript(redisParse + `
 local claim, renewal = ARGV[1], tonumber(ARGV[2])
 local _, token, fingerprint = parse(claim)
@@ -262,10 +271,14 @@ if watched >= 2 then redis.pcall('PUBLISH', ARGV[2], '') end
 return 1
 `)
 
-// releaseScript frees a claim. KEYS[1] is the cell. ARGV[1] is the marker that
-// an absent cell becomes. A claim under the token becomes the same with its own
-// attempt. ARGV[2] is the channel to publish on when callers wait. ARGV[3] is
-// the token, ARGV[4] how long the marker is kept, in milliseconds. It returns 1.
+// releaseScript frees a claim. It leaves a marker even where there was no cell: a
+// claim that is still on its way finds it, and takes no key for a caller that has
+// given it up.
+//
+// KEYS[1] is the cell. ARGV[1] is the marker that an absent cell becomes. A claim
+// under the token becomes the same with its own attempt. ARGV[2] is the channel
+// to publish on when callers wait. ARGV[3] is the token, ARGV[4] how long the
+// marker is kept, in milliseconds. It returns 1.
 var releaseScript = newRedisScript(redisParse + `
 local cell, watched, marker = redis.call('GET', KEYS[1]), 2, ARGV[1]
 if cell then
@@ -280,9 +293,9 @@ return 1
 `)
 
 // A redisScript is Lua in two forms. The second goes on when Redis is full, and
-// finds full set. It is tried only after Redis refused the first: servers and
-// stand-ins that do not know its first line cannot compile it. A refused script
-// has written nothing.
+// its variable full says so. It is tried only after Redis refused the first:
+// servers and stand-ins that do not know its first line cannot compile it. A
+// refused script has written nothing.
 type redisScript struct{ plain, full redisSource }
 
 type redisSource struct{ text, sha string }

@@ -24,15 +24,21 @@ type redisPipe struct {
 }
 
 const (
+	// maxLanes is how many commands and pipelines are on their way at a time.
+	// With fewer, eight callers would wait for each other for nothing.
 	maxLanes = 8
-	maxBatch = 128 // commands in a pipeline, so that none waits long for the others
+
+	// maxBatch is how many commands go in a pipeline, so that none waits long
+	// for the replies to the others.
+	maxBatch = 128
 
 	// unbatchedAfterLarge is how many commands go by themselves after one with
 	// a large value: in one pipeline, each would wait for the values of all.
 	unbatchedAfterLarge = 1000
 )
 
-// isLarge reports whether a command has a large value, or brought one back.
+// isLarge reports whether a command has a large value, or brought one back: one
+// that a MemoryStore would not pack either.
 func isLarge(cmd redis.Cmder) bool {
 	for _, arg := range cmd.Args() {
 		if b, ok := arg.([]byte); ok && len(b) > maxPacked {
@@ -44,20 +50,22 @@ func isLarge(cmd redis.Cmder) bool {
 }
 
 // A queuedCommand waits to be sent with others. Its caller returns when ctx
-// ends, and does not read cmd then.
+// ends, and does not read cmd then. Else it reads cmd after done is closed, which
+// orders its read after the writes of the lane.
 type queuedCommand struct {
 	ctx  context.Context
 	cmd  redis.Cmder
 	done chan struct{}
 }
 
-// process sends a command, as client.Process does.
+// process sends a command, as client.Process does. A command in the queue is
+// sent by a goroutine of a lane, so its caller can return at its own deadline.
 func (p *redisPipe) process(ctx context.Context, cmd redis.Cmder) error {
 	p.mu.Lock()
 	if isLarge(cmd) {
 		p.unbatched = unbatchedAfterLarge
 	}
-	if p.unbatched > 0 {
+	if p.unbatched > 0 { // and in no lane
 		p.unbatched--
 		p.mu.Unlock()
 		defer p.noteReply(cmd)
@@ -70,6 +78,7 @@ func (p *redisPipe) process(ctx context.Context, cmd redis.Cmder) error {
 		defer p.noteReply(cmd)
 		return p.client.Process(ctx, cmd)
 	}
+	// All lanes are in use, so one of them is freed in time and sends the queue.
 	q := &queuedCommand{ctx, cmd, make(chan struct{})}
 	p.queue = append(p.queue, q)
 	p.mu.Unlock()
@@ -90,7 +99,8 @@ func (p *redisPipe) noteReply(cmd redis.Cmder) {
 	}
 }
 
-// freeLane has a lane send what waits, or ends its use.
+// freeLane has a lane send what waits, or ends its use. Each use of a lane ends
+// with it, so the queue is empty when no lane is in use.
 func (p *redisPipe) freeLane() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -99,18 +109,20 @@ func (p *redisPipe) freeLane() {
 		p.lanes--
 		return
 	}
-	batch := p.queue[:n:n]
+	batch := p.queue[:n:n] // what is appended to the queue must not reach into it
 	if p.queue = p.queue[n:]; len(p.queue) == 0 {
 		p.queue = nil
 	}
 	go p.send(batch)
 }
 
-// send sends a batch. Its deadline is the latest of its callers.
+// send sends a batch. Its deadline is the latest of its callers: an earlier one
+// would fail commands that have time left. Cancellation of one caller must not
+// end the commands of the others, so the context is only that of its values.
 func (p *redisPipe) send(batch []*queuedCommand) {
 	defer p.freeLane()
 	var deadline time.Time
-	limited := true
+	limited := true // until a call has no deadline
 	for _, q := range batch {
 		d, ok := q.ctx.Deadline()
 		if limited = limited && ok; d.After(deadline) {
@@ -125,7 +137,7 @@ func (p *redisPipe) send(batch []*queuedCommand) {
 	}
 	err := p.exec(ctx, batch)
 	for _, q := range batch {
-		if err != nil {
+		if err != nil { // none of them was sent, or a hook panicked
 			q.cmd.SetErr(err)
 		}
 		p.noteReply(q.cmd)

@@ -9,6 +9,11 @@ import (
 // the same key that begin meanwhile wait until it is done. One of them then
 // leads the next question, and the others take its answer, so that a hundred
 // duplicates cost a few commands.
+//
+// An answer is shared only with claims that began before its question was sent.
+// So it is never older than the call: after Complete has returned, no claim is
+// told that the key is in progress. The answers are not kept, since a record may
+// expire, and a record that Redis has lost must be found missing.
 type redisQuestion struct {
 	done   chan struct{} // made by the first claim that waits
 	answer redisAnswer   // the zero answer when Redis failed
@@ -28,6 +33,8 @@ const (
 func (s *RedisStore) share(ctx context.Context, name string, c Claim) (Record, error) {
 	var patience *time.Timer
 	for n := range maxQuestions {
+		// A claim that finds no question leads one. So no more than one is on
+		// its way, but for claims that waited in vain.
 		s.mu.Lock()
 		q := s.questions[name]
 		if q == nil {
@@ -54,6 +61,8 @@ func (s *RedisStore) share(ctx context.Context, name string, c Claim) (Record, e
 			return rec, nil
 		}
 	}
+	// The claim asks for itself, and does not lead: the question that it waited
+	// for may still be on its way.
 	answer, err := s.claim(ctx, name, c, s.isWatched(name))
 	return answer.Record, err
 }
@@ -69,7 +78,8 @@ func (q *redisQuestion) wait(ctx context.Context, patience *time.Timer) bool {
 	return false
 }
 
-// lead claims, and gives the answer to the claims that wait for q.
+// lead claims, and gives the answer to the claims that wait for q. It does so
+// even if the client of Redis panics: they would wait for nothing.
 func (s *RedisStore) lead(ctx context.Context, name string, c Claim, q *redisQuestion) (Record, error) {
 	defer func() {
 		s.mu.Lock()
@@ -89,13 +99,13 @@ func (s *RedisStore) lead(ctx context.Context, name string, c Claim, q *redisQue
 // not mark the cell for a caller that waits.
 func (a *redisAnswer) sharedWith(c Claim) (Record, bool) {
 	switch {
-	case a.State == 0 || a.cell.state == 0:
+	case a.State == 0 || a.cell.state == 0: // failed, or claimed by the other
 		return Record{}, false
 	case mismatch(a.cell.fingerprint, c.Fingerprint):
 		return Record{State: Mismatch}, true
 	case a.cell.state == redisCompleted:
 		return completedRecord(c, a.cell.fingerprint, a.cell.value, nil), true
-	case a.cell.token == c.Token:
+	case a.cell.token == c.Token: // c was sent twice
 		return Record{}, false
 	case a.State == InProgress || a.State == Abandoned:
 		return a.Record, true

@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -92,8 +90,8 @@ func (o *RedisOptions) withDefaults() RedisOptions {
 //
 // A RedisStore is safe for concurrent use and needs no Close; the client is the
 // caller's. Duplicates that wait share one Pub/Sub connection per store, which
-// is there only as long as somebody waits. Where the user may not subscribe or
-// publish, they poll.
+// is there only as long as one of them waits. Where the Redis user may not
+// subscribe or publish, they poll.
 //
 // Leases and TTLs run by the clock of the server. It is a wall clock: have it
 // slewed, not stepped, and have those of masters and replicas agree to much
@@ -168,10 +166,11 @@ type redisAnswer struct {
 	cell redisCell
 }
 
-// claim asks Redis for a free key. SET alone tells of a free key and of a
-// record; the script decides about a claim or a marker. It decides about all of
-// them alike, so a key that is likely to be claimed (contended) goes to the
-// script at once. Large records take longer through it.
+// claim asks Redis for the key. SET alone is enough for a free key and for a
+// record, which are the usual ones: it is native, and takes half as long as a
+// script for a large record. About a claim or a marker the script decides. It
+// decides about all cells alike, so a key that is likely to be claimed
+// (contended) goes to it at once.
 func (s *RedisStore) claim(ctx context.Context, name string, c Claim, contended bool) (answer redisAnswer, err error) {
 	if !contended {
 		answer, err = s.claimFree(ctx, name, c)
@@ -203,8 +202,9 @@ func (s *RedisStore) claimFree(ctx context.Context, name string, c Claim) (answe
 	}
 	cmd := redis.NewStringCmd(ctx, "set", name, claim, "nx", "get", "px", ttl)
 	replicated, err := s.send(ctx, name, cmd, true)
+	// NX with GET sets nothing where a cell is, and brings the cell back.
 	switch {
-	case errors.Is(err, redis.Nil):
+	case errors.Is(err, redis.Nil): // no cell was there
 		return s.acquired(ctx, name, c, Record{State: Acquired, Attempt: 1}, replicated)
 	case isRedisFull(err):
 		return redisAnswer{}, nil // whether or not the key has a cell
@@ -219,7 +219,7 @@ func (s *RedisStore) claimFree(ctx context.Context, name string, c Claim) (answe
 		return redisAnswer{}, err
 	}
 	switch {
-	case answer.cell.state == redisReleased:
+	case answer.cell.state == redisReleased: // its fingerprint does not count
 	case mismatch(answer.cell.fingerprint, c.Fingerprint):
 		answer.State = Mismatch
 	case answer.cell.state == redisCompleted:
@@ -228,7 +228,9 @@ func (s *RedisStore) claimFree(ctx context.Context, name string, c Claim) (answe
 	return answer, nil
 }
 
-// decide has the script decide about a claim or a renewal.
+// decide has the script decide about a claim or a renewal. The script may make
+// a claim of a cell whose lease is over, so its reply waits for replicas as that
+// to SET does.
 func (s *RedisStore) decide(ctx context.Context, name string, c Claim) (redisAnswer, error) {
 	claim, _, err := encodeClaim(c)
 	if err != nil {
@@ -272,8 +274,10 @@ func (s *RedisStore) decide(ctx context.Context, name string, c Claim) (redisAns
 	return answer, nil
 }
 
-// acquired is the answer to a claim or a renewal that Redis took. A claim that
-// too few replicas have is released. A renewal is not: its handler is running.
+// acquired is the answer to a claim or a renewal that Redis took. When too few
+// replicas have it, a claim is released, so that the key is not blocked for a
+// lease by a request that is refused. That of a renewal is not: its handler is
+// running, and the key would be free for a second one.
 func (s *RedisStore) acquired(ctx context.Context, name string, c Claim, rec Record, replicated bool) (redisAnswer, error) {
 	switch {
 	case replicated:
@@ -307,7 +311,9 @@ func (s *RedisStore) release(ctx context.Context, name, token string, keep time.
 	return err
 }
 
-// settle runs a script that ends a claim. ok is false when the claim is lost.
+// settle runs a script that ends a claim. ok is false when the claim is lost. It
+// does not wait for replicas: the handler has run by now, and its effect cannot
+// be taken back.
 func (s *RedisStore) settle(ctx context.Context, script *redisScript, name string, cell redisCell, ttl time.Duration) (ok bool, err error) {
 	b, err := cell.encode()
 	if err != nil {
@@ -322,7 +328,8 @@ func (s *RedisStore) settle(ctx context.Context, script *redisScript, name strin
 }
 
 // send sends a command. If claims is set it may make a claim, and replicated
-// tells whether enough replicas have what it wrote.
+// tells whether enough replicas have what it wrote. A claim that waits for
+// replicas has a connection to itself, so it is not sent with others.
 func (s *RedisStore) send(ctx context.Context, name string, cmd redis.Cmder, claims bool) (replicated bool, err error) {
 	defer containRedis(&err)
 	switch {
@@ -347,6 +354,8 @@ type masterFinder interface {
 // sendAndWait sends a command and WAIT, which is about the connection that it
 // comes on. WAIT has no key, so a ClusterClient would send it anywhere.
 func (s *RedisStore) sendAndWait(ctx context.Context, name string, cmd redis.Cmder) (replicated bool, err error) {
+	// Half of the time that is left is for the release of a claim that too few
+	// replicas have.
 	timeout := s.opts.ReplicaTimeout
 	if deadline, ok := ctx.Deadline(); ok {
 		timeout = min(timeout, time.Until(deadline)/2)
@@ -364,6 +373,7 @@ func (s *RedisStore) sendAndWait(ctx context.Context, name string, cmd redis.Cmd
 	if err := execPipeline(ctx, pipe); err != nil {
 		return false, err
 	}
+	// WAIT is answered even if the command failed: it has nothing to wait for.
 	if err := cmd.Err(); err != nil && !errors.Is(err, redis.Nil) {
 		return false, err
 	}
@@ -395,55 +405,4 @@ func (s *RedisStore) reloadSlotsAfter(ctx context.Context, err error) {
 	if due {
 		cluster.ReloadState(ctx)
 	}
-}
-
-// Check returns an error if Redis cannot be reached, is older than 7.0, or may
-// evict records: every master of a Cluster. It is for the start of a program
-// and for health checks. What the user is not allowed to ask passes.
-func (s *RedisStore) Check(ctx context.Context) error {
-	if cluster, ok := s.client.(interface {
-		ForEachMaster(context.Context, func(context.Context, *redis.Client) error) error
-	}); ok {
-		return cluster.ForEachMaster(ctx, func(ctx context.Context, node *redis.Client) error {
-			if err := checkRedis(ctx, node); err != nil {
-				return fmt.Errorf("%s: %w", node.Options().Addr, err)
-			}
-			return nil
-		})
-	}
-	return checkRedis(ctx, s.client)
-}
-
-func checkRedis(ctx context.Context, client redis.Cmdable) error {
-	info, err := client.Info(ctx, "server").Result()
-	if err != nil && !isRedisRefusal(err) {
-		return fmt.Errorf("idempotency: asking Redis for its version: %w", err)
-	}
-	_, version, found := strings.Cut(info, "redis_version:") // Valkey says which Redis it is like
-	version, _, _ = strings.Cut(version, "\r\n")
-	major, _, _ := strings.Cut(version, ".")
-	if n, err := strconv.Atoi(major); found && (err != nil || n < 7) {
-		return fmt.Errorf("idempotency: Redis is version %s; 7.0 or newer is needed", version)
-	}
-	config, err := client.ConfigGet(ctx, "maxmemory-policy").Result()
-	if err != nil && !isRedisRefusal(err) {
-		return fmt.Errorf("idempotency: asking Redis for its maxmemory-policy: %w", err)
-	}
-	if policy := config["maxmemory-policy"]; policy != "" && policy != "noeviction" {
-		return fmt.Errorf("idempotency: Redis has maxmemory-policy %s and may drop records, "+
-			"after which handlers run twice; set it to noeviction", policy)
-	}
-	return nil
-}
-
-// isRedisRefusal reports whether Redis is there and only does not tell: the
-// user may not ask, or the command is renamed, unknown, or (miniredis) known in
-// part.
-func isRedisRefusal(err error) bool {
-	var reply redis.Error
-	if !errors.As(err, &reply) {
-		return false
-	}
-	text := reply.Error()
-	return strings.HasPrefix(text, "NOPERM") || strings.HasPrefix(text, "ERR") || strings.HasSuffix(text, "is not supported")
 }

@@ -10,7 +10,10 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// A redisWatch is one channel, shared by all callers that watch its key.
+// A redisWatch is one channel, shared by all callers that watch its key. Redis
+// publishes on it when Complete or Release finds that the cell was marked as
+// watched, which the script does for a claim that it answers InProgress. So a
+// caller watches first and claims then.
 type redisWatch struct {
 	channel string
 	users   int
@@ -45,20 +48,22 @@ func redisChannel(name string) string {
 // ends with the last or when the connection breaks. Messages may be lost then,
 // so it tells all watches of a change: their callers ask Redis and watch again.
 //
-// run sends commands and receive takes what comes. The lock of the store guards
-// the fields.
+// run sends commands and receive takes what comes: a connection that is slow to
+// be made, or that hangs, holds up neither Watch nor the end of a watch. The lock
+// of the store guards the fields.
 type redisSession struct {
 	store       *RedisStore
 	watches     map[string]*redisWatch // by channel
 	pending     []redisSubscription    // not yet sent
 	unconfirmed []*redisWatch          // whose subscription was sent, in order
-	up          bool                   // Redis has confirmed a subscription
+	up          bool                   // Redis has confirmed one of them
 	wake        chan struct{}          // pending has something; capacity 1
 	ctx         context.Context        // ends with the session
 	cancel      context.CancelFunc
 }
 
-// A redisSubscription is a command: to subscribe, or to unsubscribe.
+// A redisSubscription is a command: to subscribe to the channel of a watch, or to
+// unsubscribe from it (end). Redis confirms both.
 type redisSubscription struct {
 	watch *redisWatch
 	end   bool
@@ -67,13 +72,14 @@ type redisSubscription struct {
 const (
 	watchPatience = 200 * time.Millisecond // how long Watch waits for Redis to confirm
 	watchRetry    = time.Second            // how long after a failure Watch does not try again
-	watchPing     = time.Second            // a connection over which nothing comes for twice as long is dead
+	watchPing     = time.Second            // how long a connection may bring nothing
 )
 
 var errWatchDown = errors.New("idempotency: no Redis Pub/Sub connection")
 
 // Watch implements [Watcher]. It returns when Redis has confirmed the
-// subscription, and after 200 ms at most. After a failure it returns an error
+// subscription, since what is published before that is lost, and after 200 ms at
+// most. After a failure it returns an error
 // at once for a second. It needs permission to SUBSCRIBE to channels that begin
 // with Prefix, and the user of the completing process to PUBLISH to them.
 func (s *RedisStore) Watch(ctx context.Context, key string) (<-chan struct{}, error) {
@@ -82,7 +88,7 @@ func (s *RedisStore) Watch(ctx context.Context, key string) (<-chan struct{}, er
 		return nil, errWatchDown
 	}
 	stop := context.AfterFunc(ctx, func() { s.leave(session, w) })
-	select {
+	select { // the usual case needs no timer
 	case <-w.ready:
 		return changed, nil
 	default:
@@ -95,11 +101,12 @@ func (s *RedisStore) Watch(ctx context.Context, key string) (<-chan struct{}, er
 		return changed, nil
 	case <-session.ctx.Done():
 	case <-timer.C:
+		// A session that is up goes on: other callers have confirmed watches.
 		session.endUnlessUp()
 	case <-ctx.Done():
 		err = ctx.Err()
 	}
-	if stop() {
+	if stop() { // else the AfterFunc has left, or is about to
 		s.leave(session, w)
 	}
 	return nil, err
@@ -111,6 +118,7 @@ func (s *RedisStore) join(name string) (*redisSession, *redisWatch, <-chan struc
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.session == nil {
+		// The session has a context of its own, for it outlives this call.
 		if time.Now().Before(s.notBefore) {
 			return nil, nil, nil
 		}
@@ -133,12 +141,12 @@ func (s *RedisStore) join(name string) (*redisSession, *redisWatch, <-chan struc
 }
 
 // leave ends one use of a watch, with the last one the watch, and with the last
-// watch the session.
+// watch the session. That is why the store needs no Close.
 func (s *RedisStore) leave(session *redisSession, w *redisWatch) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if w.users--; w.users > 0 || session.watches[w.channel] != w {
-		return
+		return // others use it, or the session has ended
 	}
 	delete(session.watches, w.channel)
 	if len(session.watches) == 0 {
@@ -174,7 +182,8 @@ func (ss *redisSession) end() {
 }
 
 // endLocked ends the session. A session that has watches and was never up has
-// failed.
+// failed. After a failure the callers poll for a while: each of them would wait
+// for a connection that is likely to fail again.
 func (ss *redisSession) endLocked() {
 	if ss.store.session != ss {
 		return
@@ -190,6 +199,8 @@ func (ss *redisSession) endLocked() {
 	clear(ss.watches)
 }
 
+// notifyLocked tells the callers that watch. A caller that watches again gets
+// another channel.
 func (w *redisWatch) notifyLocked() {
 	if w.changed != nil {
 		close(w.changed)
@@ -197,8 +208,9 @@ func (w *redisWatch) notifyLocked() {
 	}
 }
 
-// run sends what is pending. It is a goroutine because connecting may take
-// longer than Watch waits.
+// run sends what is pending. It is a goroutine of its own because connecting may
+// take longer than Watch waits. When it fails, the slots of a Cluster are loaded
+// again: the subscription may have gone to a server that is gone.
 func (ss *redisSession) run() {
 	pubsub := ss.store.client.Subscribe(ss.ctx) // to nothing: this does not connect yet
 	defer func() { _ = pubsub.Close() }()
@@ -213,7 +225,7 @@ func (ss *redisSession) run() {
 			ss.store.reloadSlotsAfter(ss.ctx, err)
 			return
 		}
-		if !receiving {
+		if !receiving { // before the first command there is no connection
 			go ss.receive(pubsub)
 		}
 	}
@@ -226,6 +238,7 @@ func (ss *redisSession) send(pubsub *redis.PubSub) (err error) {
 	ss.store.mu.Lock()
 	pending := ss.pending
 	ss.pending = nil
+	// Before they are sent, since receive may see the confirmation at once.
 	for _, sub := range pending {
 		if !sub.end {
 			ss.unconfirmed = append(ss.unconfirmed, sub.watch)
@@ -251,6 +264,10 @@ func (ss *redisSession) send(pubsub *redis.PubSub) (err error) {
 
 // receive takes messages until the connection breaks. go-redis would connect
 // again by itself, but what was published meanwhile would be lost.
+//
+// A connection can be dead although no error tells so. When nothing has come for
+// watchPing it is asked for a sign of life, and when nothing comes for as long
+// again it counts as broken.
 func (ss *redisSession) receive(pubsub *redis.PubSub) {
 	defer ss.end()
 	for idle := false; ; {
@@ -281,11 +298,15 @@ func (ss *redisSession) next(pubsub *redis.PubSub) (message any, err error) {
 	return pubsub.ReceiveTimeout(ctx, watchPing)
 }
 
+// handle takes a message or a confirmation. A confirmation counts only for the
+// subscription that is next: a further one means that go-redis has connected
+// again and subscribed to everything anew, so messages may be lost.
 func (ss *redisSession) handle(message any) {
 	ss.store.mu.Lock()
 	defer ss.store.mu.Unlock()
 	switch m := message.(type) {
 	case *redis.Message:
+		// It has no text: the callers ask Redis what became of the key.
 		if w := ss.watches[m.Channel]; w != nil {
 			w.notifyLocked()
 		}
@@ -293,7 +314,7 @@ func (ss *redisSession) handle(message any) {
 		switch {
 		case m.Kind != "subscribe":
 		case len(ss.unconfirmed) == 0 || ss.unconfirmed[0].channel != m.Channel:
-			ss.endLocked() // go-redis has connected again, and messages are lost
+			ss.endLocked()
 		default:
 			close(ss.unconfirmed[0].ready)
 			ss.unconfirmed, ss.up = ss.unconfirmed[1:], true
