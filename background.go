@@ -47,15 +47,13 @@ func (r *retry) again() {
 	time.AfterFunc(min(pause, max(0, time.Until(r.until))), r.try)
 }
 
-// completeLater goes on storing the result of a handler that has finished, until
-// the lease ends. Nothing takes a marked claim over, so a marked one has time
-// for another MaxExecution.
+// completeLater goes on storing the result of a handler that has finished. It
+// goes on beyond the end of the lease, until which no other request can run: from
+// then on a retry may come first, and Complete then finds that the key is lost.
 func (c *claim) completeLater(ctx context.Context, r Result) {
 	r.Fingerprint = bytes.Clone(r.Fingerprint)
-	until, _ := c.standing()
-	if c.hasSentMark() {
-		until = until.Add(c.opts.MaxExecution)
-	}
+	leaseEnd, _ := c.standing()
+	until := leaseEnd.Add(c.opts.MaxExecution)
 	call, storeKey := c.detached(ctx), strings.Clone(c.storeKey)
 	token, m := strings.Clone(c.token), c.middleware
 	later := retry{until: until, longer: c.opts.Lease / 6, call: func() error {

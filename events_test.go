@@ -22,7 +22,7 @@ func TestEvents(t *testing.T) {
 		c.Do(r)
 		e := events.Last()
 		require.Equal(t, idempotency.OutcomeExecuted, e.Outcome)
-		require.Len(t, e.StoreKey, 43)
+		require.Len(t, e.StoreKey, 27)
 		require.Equal(t, 1, e.Attempt)
 		require.Equal(t, 201, e.Status)
 		require.Equal(t, 2*time.Second, e.Duration)

@@ -1,7 +1,9 @@
 package idempotency
 
 import (
+	"fmt"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -61,4 +63,46 @@ func TestMemoryStoreDisplacedRecord(t *testing.T) {
 	require.True(t, ok)
 	_, _, _, value := b.fields()
 	require.Equal(t, "one", string(value))
+}
+
+// A record lies before the next one. An append to what is returned must not reach
+// it.
+func TestPackedFieldsHaveNoCapacity(t *testing.T) {
+	var packed packedRecords
+	q := &memoryQueue{ttl: time.Minute}
+	for hash, key := range []string{"a", "b"} {
+		require.True(t, packed.add(q, uint64(hash), key, "token", Result{Fingerprint: []byte("one"), Value: []byte("done")}, 0))
+	}
+	b, ok := packed.lookup(0, "a", 0)
+	require.True(t, ok)
+	key, token, fingerprint, value := b.fields()
+	for _, field := range [][]byte{key, token, fingerprint, value} {
+		require.Equal(t, len(field), cap(field), "%s", field)
+	}
+}
+
+// A large response is stored in pieces, after a value that would fit into a slab.
+func TestMemoryStoreKeepsParts(t *testing.T) {
+	s := NewMemoryStore()
+	result := Result{Value: []byte("head"), parts: [][]byte{[]byte("first"), []byte("second")}, TTL: time.Hour}
+	require.NoError(t, s.Complete(t.Context(), "a", "1", result))
+	rec, err := s.Acquire(t.Context(), "a", Claim{Token: "2", Lease: time.Minute, TTL: time.Hour})
+	require.NoError(t, err)
+	require.Equal(t, Record{State: Completed, Value: result.Value, parts: result.parts}, rec)
+	require.Greater(t, s.Bytes(), int64(len("headfirstsecond")))
+}
+
+// A TTL that is in use no more costs nothing, however many there were.
+func TestMemoryStoreDropsEmptyQueues(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := NewMemoryStore()
+		for i := range 1000 {
+			require.NoError(t, s.Release(t.Context(), fmt.Sprint(i), "1", time.Duration(i)*time.Second))
+		}
+		time.Sleep(time.Hour)
+		require.Zero(t, s.Len())
+		for i := range s.shards {
+			require.Empty(t, s.shards[i].queues)
+		}
+	})
 }

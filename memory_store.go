@@ -125,8 +125,8 @@ var (
 func memoryNow() int64 { return int64(time.Since(memoryEpoch)) }
 
 // lock returns the shard of key, locked and rid of some expired cells. Every
-// operation comes through here, so a store that is used does not grow without
-// bound, and none that is idle needs a goroutine.
+// operation locks, so a store in use keeps up with what expires and needs no
+// goroutine.
 func (s *MemoryStore) lock(key string, now int64) (sh *memoryShard, hash uint64) {
 	hash = maphash.String(memorySeed, key)
 	sh = &s.shards[hash%memoryShards]
@@ -238,7 +238,7 @@ func expiry(now int64, ttl time.Duration) int64 { return now + int64(min(ttl, ma
 func mismatch(a, b []byte) bool { return len(a) > 0 && len(b) > 0 && !bytes.Equal(a, b) }
 
 // completedRecord is the answer for a completed cell. The slices are not copied:
-// the store never changes them, and lets them be when the cell is gone.
+// the store never changes them, and does not reuse them when the cell is gone.
 func completedRecord(c Claim, fingerprint, value []byte, parts [][]byte) Record {
 	if mismatch(fingerprint, c.Fingerprint) {
 		return Record{State: Mismatch}

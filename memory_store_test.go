@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/go-idempotency/idempotency/storetest"
 	"github.com/stretchr/testify/require"
 )
@@ -91,6 +92,65 @@ func TestMemoryStoreIsFull(t *testing.T) {
 	})
 }
 
+// A full store refuses a flood of new keys without work for the garbage collector.
+func TestMemoryStoreRefusesWithoutAllocating(t *testing.T) {
+	if idemtest.RaceDetector {
+		t.Skip("the race detector allocates")
+	}
+	s := &idempotency.MemoryStore{MaxBytes: 1}
+	claim := idempotency.Claim{Token: "1", Fingerprint: make([]byte, 32), Lease: time.Second, TTL: time.Minute}
+	allocs := testing.AllocsPerRun(100, func() {
+		if _, err := s.Acquire(t.Context(), "a", claim); err == nil {
+			t.Error("the store is full")
+		}
+	})
+	require.Zero(t, allocs)
+}
+
+// A claim takes the cell of one that has ended, and the room for its fingerprint.
+func TestMemoryStoreClaimsWithoutAllocating(t *testing.T) {
+	if idemtest.RaceDetector {
+		t.Skip("the race detector allocates")
+	}
+	s := idempotency.NewMemoryStore()
+	claim := idempotency.Claim{Token: "1", Fingerprint: make([]byte, 32), Lease: time.Second, TTL: time.Hour}
+	keys := make([]string, 10_000)
+	for i := range keys {
+		keys[i] = fmt.Sprint(i)
+	}
+	execute := func() {
+		key := keys[0]
+		keys = keys[1:]
+		_, _ = s.Acquire(t.Context(), key, claim)
+		_ = s.Complete(t.Context(), key, "1", idempotency.Result{TTL: time.Hour})
+	}
+	for range 2000 {
+		execute() // every shard has a cell then
+	}
+	require.Zero(t, testing.AllocsPerRun(5000, execute), "slabs and maps grow less than once a call")
+	require.Equal(t, 2000+5000+1, s.Len())
+}
+
+// The memory of claims that were never completed comes back as well, that of the
+// maps which had room for them included.
+func TestMemoryStoreFreesClaimsThatExpired(t *testing.T) {
+	const claims = 100_000
+	synctest.Test(t, func(t *testing.T) {
+		s := &idempotency.MemoryStore{MaxBytes: 1 << 30}
+		base := heap()
+		for i := range claims {
+			acquire(t, s, fmt.Sprint(i), "1")
+		}
+		full := heap() - base
+		require.Greater(t, full, int64(claims*100))
+		time.Sleep(time.Minute)
+		require.Zero(t, s.Len())
+		require.Zero(t, s.Bytes())
+		require.Less(t, heap()-base, full/20)
+		runtime.KeepAlive(s)
+	})
+}
+
 // A record expires, and its memory comes back while the store is used for other
 // keys, without a call to Len or Bytes.
 func TestMemoryStoreFreesWhatExpired(t *testing.T) {
@@ -131,8 +191,8 @@ func heap() int64 {
 	return int64(m.HeapAlloc)
 }
 
-// More expires at once than one operation frees. What is still there must not
-// be answered with, nor take what came in its place with it when it goes.
+// More records expire at once than one operation drops. An expired record is no
+// answer, and when it is dropped, the record that replaced it stays.
 func TestMemoryStoreReplacesWhatExpired(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := idempotency.NewMemoryStore()
@@ -150,6 +210,43 @@ func TestMemoryStoreReplacesWhatExpired(t *testing.T) {
 			require.Equal(t, "new", string(acquire(t, s, fmt.Sprint(i), "3").Value))
 		}
 	})
+}
+
+// The same with claims that were never completed. When an expired claim is
+// dropped, the claim or the marker that replaced it stays.
+func TestMemoryStoreReplacesClaimsThatExpired(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := idempotency.NewMemoryStore()
+		const claims, last = 20_000, 20_000 - 100
+		for i := range claims {
+			acquire(t, s, fmt.Sprint(i), "1")
+		}
+		time.Sleep(time.Minute)
+		for i := last; i < claims; i++ {
+			if i%2 == 0 {
+				require.Equal(t, 1, acquire(t, s, fmt.Sprint(i), "2").Attempt)
+			} else {
+				require.NoError(t, s.Release(t.Context(), fmt.Sprint(i), "2", time.Minute))
+			}
+		}
+		require.Equal(t, 100, s.Len())
+		for i := last; i < claims; i++ {
+			want := map[int]idempotency.State{0: idempotency.InProgress, 1: idempotency.Acquired}[i%2]
+			require.Equal(t, want, acquire(t, s, fmt.Sprint(i), "3").State)
+		}
+		time.Sleep(time.Minute)
+		require.Zero(t, s.Bytes())
+	})
+}
+
+// A fingerprint may be longer than a packed record can say.
+func TestMemoryStoreLargeFingerprint(t *testing.T) {
+	s := idempotency.NewMemoryStore()
+	fingerprint := bytes.Repeat([]byte("f"), 1<<16+1)
+	require.NoError(t, s.Complete(t.Context(), "a", "1", idempotency.Result{Fingerprint: fingerprint, TTL: time.Minute}))
+	rec := acquire(t, s, "a", "2")
+	require.Equal(t, idempotency.Completed, rec.State)
+	require.Equal(t, fingerprint, rec.Fingerprint)
 }
 
 // What the store returned stays valid when its cell is gone and used again.
@@ -314,6 +411,27 @@ func TestMemoryStoreWatchEndsWithItsContext(t *testing.T) {
 		complete(t, s, "a", "1", nil, time.Minute)
 		<-still // a watch that ends does not end the others
 		<-gone
+	})
+}
+
+// A watch that was notified is over. Its context may end later, and leaves the
+// next watch of the key alone.
+func TestMemoryStoreWatchOutlivesTheOneBefore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := idempotency.NewMemoryStore()
+		acquire(t, s, "a", "1")
+		ctx, cancel := context.WithCancel(t.Context())
+		first, err := s.Watch(ctx, "a")
+		require.NoError(t, err)
+		require.NoError(t, s.Release(t.Context(), "a", "1", time.Minute))
+		<-first
+		acquire(t, s, "a", "2")
+		second, err := s.Watch(t.Context(), "a")
+		require.NoError(t, err)
+		cancel()
+		synctest.Wait()
+		complete(t, s, "a", "2", nil, time.Minute)
+		<-second
 	})
 }
 

@@ -46,7 +46,9 @@ func TestRedisDuplicatesOverTwoProcesses(t *testing.T) {
 		var shops []*idemtest.Shop
 		for range 2 {
 			store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil)
-			shops = append(shops, idemtest.OpenShop(t, store, nil, handler))
+			// This is about commands, whatever else the machine is doing.
+			patient := &idempotency.Options{StoreTimeout: 10 * time.Second}
+			shops = append(shops, idemtest.OpenShop(t, store, patient, handler))
 		}
 		crowd(20, "warm-up", shops...)
 		before := shops[0].Runs.Load() + shops[1].Runs.Load()

@@ -56,7 +56,8 @@ func TestCompleteFails(t *testing.T) {
 		"for a moment":                     {fail: func(s *idemtest.FaultyStore) { s.Fail("Complete", idemtest.ErrDown) }, until: 200 * time.Millisecond, then: "replay 201 charge 1", runs: 1},
 		"for a while":                      {fail: func(s *idemtest.FaultyStore) { s.Fail("Complete", idemtest.ErrDown) }, until: 20 * time.Second, then: "replay 201 charge 1", runs: 1},
 		"but took effect":                  {fail: func(s *idemtest.FaultyStore) { s.FailAfter("Complete", idemtest.ErrDown) }, until: 20 * time.Second, then: "replay 201 charge 1", runs: 1},
-		"for longer than the lease":        {fail: func(s *idemtest.FaultyStore) { s.Fail("Complete", idemtest.ErrDown) }, until: 40 * time.Second, then: "201 charge 2", runs: 2},
+		"for longer than the lease":        {fail: func(s *idemtest.FaultyStore) { s.Fail("Complete", idemtest.ErrDown) }, until: 40 * time.Second, then: "replay 201 charge 1", runs: 1},
+		"too long":                         {fail: func(s *idemtest.FaultyStore) { s.Fail("Complete", idemtest.ErrDown) }, until: 15 * time.Minute, then: "201 charge 2", runs: 2},
 	} {
 		t.Run(name, func(t *testing.T) {
 			withFaults(t, idempotency.Options{Wait: idempotency.NoWait, AtMostOnce: row.once}, nil, func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, events *idemtest.EventLog) {
@@ -374,7 +375,7 @@ func TestHandlerThatGivesUpItsTransaction(t *testing.T) {
 		outcome            idempotency.Outcome
 	}{
 		"rolled back, and the key freed": {false, false, "503 store_unavailable", []string{"Acquire", "Release a transaction"}, idempotency.OutcomeReleased},
-		"at most once":                   {true, false, "409 outcome_unknown", []string{"Acquire", "Complete"}, idempotency.OutcomeOutcomeUnknown},
+		"at most once":                   {true, false, "409 outcome_unknown", []string{"Acquire", "Acquire", "Complete"}, idempotency.OutcomeOutcomeUnknown},
 		"after Commit":                   {false, true, "409 outcome_unknown", []string{"Acquire", "Acquire", "Complete"}, idempotency.OutcomeOutcomeUnknown},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -5,6 +5,7 @@ import (
 	"runtime/debug"
 	"testing"
 
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 	"github.com/stretchr/testify/require"
 )
 
@@ -21,7 +22,7 @@ const (
 
 // allocations returns what requests with different keys allocate on average.
 func allocations(t *testing.T, replayed bool, keyed bool) float64 {
-	if raceDetector {
+	if idemtest.RaceDetector {
 		t.Skip("the race detector allocates")
 	}
 	client, charge := newBenchClient(keyed), newCharge(smallBody)
@@ -56,7 +57,7 @@ func TestFirstAllocations(t *testing.T) {
 
 // A large response is captured as it comes and not copied again.
 func TestLargeFirstAllocations(t *testing.T) {
-	if raceDetector {
+	if idemtest.RaceDetector {
 		t.Skip("the race detector allocates")
 	}
 	const requests, size = 200, 64 << 10

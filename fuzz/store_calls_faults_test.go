@@ -168,7 +168,7 @@ func (s *callStore) Acquire(ctx context.Context, key string, c idempotency.Claim
 	call, err := s.call(ctx, "Acquire", func(ctx context.Context) error {
 		r, err := s.fullStore.Acquire(ctx, key, c)
 		if ctx.Value(isLate{}) != nil {
-			s.history.arrived(ctx, r.State)
+			s.history.arrived(r.State)
 			return err
 		}
 		rec = r

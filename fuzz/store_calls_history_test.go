@@ -25,8 +25,8 @@ type callHistory struct {
 	calls    []storeCall
 	runs     []*handlerRun
 	answers  []*clientAnswer
-	kept     []int       // when a Complete took effect
-	late     map[int]int // when a claim of a request arrived that had been given up
+	kept     []int // when a Complete took effect
+	late     int   // how many claims, renewals and marks took effect after they had been given up
 	running  int
 	together bool // two runs at once were seen
 }
@@ -65,7 +65,7 @@ type clientAnswer struct {
 }
 
 func newHistory(flow storeFlow) *callHistory {
-	h := &callHistory{flow: flow, late: map[int]int{}}
+	h := &callHistory{flow: flow}
 	h.store = &callStore{fullStore: idempotency.NewMemoryStore(), history: h}
 	if flow.inner != nil {
 		h.store.fullStore = flow.inner(h.store.fullStore)
@@ -143,12 +143,12 @@ func (h *callHistory) called(ctx context.Context, c storeCall) {
 	h.calls = append(h.calls, c)
 }
 
-// arrived is told what became of a claim that arrived late.
-func (h *callHistory) arrived(ctx context.Context, state idempotency.State) {
+// arrived is told what became of a claim, a renewal or a mark that arrived late.
+func (h *callHistory) arrived(state idempotency.State) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if state == idempotency.Acquired {
-		h.late[requestOf(ctx)] = h.tickLocked()
+		h.late++
 	}
 }
 

@@ -342,7 +342,7 @@ func requireInReadme(t *testing.T, n int, what string) {
 		number = fmt.Sprintf("%d,%03d", n/1000, n%1000)
 	}
 	t.Logf("%s %s", number, what)
-	readme, err := os.ReadFile("README.md")
+	readme, err := os.ReadFile("../README.md")
 	require.NoError(t, err)
 	require.True(t, regexp.MustCompile(`\b`+number+" "+what+`\b`).Match(readme), "README.md does not say %s %s", number, what)
 }

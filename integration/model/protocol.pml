@@ -11,7 +11,7 @@
 #define TRIES 2 /* how often each of them sends its request */
 #endif
 #ifndef FAULTS
-#define FAULTS 2 /* a command or a reply that is lost or late, a command that comes twice */
+#define FAULTS 1 /* a command or a reply that is lost or late, a command that comes twice */
 #endif
 #ifndef CRASHES
 #define CRASHES 1 /* panics as well */
@@ -31,13 +31,10 @@
 #else
 #define COMMITS_LATE 0
 #endif
-
-/* A command that comes when nobody waits for it any more may make a claim that
- * nobody is there to end. */
-#if defined(SHOW_LATE_CLAIM) || defined(SHOW_UNKNOWN_WITHOUT_A_RUN)
-#define EXCUSED 0
+#ifdef FAIL_OPEN /* Options.FailOpen */
+#define OPENS 1
 #else
-#define EXCUSED orphaned
+#define OPENS 0
 #endif
 
 #define TOKENS (OWNERS * TRIES)
@@ -50,19 +47,35 @@ bit body[OWNERS + 1]; /* what a request is for */
 
 #include "store.pml"
 
-/* A renewal (1), or a Commit (2), that is on its way when its run frees the key:
- * of the handler's goroutines, which need not have ended when it returns. */
-byte straggler[TOKENS + 1];
-
-/* Commands that nobody waits for any more. */
-bit late_claim[TOKENS + 1];
-bit late_commit[TOKENS + 1];
+/* Commands that nobody waits for any more: how many, and the attempt that a
+ * renewal carries. A mark is a renewal that asks for Once. */
+byte late_claim[TOKENS + 1];
+byte late_renewal[TOKENS + 1];
+byte late_mark[TOKENS + 1];
+byte late_marks[TOKENS + 1];
 bit late_complete[TOKENS + 1];
-bit late_release[TOKENS + 1];
+byte late_release[TOKENS + 1];
 
 /* What goes on in the background. */
 bit completing[TOKENS + 1];
-bit releasing[TOKENS + 1];
+byte releasing[TOKENS + 1];
+#define ONE_RELEASE 1
+#define UNTIL_ANSWERED 2
+#define UNTIL_ITS_LEASE_IS_OVER 3
+
+/* What Release is called with: the TTL, or else one lease. One lease is enough
+ * where nothing was done and no mark was sent. */
+bit keep[TOKENS + 1];
+#ifdef BUG_SHORT_MARKER_AFTER_A_MARK
+#define KEEP ran
+#else
+#define KEEP (ran || asked)
+#endif
+#define FORGET keep[t] = keep[t] && (releasing[t] != 0 || late_release[t] != 0);
+
+/* A ghost: the process died with a mark on its way, or the handler ran
+ * unprotected. */
+bit excused[TOKENS + 2];
 
 #ifdef BUG_RENEWAL_OF_A_STALE_OWNER
 #define RENEWS true
@@ -70,11 +83,20 @@ bit releasing[TOKENS + 1];
 #define RENEWS holder == t
 #endif
 
-/* The owner's own clock says that the lease runs. */
+/* What nobody is there to end, with a reason that README.md gives. */
+#ifdef SHOW_DEATH_WITH_A_MARK
+#define EXCUSED(t_) 0
+#else
+#define EXCUSED(t_) excused[t_]
+#endif
+
+/* The owner's own clock says that the lease runs which its last answer was about:
+ * a late command of its own that renewed the claim since does not count. */
+bit in_time[TOKENS + 2];
 #ifdef BUG_LEASE_FROM_THE_REPLY
 #define IN_TIME true
 #else
-#define IN_TIME LEASED(t)
+#define IN_TIME in_time[t]
 #endif
 
 /* What Complete is called with. */
@@ -86,20 +108,38 @@ bit releasing[TOKENS + 1];
 
 #define OR_CRASH :: d_step { crashes > 0; crashes-- }; goto crashed
 
-/* One store call: it is answered; or it takes effect, and the reply is lost; or
- * the command comes when nobody waits for it any more, or never. */
-inline acquire(o_) {
+/* Nobody waits for the answer to a command any more. */
+inline delay(a_, o_) {
 	if
-	:: d_step { true; store_acquire(t, BODY(t), o_) }
-	:: d_step { faults > 0; faults--; store_acquire(t, BODY(t), o_); res = unknown }
-	:: d_step {
-		faults > 0; faults--;
+	:: a_ == 0 -> late_claim[t]++
+	:: a_ != 0 && !o_ -> late_renewal[t] = a_
+	:: a_ != 0 && o_ && late_mark[t] == a_ -> late_marks[t]++
+	:: a_ != 0 && o_ && late_mark[t] != a_ -> late_mark[t] = a_; late_marks[t] = 1
+	fi
+}
+
+/* The Record that answers an Acquire. */
+inline learn(o_) {
+	if
+	:: res == acquired -> att = attempt; in_time[t] = 1;
 		if
-		:: (o_) > ONCE -> late_commit[t] = 1
-		:: else -> late_claim[t] = 1
-		fi;
-		res = unknown
-	}
+		:: o_ && once -> res = marked
+		:: else
+		fi
+	:: else
+	fi
+}
+
+/* One store call. It is answered. Or it is answered, and the driver had sent it
+ * twice: a copy comes late. Or it takes effect, and the reply is lost. Or the
+ * command comes after its sender has stopped waiting. Or the command is lost. */
+inline acquire(a_, o_) {
+	if
+	:: d_step { true; store_acquire(t, BODY(t), a_, o_); learn(o_) }
+	:: d_step { faults > 0; faults--; delay(a_, o_); store_acquire(t, BODY(t), a_, o_); learn(o_) }
+	:: d_step { faults > 0; faults--; store_acquire(t, BODY(t), a_, o_); res = unknown }
+	:: d_step { faults > 0; faults--; delay(a_, o_); res = unknown }
+	:: d_step { faults > 0; faults--; res = unknown }
 	OR_CRASH
 	fi
 }
@@ -107,30 +147,35 @@ inline acquire(o_) {
 inline complete() {
 	if
 	:: d_step { true; store_complete(t, RESULT(t)) }
+	:: d_step { faults > 0; faults--; late_complete[t] = 1; store_complete(t, RESULT(t)) }
 	:: d_step { faults > 0; faults--; store_complete(t, RESULT(t)); res = unknown }
 	:: d_step { faults > 0; faults--; late_complete[t] = 1; res = unknown }
+	:: d_step { faults > 0; faults--; res = unknown }
 	OR_CRASH
 	fi
 }
 
 inline release() {
 	if
-	:: d_step { true; store_release(t) }
-	:: d_step { faults > 0; faults--; store_release(t); res = unknown }
-	:: d_step { faults > 0; faults--; late_release[t] = 1; res = unknown }
+	:: d_step { true; store_release(t, KEEP) }
+	:: d_step { faults > 0; faults--; late_release[t]++; keep[t] = KEEP; store_release(t, KEEP) }
+	:: d_step { faults > 0; faults--; store_release(t, KEEP); res = unknown }
+	:: d_step { faults > 0; faults--; late_release[t]++; keep[t] = KEEP; res = unknown }
+	:: d_step { faults > 0; faults--; res = unknown }
 	OR_CRASH
 	fi
 }
 
-/* The owner has the reply to a claim. It counts the lease from before it sent
- * the command, so it does not count on one that the store has ended. */
+/* The owner has the reply to a claim or a renewal. It counts the lease from before
+ * it sent the command, so it does not count on one that the store has ended. */
 inline hold() {
 	if
 	:: IN_TIME ->
-		assert(ALONE(t)); /* never two owners count on a lease */
+		assert(ALONE(t)); /* two owners never count on the lease at once */
 		holder = t
 	:: else
-	fi
+	fi;
+	in_time[t] = 0
 }
 
 inline drop() {
@@ -140,11 +185,6 @@ inline drop() {
 	fi
 }
 
-/* Nobody is there any more to end the claim of t, if it has one. */
-inline leave() {
-	orphaned = orphaned || state == claimed && tok == t && !served
-}
-
 /* The handler is called. Between the look at the clock and the first line of
  * the handler time passes in which the lease may end; that is a step of Clock
  * behind this one. What the code can promise is that it did not call a handler
@@ -152,18 +192,39 @@ inline leave() {
 inline start() {
 	hold();
 	assert(holder == t); /* a handler starts only with the lease */
+	assert(!somewhere || att > 1 || OLD(t)); /* a handler is told when an earlier one has had its effect */
 	NOTE_START(t)
 	served = served || tok == t;
+	pledge = pledge || ONCE && !OLD(t);
 #ifdef BUG_GIVES_A_RUNNING_CLAIM_BACK
-	releasing[t] = uncertain;
+	releasing[t] = (uncertain -> ONE_RELEASE : 0);
 #endif
-	res = 0; late = 0
+	res = 0; wasted = 0; back = 0; uncertain = 0
+}
+
+/* The request ends, and no handler was called. */
+inline refuse(claimed_) {
+	keep[t] = KEEP;
+	if
+#ifdef BUG_ONE_RELEASE_AFTER_A_MARK
+	:: asked -> releasing[t] = ONE_RELEASE
+#else
+#ifdef BUG_KEEPS_AN_UNCERTAIN_MARK
+	:: asked
+#else
+	:: asked -> releasing[t] = UNTIL_ANSWERED
+#endif
+#endif
+	:: !asked && (uncertain || claimed_) -> releasing[t] = ONE_RELEASE
+	:: else
+	fi;
+	FORGET
 }
 
 /* An answer goes out that the handler made. */
 inline send() {
 	assert(res == unknown || record == t || OLD(t)); /* stored before sent */
-	assert(res != unknown || !seen || committed)     /* no answer that is not stored, after another owner was seen */
+	assert(res != unknown || !seen || committed)     /* an owner that saw another owner sends no answer that is not stored */
 }
 
 /* A renewal or a Commit found that another owner has the key, or had it. */
@@ -182,15 +243,18 @@ inline lose() {
  * so long is two owners. */
 proctype Owner(byte i) {
 	byte t = i * TRIES; /* this try, and its token */
+	byte att;           /* Record.Attempt */
 	mtype:answer res;
-	bit late;      /* the answer to a claim came when its lease was over */
-	bit uncertain; /* a claim may come, or have come, that the owner does not know of */
+	bit wasted;    /* an answer came when the lease was over, or told that the claim is not marked */
+	bit back;      /* a mark found another owner */
+	bit uncertain; /* an Acquire was not answered, and no handler was called since */
+	bit asked;     /* a mark was sent */
 	bit committed, ran, taken;
 	bit seen;      /* a ghost: what taken has to be */
 
 again:
 	atomic {
-		res = 0; late = 0; uncertain = 0; committed = 0; ran = 0; taken = 0; seen = 0;
+		in_time[t] = 0; att = 0; res = 0; wasted = 0; back = 0; uncertain = 0; asked = 0; committed = 0; ran = 0; taken = 0; seen = 0;
 		if
 		:: t == (i + 1) * TRIES -> goto finished
 		:: else -> t++ /* step: a try begins, under a new token */
@@ -198,29 +262,54 @@ again:
 	}
 
 claiming: /* and claiming again, when it was late, and for as long as it waits */
-	acquire(ONCE); /* step: claiming, asks for the key */
+	acquire(0, 0); /* step: claiming, asks for the key */
 	if
-	:: res == unknown -> uncertain = 1; acquire(ONCE) /* step: claiming, once more when the answer is lost */
+	:: res == unknown -> uncertain = 1; acquire(0, 0) /* step: claiming, once more when the answer is lost */
 	:: else
 	fi;
 	if
+	:: atomic { res == acquired && ONCE -> in_time[t] = 0; res = 0; goto marking } /* step: claiming, has the key and marks it */
 #ifdef BUG_RUNS_AFTER_ITS_LEASE
-	:: atomic { res == acquired -> start(); goto executing }
+	:: atomic { res == acquired && !ONCE -> start(); goto executing }
 #else
-	:: atomic { res == acquired && IN_TIME -> start(); goto executing } /* step: claiming, has the key */
+	:: atomic { res == acquired && !ONCE && IN_TIME -> start(); goto executing } /* step: claiming, has the key */
 #endif
-	:: atomic { res == acquired && !IN_TIME && !late -> late = 1; res = 0; goto claiming } /* step: claiming, once more when it was late */
-	:: atomic { res == acquired && !IN_TIME && late -> releasing[t] = 1; goto again } /* step: claiming, refuses when it was late again */
+	:: atomic { res == acquired && !ONCE && !IN_TIME && !wasted -> wasted = 1; res = 0; goto claiming } /* step: claiming, once more when it was late */
+	:: atomic { res == acquired && !ONCE && !IN_TIME && wasted -> refuse(1); goto again } /* step: claiming, refuses when it was late again */
 	:: atomic { res == replay -> goto again } /* step: claiming, replays */
-	:: atomic { res == in_progress -> res = 0; late = 0; goto claiming } /* step: claiming, waits */
+	:: atomic { res == in_progress -> res = 0; goto claiming } /* step: claiming, waits */
 #ifdef BUG_RUNS_WITHOUT_A_CLAIM
 	:: atomic { res == unknown -> res = 0; goto executing }
 #endif
-#ifdef BUG_KEEPS_AN_UNCERTAIN_CLAIM
-	:: atomic { res != acquired && res != replay -> goto again }
-#else
-	:: atomic { res != acquired && res != replay -> releasing[t] = uncertain; goto again } /* step: claiming, refuses */
+	:: atomic { res == unknown && OPENS -> res = 0; goto unprotected } /* step: claiming, runs unprotected */
+	:: atomic { res != acquired && res != replay && !(res == unknown && OPENS) -> refuse(0); goto again } /* step: claiming, refuses */
+	OR_CRASH
+	fi;
+
+marking: /* AtMostOnce */
+	asked = 1;
+	acquire(att, 1); /* step: marking, asks for Once */
+#ifdef BUG_STARTS_BEFORE_ITS_MARK
+	if
+	:: atomic { res == unknown && LEASED(t) -> in_time[t] = 1; start(); goto executing }
+	:: else
+	fi;
 #endif
+	if
+	:: res == unknown -> uncertain = 1; acquire(att, 1) /* step: marking, once more when the answer is lost */
+	:: else
+	fi;
+	if
+	:: atomic { res == marked && IN_TIME -> start(); goto executing } /* step: marking, has the key */
+#ifdef BUG_STARTS_UNMARKED
+	:: atomic { res == acquired && IN_TIME -> start(); goto executing }
+#endif
+	:: atomic { (res == acquired || res == marked && !IN_TIME) && !wasted -> wasted = 1; in_time[t] = 0; res = 0; goto marking } /* step: marking, once more when it was late or did not mark */
+	:: atomic { (res == acquired || res == marked && !IN_TIME) && wasted -> refuse(1); goto again } /* step: marking, refuses when it was late again or did not mark */
+	:: atomic { (res == lost || res == mismatch) && !back -> back = 1; att = 0; res = 0; goto claiming } /* step: marking, finds another owner and asks as a waiter does */
+	:: atomic { (res == lost || res == mismatch) && back -> refuse(0); goto again } /* step: marking, finds another owner when its time is over */
+	:: atomic { res == unknown && OPENS -> res = 0; goto unprotected } /* step: marking, runs unprotected */
+	:: atomic { res == unknown && !OPENS -> refuse(0); goto again } /* step: marking, refuses */
 	OR_CRASH
 	fi;
 
@@ -228,24 +317,30 @@ executing:
 	do
 	:: RENEWS -> /* step: renewing, while it has the lease; the command comes later */
 		atomic {
-			acquire(ONCE || committed);
+			acquire(att, 0);
 			if
 			:: res == acquired -> hold() /* step: renewing, has it longer */
-			:: res == unknown -> uncertain = 1 /* step: renewing, does not know, and tries again */
-			:: else -> lose() /* step: renewing, finds another owner, though its lease ended meanwhile */
+			:: res == unknown /* step: renewing, does not know, and tries again */
+			:: else -> /* step: renewing, finds another owner, though its lease ended meanwhile */
+				assert(state != absent); /* an owner is not told that it lost a key that no other owner has had */
+				lose()
 			fi;
 			served = served || state == claimed && tok == t;
 			res = 0
 		}
-	:: atomic { COMMITS && !committed && ran == COMMITS_LATE -> acquire(1) }; /* step: committing, marks the claim */
+	:: atomic { COMMITS && !committed && ran == COMMITS_LATE -> asked = 1; acquire(att, 1) }; /* step: committing, marks the claim */
 		if
-		:: res == unknown -> uncertain = 1; acquire(1) /* step: committing, once more when the answer is lost */
+		:: res == unknown -> acquire(att, 1) /* step: committing, once more when the answer is lost */
+		:: else
+		fi;
+		if
+		:: res == acquired -> acquire(att, 1) /* step: committing, once more when it did not mark */
 		:: else
 		fi;
 		atomic {
 			if
-			:: res == acquired -> hold(); committed = 1; pledge = pledge || !OLD(t) /* step: committing, has committed */
-			:: res == unknown /* step: committing, does not know, and promises nothing */
+			:: res == marked -> hold(); committed = 1; pledge = pledge || !OLD(t) /* step: committing, has committed */
+			:: res == unknown || res == acquired /* step: committing, does not know, and promises nothing */
 #ifdef BUG_COMMITS_REGARDLESS
 			:: else -> committed = 1
 #else
@@ -257,15 +352,17 @@ executing:
 		}
 	:: d_step {
 		!ran && (committed || !COMMITS || COMMITS_LATE) -> ran = 1; /* step: executing, has its effect */
-		assert(!charged || OLD(t)); /* an effect that is at-most-once happens once */
-		charged = charged || (ONCE || COMMITS && !COMMITS_LATE) && !OLD(t)
+		assert(!charged || OLD(t)); /* an at-most-once effect never happens twice */
+		charged = charged || (ONCE || COMMITS && !COMMITS_LATE) && !OLD(t);
+		somewhere = somewhere || !OLD(t)
 	}
-	:: atomic { ran -> ran = 0; uncertain = 0; goto keeping } /* step: executing, returns a final answer */
+	:: atomic { ran -> ran = 0; asked = 0; att = 0; goto keeping } /* step: executing, returns a final answer */
+	:: atomic { ran && !committed && !ONCE -> taken = 0; seen = 0; goto freeing } /* step: executing, returns an answer after which a retry runs */
 	:: atomic { !ran && !committed -> taken = 0; seen = 0; goto freeing } /* step: executing, returns an answer that says that nothing was done */
 #ifdef BUG_RELEASES_AFTER_COMMIT
 	:: committed -> goto freeing
 #else
-	:: atomic { !ran && committed -> uncertain = 0; goto keeping } /* step: executing, which makes no difference after Commit */
+	:: atomic { !ran && committed -> asked = 0; att = 0; goto keeping } /* step: executing, which makes no difference after Commit */
 #endif
 	:: atomic { crashes > 0; crashes--; drop(); goto again } /* step: executing, panics */
 	OR_CRASH
@@ -276,8 +373,8 @@ freeing:
 		drop();
 		if
 		:: true
-		:: faults > 0 -> faults--; straggler[t] = 1 /* step: releasing, while a renewal is on its way */
-		:: COMMITS && faults > 0 -> faults--; straggler[t] = 2 /* step: releasing, while a Commit is on its way */
+		:: faults > 0 -> faults--; late_renewal[t] = att /* step: releasing, while a renewal is on its way */
+		:: COMMITS && faults > 0 -> faults--; delay(att, 1); asked = 1 /* step: releasing, while a Commit is on its way */
 		fi;
 		release() /* step: releasing, frees the key */
 	};
@@ -285,8 +382,16 @@ freeing:
 	:: res == unknown -> release() /* step: releasing, once more when the answer is lost */
 	:: else
 	fi;
-	/* step: releasing, goes on in the background */
-	atomic { releasing[t] = releasing[t] || res == unknown || uncertain; goto again }
+	atomic {
+		keep[t] = KEEP;
+		if
+		:: res == unknown && asked -> releasing[t] = UNTIL_ANSWERED /* step: releasing, goes on in the background until it is answered, after a mark */
+		:: res == unknown && !asked -> releasing[t] = UNTIL_ITS_LEASE_IS_OVER /* step: releasing, goes on in the background, without a mark */
+		:: else
+		fi;
+		FORGET
+		goto again
+	}
 
 keeping:
 	complete(); /* step: completing, stores the answer */
@@ -313,16 +418,34 @@ keeping:
 		goto again
 	}
 
+unprotected: /* FailOpen */
+	atomic {
+#ifdef FAIL_OPEN
+		open[t] = 1;
+#endif
+#ifdef BUG_FAIL_OPEN_RELEASES
+		releasing[t] = ONE_RELEASE;
+#endif
+		excused[t] = 1
+	};
+	if
+	:: atomic { true -> /* step: unprotected, the handler runs and its answer is sent */
+#ifdef FAIL_OPEN
+		open[t] = 0;
+#endif
+		goto again
+	}
+	OR_CRASH
+	fi;
+
 crashed:
 	atomic { /* step: the process dies */
 		drop(); completing[t] = 0; releasing[t] = 0;
-		if
-		:: straggler[t] == 1 -> late_claim[t] = 1
-		:: straggler[t] == 2 -> late_commit[t] = 1
-		:: else
-		fi;
-		straggler[t] = 0;
-		leave();
+		excused[t] = excused[t] || asked;
+		FORGET
+#ifdef FAIL_OPEN
+		open[t] = 0;
+#endif
 		goto again
 	}
 
@@ -330,82 +453,68 @@ finished:
 	skip
 }
 
-/* A late command comes; or a copy of it does; or it never comes. */
+/* A late command comes; or a copy of it does. */
 #define LATE(flag, op) \
-	:: d_step { flag[t] -> flag[t] = 0; op; res = 0 } /* step: late, a command comes */ \
-	:: d_step { flag[t] && faults > 0 -> faults--; op; res = 0 } /* step: late, it comes twice */ \
-	:: flag[t] -> flag[t] = 0 /* step: late, it never comes */
-
-/* A repetition in the background is answered; or its reply is lost; or it comes
- * late. */
-#define REPEAT(flag, op, late) \
-	:: d_step { flag[t] -> flag[t] = 0; op; res = 0 } /* step: background, is answered */ \
-	:: d_step { flag[t] && faults > 0 -> faults--; op; res = 0 } /* step: background, goes on when the answer is lost */ \
-	:: d_step { flag[t] && faults > 0 -> faults--; late[t] = 1 } /* step: background, goes on when the command is late */
-
-inline late_acquire(o_) {
-	store_acquire(t, BODY(t), o_);
-	leave()
-}
-
-/* A renewal or a Commit arrives after its run has tried to free the key. */
-inline straggle() {
-	store_acquire(t, BODY(t), ONCE || straggler[t] == 2);
-	straggler[t] = 0
-}
-
-/* The run frees the key once more. */
-#ifdef BUG_FORGETS_A_STRAGGLER
-#define FREES_AGAIN
-#else
-#define FREES_AGAIN releasing[t] = 1;
-#endif
+	:: d_step { flag[t] > 0 -> flag[t]--; op; res = 0 } /* step: late, a command comes */ \
+	:: d_step { flag[t] > 0 && faults > 0 -> faults--; op; res = 0 } /* step: late, it comes twice */
 
 /* What goes on under a token beside its request and after it. */
 proctype Wire(byte t) {
 	mtype:answer res;
 
 end:	do
-	LATE(late_claim, late_acquire(ONCE))
-	LATE(late_commit, late_acquire(1))
+	LATE(late_claim, store_acquire(t, BODY(t), 0, 0))
 	LATE(late_complete, store_complete(t, RESULT(t)))
-	LATE(late_release, store_release(t))
-	:: d_step { straggler[t] != 0 ->
-		straggle();
+	:: d_step { late_release[t] > 0 -> late_release[t]--; store_release(t, keep[t]); res = 0; FORGET } /* step: late, a Release comes */
+	:: d_step { late_release[t] > 0 && faults > 0 -> faults--; store_release(t, keep[t]); res = 0 }
+	:: d_step { late_renewal[t] != 0 -> /* step: late, a renewal comes */
+		store_acquire(t, BODY(t), late_renewal[t], 0); late_renewal[t] = 0; res = 0 }
+	:: d_step { late_renewal[t] != 0 && faults > 0 -> faults--;
+		store_acquire(t, BODY(t), late_renewal[t], 0); res = 0 }
+	:: d_step { late_mark[t] != 0 -> /* step: late, a mark comes */
+		store_acquire(t, BODY(t), late_mark[t], 1); res = 0;
+		late_marks[t]--;
 		if
-		:: res == acquired -> FREES_AGAIN res = 0 /* step: straggling, has made a claim, or renewed it */
-		:: else -> res = 0 /* step: straggling, has changed nothing */
+		:: late_marks[t] == 0 -> late_mark[t] = 0
+		:: else
 		fi
 	}
-	:: d_step { straggler[t] != 0 && faults > 0 -> faults--; /* step: straggling, the answer is lost */
-		straggle(); FREES_AGAIN res = 0
-	}
-	:: d_step { straggler[t] != 0 && faults > 0 -> faults--; /* step: straggling, the command comes when nobody waits for it any more */
-		if
-		:: straggler[t] == 2 -> late_commit[t] = 1
-		:: else -> late_claim[t] = 1
-		fi;
-		straggler[t] = 0; FREES_AGAIN
-	}
-	REPEAT(completing, store_complete(t, RESULT(t)); drop(), late_complete)
-	REPEAT(releasing, store_release(t), late_release)
-	/* Both end when the store was down for all of the time, or the process dies. */
+	:: d_step { late_mark[t] != 0 && faults > 0 -> faults--;
+		store_acquire(t, BODY(t), late_mark[t], 1); res = 0 }
+	:: d_step { completing[t] -> completing[t] = 0; store_complete(t, RESULT(t)); drop(); res = 0 } /* step: background, stores the answer */
+	:: d_step { completing[t] && faults > 0 -> faults--; store_complete(t, RESULT(t)); drop(); res = 0 } /* step: background, goes on when the answer is lost */
+	:: d_step { completing[t] && faults > 0 -> faults--; late_complete[t] = 1 } /* step: background, goes on when the command is late */
 	:: d_step { completing[t] && holder != t -> completing[t] = 0 } /* step: background, stores no longer than the lease */
 	:: d_step { completing[t] && crashes > 0 -> crashes--; completing[t] = 0; drop() } /* step: background, the process dies while it stores */
-	:: d_step { releasing[t] -> releasing[t] = 0; leave() } /* step: background, frees no longer than it makes sense */
+	:: d_step { releasing[t] != 0 -> store_release(t, keep[t]); releasing[t] = 0; res = 0; FORGET } /* step: background, frees the key */
+	:: d_step { releasing[t] != 0 && faults > 0 -> faults--; store_release(t, keep[t]); res = 0;
+		if :: releasing[t] == ONE_RELEASE -> releasing[t] = 0; FORGET :: else fi }
+	:: d_step { releasing[t] != 0 && faults > 0 -> faults--; late_release[t]++;
+		if :: releasing[t] == ONE_RELEASE -> releasing[t] = 0 :: else fi }
+	:: d_step { releasing[t] == ONE_RELEASE && faults > 0 -> faults--; releasing[t] = 0; FORGET } /* step: background, the only Release is lost */
+	:: d_step { releasing[t] == UNTIL_ITS_LEASE_IS_OVER && !LEASED(t) -> releasing[t] = 0; FORGET } /* step: background, frees no longer than the lease */
+#ifdef SHOW_LONG_OUTAGE
+	:: d_step { releasing[t] == UNTIL_ANSWERED -> releasing[t] = 0 }
+#endif
+	:: d_step { releasing[t] != 0 && crashes > 0 -> crashes--; /* step: background, the process dies while it frees */
+		excused[t] = excused[t] || releasing[t] == UNTIL_ANSWERED; releasing[t] = 0; FORGET }
 	od
 }
 
 /* Time passes. */
 proctype Clock() {
 	byte n;
+#if defined(LOSES_RECORDS) || defined(SHOW_LOSS_AND_LATE_MARKS) || defined(LOSES_UNUSED_CLAIMS)
+	byte losses = 1;
+#endif
 
 end:	do
 	/* A lease is over: by its owner's own clock and then by the store's, which
 	 * began to count later, when the command came. */
 	:: d_step {
 		state == claimed && running -> running = 0; /* step: a lease is over */
-		may_take = may_take || !(ONCE || pledge);
+		may_take = may_take || !pledge;
+		in_time[tok] = 0;
 		if
 		:: holder == tok -> holder = 0
 		:: else
@@ -413,9 +522,9 @@ end:	do
 	}
 	/* One lease has passed since the key was freed. */
 	:: d_step {
-		marker != 0 -> marker = 0; /* step: a marker is over */
+		marker != 0 && !lasting -> marker = 0; /* step: a marker is over */
 		if
-		:: state == released -> state = absent; tok = 0
+		:: state == released -> state = absent; tok = 0; attempt = 0
 		:: else
 		fi
 	}
@@ -423,12 +532,12 @@ end:	do
 	/* The cell expires, and what was promised with it. */
 	:: d_step {
 #ifdef BUG_EXPIRES_BEFORE_ITS_LEASE
-		ttls > 0 && (state == completed || state == claimed) -> ttls--;
+		ttls > 0 && (state == completed || state == claimed || state == released && lasting) -> ttls--;
 #else
-		ttls > 0 && (state == completed && holder != tok || state == claimed && !running) -> ttls--;
+		ttls > 0 && (state == completed && holder != tok || state == claimed && !running || state == released && lasting) -> ttls--;
 #endif
-		state = absent; tok = 0; fingerprint = 0; once = 0; running = 0; /* step: a TTL is over */
-		record = 0; may_take = 1; pledge = 0; bound = 0; request = 0; charged = 0; served = 0; orphaned = 0;
+		state = absent; tok = 0; attempt = 0; fingerprint = 0; once = 0; running = 0; lasting = 0; /* step: a TTL is over */
+		record = 0; may_take = 1; pledge = 0; bound = 0; request = 0; charged = 0; served = 0; somewhere = 0; marker = 0;
 		n = 1;
 		do
 		:: n > TOKENS -> break
@@ -438,23 +547,30 @@ end:	do
 		n = 0
 	}
 #endif
-#ifdef LOSES_RECORDS
+#if defined(LOSES_RECORDS) || defined(SHOW_LOSS_AND_LATE_MARKS)
 	/* The store forgets, and nobody else does. */
-	:: d_step { state != absent -> state = absent; tok = 0; fingerprint = 0; once = 0; running = 0 }
+	:: d_step { losses > 0 && state != absent -> losses--;
+		state = absent; tok = 0; attempt = 0; fingerprint = 0; once = 0; running = 0; lasting = 0 }
+#endif
+#ifdef LOSES_UNUSED_CLAIMS
+	/* The store forgets a claim before its mark. */
+	:: d_step { losses > 0 && state == claimed && !once && !served -> losses--;
+		state = absent; tok = 0; attempt = 0; fingerprint = 0; running = 0;
+		may_take = 1; bound = 0; request = 0 }
 #endif
 	od
 }
 
-/* When all is over, the key is not stuck: one lease after the last command, a
- * request gets it or an answer. */
+/* When all is over, and one lease after the last command, nothing holds the key
+ * but a handler that ran: a request gets it or an answer. */
 proctype Probe() {
 	mtype:answer res;
 
 	timeout;
 	d_step {
-		assert(state != claimed || served || EXCUSED || OLD(tok)); /* no claim is left that nobody was served for */
-		store_acquire(PROBE, fingerprint, ONCE);
-		assert(res == acquired || res == replay || res == abandoned && (ONCE || COMMITS) && (served || EXCUSED || OLD(tok))) /* no key is stuck */
+		assert(!(state == claimed && once) || served || EXCUSED(tok) || OLD(tok)); /* no late command holds a key for longer than one lease */
+		store_acquire(PROBE, fingerprint, 0, 0);
+		assert(res == acquired || res == replay || res == abandoned && (ONCE || COMMITS)) /* no key is stuck */
 	}
 }
 

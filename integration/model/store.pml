@@ -12,25 +12,30 @@
  */
 
 mtype:cell = { absent, claimed, completed, released };
-mtype:answer = { acquired, in_progress, replay, mismatch, abandoned, lost, done, unknown };
+
+/* marked is Acquired with Record.Once, in answer to a renewal that asked for
+ * Once. */
+mtype:answer = { acquired, marked, in_progress, replay, mismatch, abandoned, lost, done, unknown };
 
 mtype:cell state = absent;
 byte tok;        /* who claimed, completed or released it */
+byte attempt;
 bit fingerprint;
 bit once;
 bit running;     /* the lease */
+bit lasting;     /* a released marker is kept for the TTL, not for one lease */
 
 /* Ghosts. The end of a TTL resets what is about the key. */
-byte holder;     /* who counts on the lease: its lease.end is to come */
+byte holder;     /* who counts on the lease: its own clock says that it runs */
 byte record;     /* the stored response */
 bit may_take = 1; /* nobody has taken the key, or something has happened since that lets another have it */
-bit pledge;      /* a handler was told that it committed */
+bit pledge;      /* a handler was started at most once, or was told that it committed */
 bit served;      /* a handler was called for the present claim */
-bit orphaned;    /* the present claim was made, or left, and nobody is there to end it */
 bit bound;       /* the key belongs to a request: */
 bit request;     /* this one */
-byte marker;     /* who freed the key, for one lease from then on */
-bit charged;     /* a handler has had its effect */
+byte marker;     /* who freed the key, while the released marker is kept */
+bit charged;     /* a handler that runs at most once has had its effect */
+bit somewhere;   /* a handler has had its effect */
 
 /* Ghosts that only some configurations need. */
 #ifdef TTL
@@ -42,6 +47,12 @@ byte since[TOKENS + 2];  /* 1: the token has claimed; 2: before a TTL ended */
 #define OLD(t_) 0
 #define ISSUE(t_)
 #endif
+#ifdef FAIL_OPEN
+bit open[TOKENS + 2];    /* the handler runs, and nothing is known of its claim */
+#define OPEN(t_) open[t_]
+#else
+#define OPEN(t_) 0
+#endif
 #ifdef BUG_RENEWAL_OF_A_STALE_OWNER
 bit started[TOKENS + 2];
 #define NOTE_START(t_) started[t_] = 1;
@@ -52,34 +63,61 @@ bit started[TOKENS + 2];
 /* Nobody else counts on the lease. */
 #define ALONE(t_) (holder == 0 || holder == t_)
 
-/* A claim that is no renewal. */
-inline claim(t_, f_, o_) {
-	assert(ALONE(t_));                /* nobody takes a key whose owner counts on its lease */
-	assert(record == 0);              /* nobody takes a key whose response is stored */
-	assert(may_take);                /* a handler runs again only for a reason */
+/* Writes a claim where none of this token was. */
+inline claim(t_, f_, a_) {
+	assert(ALONE(t_));                /* a key is not taken while its owner counts on the lease */
+	assert(record == 0);              /* a key is not taken once its response is stored */
+	assert(may_take);                 /* a key is claimed again only after its release or the end of an unmarked lease */
 	assert(!bound || request == f_);  /* a different request does not get the key */
-	assert(marker != t_);             /* who freed a key does not have it again while its marker is there */
+	assert(marker != t_);             /* a token that released the key does not get it back while its marker is kept */
 	ISSUE(t_)
-	may_take = 0; served = 0; orphaned = 0; bound = 1; request = f_; marker = 0;
-	state = claimed; tok = t_; fingerprint = f_; once = o_; running = 1;
+	may_take = 0; served = 0; bound = 1; request = f_; marker = 0;
+	state = claimed; tok = t_; attempt = a_; fingerprint = f_; running = 1; lasting = 0;
+#ifdef BUG_CLAIM_SETS_ONCE
+	once = ONCE;
+#else
+	once = 0;
+#endif
 	res = acquired
 }
 
 /* The store says that the lease of t_ runs. */
 #define LEASED(t_) (state == claimed && tok == t_ && running)
 
-/* Store.Acquire, row by row. */
-inline store_acquire(t_, f_, o_) {
+#ifdef BUG_RENEWAL_WITHOUT_ATTEMPT
+#define SAME_ATTEMPT(a_) true
+#else
+#define SAME_ATTEMPT(a_) (a_ == attempt)
+#endif
+
+/* Store.Acquire, row by row. With attempt 0 it is a claim, else a renewal of that
+ * attempt, which may ask for Once. */
+inline store_acquire(t_, f_, a_, o_) {
 	if
-	:: state == absent -> /* step: acquire, absent */
-		claim(t_, f_, o_)
+	:: state == absent && a_ == 0 -> /* step: claim, absent */
+		claim(t_, f_, 1)
+#ifdef BUG_RENEWAL_OF_AN_ABSENT_CELL_IS_LOST
+	:: state == absent && a_ != 0 -> res = lost
+#else
+	:: state == absent && a_ != 0 -> /* step: renewal, absent */
+		claim(t_, f_, a_);
+#ifdef BUG_RENEWAL_OF_AN_ABSENT_CELL_SETS_ONCE
+		once = o_
+#endif
+#endif
 #ifndef BUG_LATE_CLAIM_RESURRECTS
 	:: state == released && tok == t_ -> /* step: acquire, released under this token */
 		res = lost
-	:: state == released && tok != t_ -> /* step: acquire, released */
-		claim(t_, f_, o_)
+	:: state == released && tok != t_ && a_ == 0 -> /* step: claim, released */
+		claim(t_, f_, attempt + 1)
 #else
-	:: state == released -> claim(t_, f_, o_)
+	:: state == released && a_ == 0 -> claim(t_, f_, attempt + 1)
+#endif
+#ifdef BUG_RENEWAL_TAKES_A_RELEASED_CELL
+	:: state == released && tok != t_ && a_ != 0 -> claim(t_, f_, a_); once = o_
+#else
+	:: state == released && tok != t_ && a_ != 0 -> /* step: renewal, released */
+		res = lost
 #endif
 #ifndef BUG_TAKES_OVER_ANOTHER_REQUEST
 	:: state == claimed && fingerprint != f_ -> /* step: acquire, claimed for a different request */
@@ -91,47 +129,56 @@ inline store_acquire(t_, f_, o_) {
 #endif
 	:: else ->
 		if
-		:: state == completed -> /* step: acquire, completed */
+		:: state == completed && a_ == 0 -> /* step: claim, completed */
 			assert(tok == record && fingerprint == f_); /* a request is answered with its own stored response */
 			res = replay
-#ifdef BUG_RENEWAL_OF_A_STALE_OWNER
-		:: state == claimed && (tok == t_ || started[t_]) ->
-#else
-		:: state == claimed && tok == t_ -> /* step: acquire, claimed under this token */
+		:: state == completed && a_ != 0 -> /* step: renewal, completed */
+			res = lost
+		:: state == claimed && tok == t_ && a_ == 0 -> /* step: claim, claimed under this token */
+			running = 1;
+#ifdef BUG_CLAIM_UNSETS_ONCE
+			once = 0;
 #endif
-			running = 1; tok = t_;
+			res = acquired
+		:: state == claimed && tok == t_ && a_ != 0 && SAME_ATTEMPT(a_) -> /* step: renewal, claimed under this token, same attempt */
+			running = 1;
 #ifdef BUG_RENEWAL_UNSETS_ONCE
 			once = o_;
 #else
 			once = once || o_;
 #endif
 			res = acquired
+#ifdef BUG_RENEWAL_OF_A_STALE_OWNER
+		:: state == claimed && tok != t_ && a_ != 0 && started[t_] -> tok = t_; running = 1; res = acquired
+#endif
 		:: else ->
 			if
+			:: a_ != 0 -> /* step: renewal, claimed by another owner or in another attempt */
+				res = lost
 #ifndef BUG_TAKES_A_RUNNING_LEASE
-			:: running -> /* step: acquire, claimed and the lease runs */
+			:: a_ == 0 && running -> /* step: claim, claimed and the lease runs */
 				res = in_progress
 #endif
 #ifndef BUG_TAKES_A_ONCE_CLAIM
-			:: !running && once -> /* step: acquire, claimed with Once and the lease is over */
+			:: a_ == 0 && !running && once -> /* step: claim, claimed with Once and the lease is over */
 				res = abandoned
 #endif
 #ifdef BUG_NO_TAKE_OVER
-			:: !running && !once -> res = in_progress
+			:: a_ == 0 && !running && !once -> res = in_progress
 #endif
-			:: else -> /* step: acquire, claimed and the lease is over */
-				claim(t_, f_, o_)
+			:: else -> /* step: claim, claimed and the lease is over */
+				claim(t_, f_, attempt + 1)
 			fi
 		fi
 	fi
 }
 
 inline write(t_, f_) {
-	assert(ALONE(t_));                   /* nobody stores a response while another counts on its lease */
+	assert(ALONE(t_));                   /* no response is stored while another owner counts on its lease */
 	assert(record == 0 || record == t_); /* a stored response is never overwritten */
 	assert(!bound || request == f_);     /* a response is stored for the request that has the key */
-	record = t_; bound = 1; request = f_; marker = 0; served = 0; orphaned = 0;
-	state = completed; tok = t_; fingerprint = f_; once = 0; running = 0;
+	record = t_; bound = 1; request = f_; marker = 0; served = 0;
+	state = completed; tok = t_; attempt = 0; fingerprint = f_; once = 0; running = 0; lasting = 0;
 	res = done
 }
 
@@ -159,30 +206,39 @@ inline store_complete(t_, f_) {
 	fi
 }
 
-inline free(t_) {
-	assert(holder == 0); /* nobody's running claim is freed, not even its own */
-	assert(record == 0); /* no stored response is thrown away */
-	may_take = 1; bound = 0; request = 0; marker = t_; served = 0; orphaned = 0;
-	fingerprint = 0; once = 0; running = 0;
+#ifdef BUG_SHORT_MARKER_OF_A_LATER_ATTEMPT
+#define LATER_ATTEMPT 0
+#else
+#define LATER_ATTEMPT (attempt > 1)
+#endif
+
+inline free(t_, k_) {
+	assert(holder == 0); /* a claim is not released while its owner counts on the lease */
+	assert(!OPEN(t_));   /* a claim is not released while its handler runs unprotected */
+	assert(record == 0); /* a stored response is never released */
+	may_take = 1; pledge = 0; bound = 0; request = 0; marker = t_; served = 0;
+	fingerprint = 0; once = 0; running = 0; lasting = k_ || LATER_ATTEMPT;
 #ifdef BUG_NO_MARKER
-	state = absent; tok = 0
+	state = absent; tok = 0; attempt = 0; lasting = 0
 #else
 	state = released; tok = t_
 #endif
 }
 
-/* Store.Release. */
-inline store_release(t_) {
+/* Store.Release. The marker has the attempt of the claim, and 0 where the cell was
+ * absent. It is kept for the TTL (1) or for one lease (0); but where the attempt is
+ * a later one, for what is left of the TTL, so that attempts go on counting. */
+inline store_release(t_, k_) {
 	if
 	:: state == absent -> /* step: release, absent */
-		free(t_)
+		free(t_, k_)
 	:: state == claimed && tok == t_ -> /* step: release, claimed under this token */
-		free(t_)
+		free(t_, k_)
 #ifdef BUG_RELEASE_WITHOUT_TOKEN
-	:: state == claimed && tok != t_ -> free(t_)
+	:: state == claimed && tok != t_ -> free(t_, k_)
 #endif
 #ifdef BUG_RELEASE_FREES_A_RECORD
-	:: state == completed -> free(t_)
+	:: state == completed -> free(t_, k_)
 #endif
 	:: else /* step: release, completed, released or of another owner */
 	fi;
