@@ -31,6 +31,9 @@ import (
 //	token                8               TTL in ms           15  6
 //	                                     token, fingerprint  21
 //
+// Flag 1 is Once: the claim is never taken over. Flag 2 is watched: a caller was
+// answered InProgress, so that a change is published. Only the scripts set flags.
+//
 // The offsets are fixed, so that Lua reads them without a library: miniredis
 // has no struct.
 //
@@ -54,17 +57,13 @@ const (
 	redisCompletedHeader = 11
 	redisReleasedHeader  = 8
 	redisClaimedHeader   = 21
-
-	// Flags of a claimed cell.
-	redisOnce    = 1 // the claim is never taken over
-	redisWatched = 2 // a caller was told InProgress, so a change is published
 )
 
-// A redisCell is a cell. A completed one that was read has no token.
+// A redisCell is a cell as it is written first, or what is to be known of one that
+// was read: no lease, TTL and attempt, and of a completed one no token.
 type redisCell struct {
 	state              byte
-	once               bool
-	lease, ttl         int64 // milliseconds; set in a claimed cell
+	lease, ttl         int64 // of a claim, in milliseconds
 	attempt            int
 	token              string
 	fingerprint, value []byte
@@ -99,11 +98,7 @@ func (c *redisCell) encode() ([]byte, error) {
 	if c.state == redisReleased {
 		return append(b, c.token...), nil
 	}
-	flags := byte(0)
-	if c.once {
-		flags = redisOnce
-	}
-	b = append(b, flags)
+	b = append(b, 0) // flags
 	b = appendUint48(b, c.lease)
 	b = appendUint48(b, c.ttl)
 	b = append(b, c.token...)
@@ -115,10 +110,6 @@ func appendUint48(b []byte, n int64) []byte {
 	return binary.BigEndian.AppendUint32(b, uint32(n))
 }
 
-func uint48(b []byte) int64 {
-	return int64(binary.BigEndian.Uint16(b))<<32 | int64(binary.BigEndian.Uint32(b[2:]))
-}
-
 var errForeignCell = errors.New("idempotency: the Redis key holds something that is no record of this package, or of a newer release")
 
 // parseRedisCell reads b in place: fingerprint and value are parts of it. What
@@ -128,12 +119,10 @@ func parseRedisCell(b []byte) (redisCell, error) {
 		return redisCell{}, errForeignCell
 	}
 	c := redisCell{state: b[1]}
-	start, token, fingerprint := redisCompletedHeader, 0, int(b[2])
-	if c.state != redisCompleted { // a completed cell has its digest there
-		token, c.attempt = int(b[3]), int(binary.BigEndian.Uint32(b[4:]))
-	}
+	start, token, fingerprint := 0, int(b[3]), int(b[2])
 	switch c.state {
 	case redisCompleted:
+		start, token = redisCompletedHeader, 0
 	case redisReleased:
 		start = redisReleasedHeader
 	case redisClaimed:
@@ -146,9 +135,6 @@ func parseRedisCell(b []byte) (redisCell, error) {
 	end := start + token + fingerprint
 	if end > len(b) || c.state != redisCompleted && end < len(b) {
 		return redisCell{}, errForeignCell
-	}
-	if c.state == redisClaimed {
-		c.once, c.lease, c.ttl = b[8]&redisOnce != 0, uint48(b[9:]), uint48(b[15:])
 	}
 	c.token = string(b[start : start+token])
 	c.fingerprint, c.value = b[start+token:end:end], b[end:]
@@ -189,7 +175,7 @@ local foreign = {err = 'FOREIGN the key holds something else'}
 // It returns a State and two values that belong to it: for Acquired the attempt
 // and Once, for InProgress the milliseconds that are left of the lease and the
 // cell, for Lost nothing, and else 0 and the cell. InProgress also sets
-// redisWatched in the cell, so that Complete and Release publish the change.
+// the flag watched, so that Complete and Release publish the change.
 //
 // A lease is over when more milliseconds have begun than it has. Else it would
 // end up to one millisecond early.
