@@ -14,11 +14,11 @@ import (
 // is over. It has a timer and no goroutine, and holds no request: while a store
 // is down, there may be one for each request that was refused.
 type retry struct {
-	call     func() error
-	until    time.Time // a failure after it is the last one
-	pause    time.Duration
-	maxPause time.Duration   // the longest pause
-	done     func(err error) // called with the last error, or nil
+	call   func() error
+	until  time.Time // a failure after it is the last one
+	pause  time.Duration
+	longer time.Duration   // the longest pause
+	done   func(err error) // called with the last error, or nil
 }
 
 // firstRetry is the first pause, which doubles with each failure.
@@ -38,7 +38,7 @@ func (r *retry) try() {
 	case err == nil || isFinalError(err) || !time.Now().Before(r.until):
 		r.done(err)
 	default:
-		r.pause = min(2*r.pause, r.maxPause)
+		r.pause = min(2*r.pause, r.longer)
 		r.again()
 	}
 }
@@ -63,16 +63,16 @@ func (c *claim) completeLater(ctx context.Context, r Result) {
 	r.Fingerprint = bytes.Clone(r.Fingerprint)
 	leaseEnd, _ := c.standing()
 	until := leaseEnd.Add(c.opts.MaxExecution)
-	storeCtx, storeKey := c.detached(ctx), strings.Clone(c.storeKey)
+	call, storeKey := c.detached(ctx), strings.Clone(c.storeKey)
 	token, m := strings.Clone(c.token), c.middleware
-	later := retry{until: until, maxPause: c.opts.Lease / 6, call: func() error {
-		return callStore(storeCtx, m.opts.StoreTimeout, func(ctx context.Context) error {
+	later := retry{until: until, longer: c.opts.Lease / 6, call: func() error {
+		return callStore(call, m.opts.StoreTimeout, func(ctx context.Context) error {
 			return m.store.Complete(ctx, storeKey, token, r)
 		})
 	}}
 	later.done = func(err error) {
 		if err != nil {
-			m.warn(storeCtx, storeKey, "storing a response failed, its request may run again", err)
+			m.warn(call, storeKey, "storing a response failed, its request may run again", err)
 		}
 	}
 	later.start()
@@ -109,22 +109,22 @@ func (c *claim) releaseLater(ctx context.Context, keep time.Duration) {
 	if c.hasSentMark() {
 		until = until.Add(c.opts.MaxExecution)
 	}
-	storeCtx, storeKey := c.detached(ctx), strings.Clone(c.storeKey)
+	call, storeKey := c.detached(ctx), strings.Clone(c.storeKey)
 	token, m := strings.Clone(c.token), c.middleware
-	later := retry{until: until, maxPause: c.opts.Lease / 6, call: func() error {
+	later := retry{until: until, longer: c.opts.Lease / 6, call: func() error {
 		if m.releases.calls.Add(1) > maxReleaseCalls {
 			m.releases.calls.Add(-1)
 			return errReleasesBusy
 		}
 		defer m.releases.calls.Add(-1)
-		return callStore(storeCtx, m.opts.StoreTimeout, func(ctx context.Context) error {
+		return callStore(call, m.opts.StoreTimeout, func(ctx context.Context) error {
 			return m.store.Release(ctx, storeKey, token, keep)
 		})
 	}}
 	later.done = func(err error) {
 		m.releases.pending.Add(-1)
 		if err != nil {
-			m.warn(storeCtx, storeKey, "freeing a key failed, it stays claimed", err)
+			m.warn(call, storeKey, "freeing a key failed, it stays claimed", err)
 		}
 	}
 	later.start()
