@@ -504,7 +504,7 @@ end:	do
 /* Time passes. */
 proctype Clock() {
 	byte n;
-#if defined(LOSES_RECORDS) || defined(SHOW_LOSS_AND_LATE_MARKS) || defined(LOSES_UNUSED_CLAIMS)
+#if defined(LOSES_RECORDS) || defined(SHOW_LOSS_AND_LATE_MARKS) || defined(FORGETS_UNUSED_CLAIMS)
 	byte losses = 1;
 #endif
 
@@ -552,7 +552,7 @@ end:	do
 	:: d_step { losses > 0 && state != absent -> losses--;
 		state = absent; tok = 0; attempt = 0; fingerprint = 0; once = 0; running = 0; lasting = 0 }
 #endif
-#ifdef LOSES_UNUSED_CLAIMS
+#ifdef FORGETS_UNUSED_CLAIMS
 	/* The store forgets a claim before its mark. */
 	:: d_step { losses > 0 && state == claimed && !once && !served -> losses--;
 		state = absent; tok = 0; attempt = 0; fingerprint = 0; running = 0;
