@@ -161,7 +161,7 @@ func (s *settlement) settle() answer {
 	if v == retryRuns {
 		return s.free(v)
 	}
-	if s.facts.unanswered { // a half of what is attached must not be kept
+	if s.facts.unanswered { // half a transaction must not be kept
 		s.facts.attached = false
 		s.execution.detach()
 		s.context.cancel(nil)
@@ -303,8 +303,6 @@ func (s *settlement) encodeResponse(r *Result) {
 	// A MemoryStore copies what is small before it returns, and the request no
 	// longer needs its buffer. Other stores may still hold Value in the
 	// background, or after a call that timed out.
-	// A MemoryStore copies what is small before it returns, and the buffer of
-	// the request is free by now.
 	buffer := s.request.body.buffer
 	r.Value, r.parts = s.recorder.encode((*buffer)[:0], s.digest, s.opts.ReplayHeader, false)
 	if r.Value != nil {
