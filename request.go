@@ -68,7 +68,7 @@ const (
 )
 
 // deriveStoreKey makes the store key, and the token in case that the key is
-// free. One string holds both: they live as long as each other.
+// free. One string holds both, as both are needed until the request ends.
 func (q *request) deriveStoreKey() {
 	path, _ := target(q.r)
 	sum := hashKey((*q.body.buffer)[:0], q.scope, q.r.Method, path, q.key)
@@ -110,9 +110,9 @@ func (q *request) takeFingerprint() *Error {
 	return nil
 }
 
-// bodyProblem is the answer to a body that cannot be read. A limit that outer
-// middleware set is no accident of the connection, so that a retry would meet
-// it again; the client gets 413 and not a 400 that it may repeat.
+// bodyProblem is the answer to a body that cannot be read. Every retry meets
+// the limit of an outer http.MaxBytesReader again, so such a client gets 413
+// and not a 400 that tells it to repeat the request.
 func (q *request) bodyProblem(err error) *Error {
 	var tooLarge *http.MaxBytesError
 	if errors.As(err, &tooLarge) {

@@ -83,14 +83,14 @@ const (
 	undoneDetail  = "This attempt was given up, and what it did was undone. Repeat it later with the same key."
 )
 
-// answer decides by the first rule that applies what the client gets. The
-// client never gets a response that is not stored while another owner may store
-// a different one, nor the response of a transaction that was not committed.
+// answer decides by the first rule that applies what the client gets. While
+// another owner is known, who may store a different response, the client never
+// gets one that is not stored. Nor does it ever get the response of a
+// transaction that was not committed.
 //
 // A key that was freed under a lost or overdue lease may be running elsewhere,
-// so the client is sent to its new owner. A response that the store did not
-// take is sent all the same when the claim still stands: it is true, and
-// storing it goes on.
+// so the client is sent to its new owner. Otherwise a response that the store
+// did not take is sent all the same: it is true, and storing it goes on.
 func (s *settlement) answer(v verdict, r storeReport) answer {
 	f := &s.facts
 	rolledBack := errors.Is(r.err, ErrRolledBack)
