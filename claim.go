@@ -29,7 +29,7 @@ func newToken() (token [16]byte) {
 // Two rules of Store keep the claim simple: only a renewal marks, and it marks
 // only the attempt that it names. So a command of a claim that arrives after
 // the claim has ended holds the key for one lease at most. The middleware need
-// not find it.
+// not look for it.
 type claim struct {
 	*middleware
 	storeKey    string
@@ -76,8 +76,8 @@ func (c *claim) get(ctx context.Context) (Record, error) {
 // question and the answer may have been overtaken by another owner. So try
 // compares the end of the lease with the time of the last answer. When the
 // lease is over or the mark is missing, it asks once more. After two such
-// failures the request is refused, for a process that slow would lose its lease
-// while the handler runs.
+// failures the request is refused, because a process that is so slow would lose
+// its lease while the handler runs.
 func (c *claim) try(ctx context.Context) (Record, error) {
 	for range 2 {
 		sent := monotonicNow()
@@ -106,8 +106,8 @@ func (c *claim) try(ctx context.Context) (Record, error) {
 }
 
 // hold notes that the key was claimed. The lease counts from when the question
-// was sent, which is before the store's own count began: we never believe in a
-// lease for longer than the store does.
+// was sent, which is before the store began to count: the claim never relies on
+// a lease for longer than the store does.
 func (c *claim) hold(sent time.Time, rec Record) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

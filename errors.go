@@ -183,7 +183,8 @@ func isLinkTarget(s string) bool {
 // with the members code, retryable and, where there is one, original_status. It
 // sets Cache-Control: no-store, and Retry-After in seconds when RetryAfter is
 // not zero. It is the default [Options.ErrorHandler], and a custom one may call
-// it for the errors that it does not write itself.
+// it for the errors that it does not write itself. It panics as WriteHeader
+// does when Status is not an HTTP status, as in the zero Error.
 func WriteError(w http.ResponseWriter, _ *http.Request, err *Error) {
 	body := struct {
 		Type           string `json:"type"`

@@ -26,7 +26,7 @@ const (
 	OutcomeBodyTooLarge      Outcome = "body_too_large"      // custom Fingerprint, or MaxBytesReader
 	OutcomeStoreUnavailable  Outcome = "store_unavailable"   // failed before the handler ran, or did not commit what it attached
 	OutcomeUnprotected       Outcome = "unprotected"         // FailOpen, and the store was down
-	OutcomeLeaseLost         Outcome = "lease_lost"          // ran, but the key was taken over; its answer was dropped
+	OutcomeLeaseLost         Outcome = "lease_lost"          // ran, but its lease was over or taken over; its answer was dropped
 	OutcomePanicked          Outcome = "panicked"            // left the handler by panic or runtime.Goexit
 )
 

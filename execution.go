@@ -145,11 +145,11 @@ func (e *Execution) Discard() {
 //
 // Begin the transaction with the context of the request. That context is
 // cancelled when the handler is done, so a transaction cannot stay open. When
-// the handler returns without an answer after that context has ended, or after
-// a large body has broken off, the store is not asked to commit. The
-// transaction is rolled back and the key freed. After Commit and with
-// [Options.AtMostOnce] the key stays at-most-once, and the transaction is left
-// to its context.
+// the handler returns without an answer, after that context has ended or a
+// large body has broken off, the store is not asked to commit: the transaction
+// is rolled back and the key freed. After Commit, and with
+// [Options.AtMostOnce], retries are answered 409 outcome_unknown instead, and
+// the transaction is left to its context.
 //
 // Attach only what the store knows how to end. With [Options.FailOpen] the
 // handler has to end the transaction of an unprotected run itself. A handler
@@ -292,7 +292,7 @@ func (c *cancellation) cancel(cause error) {
 		return
 	}
 	if c.parent == nil && cause != nil {
-		c.makeLocked() // now: later its deadline may seem to have come first
+		c.makeLocked() // made later, it could find its deadline over and miss the cause
 	}
 	c.ended = true
 	if c.parent != nil {
@@ -312,8 +312,8 @@ func (c *cancellation) Err() error { return c.observe().Err() }
 // value is Value without the Execution.
 func (c *cancellation) value(key any) any {
 	if _, ok := key.(*int); ok {
-		// By such a key context.Cause looks for the cause, before Go 1.26 without
-		// asking for Err.
+		// context.Cause finds the cause by such a key. Before Go 1.26 it did so
+		// without calling Err, and then this is where the handler sees the end.
 		return c.observe().Value(key)
 	}
 	return c.inner().Value(key)

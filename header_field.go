@@ -28,8 +28,8 @@ type headerField struct {
 	transient bool // sent, but not kept for replay
 }
 
-// apply makes the difference to h. An opAdd gets a slice of its own: outer
-// middleware may have set several headers to one slice.
+// apply makes the difference to h. An opAdd gets a slice of its own: two
+// headers that outer middleware has set may share a backing array.
 func (f *headerField) apply(h http.Header) {
 	switch f.op {
 	case opSet:

@@ -22,13 +22,15 @@
 //   - the store lost the record;
 //   - the store did not take the response before the lease ended, a retry came
 //     after that, and the key is not at-most-once;
-//   - the handler answered with something that says that nothing was done
-//     ([Options.ShouldStore]), or asked for it ([Execution.Discard]);
+//   - the handler's answer is not final, as a 5xx or a 429 is not
+//     ([Options.ShouldStore]), or the handler asked for it
+//     ([Execution.Discard]);
 //   - the handler met a large body that broke off, and answered with an error
 //     or not at all ([Options.MaxBufferedBody]);
 //   - a transaction that the handler had attached was rolled back
 //     ([Execution.Attach]);
 //   - the store is down and [Options.FailOpen] is set;
+//   - the TTL passed.
 //
 // Exactly-once effects in another system need the help of that system.
 // [Execution.DownstreamKey] is a key for a call to it, [Execution.Attempt]
@@ -64,9 +66,9 @@
 //
 // # Cost
 //
-// A first execution is two calls of the [Store], a replay is one. With
-// [Options.AtMostOnce] a first execution is three: the third marks the key
-// before the handler starts. [Execution.Commit] is one more.
+// A first execution is two calls of the [Store], a replay is one. Each renewal
+// of the lease is one more, and so is [Execution.Commit]. With
+// [Options.AtMostOnce] one more call marks the key before the handler starts.
 package idempotency
 
 import (
@@ -217,9 +219,10 @@ func (c *call) run(attempt int, outer *Execution) {
 }
 
 // mayRunUnprotected reports whether the handler may run although the store
-// failed. It may not when another execution may be running: FailOpen accepts a
-// store that is down, not a handler that runs twice at once. Too few replicas
-// are a store that works and refuses, so FailOpen does not apply either.
+// failed. It may not when the store has told this request of another execution:
+// FailOpen accepts that a handler is not protected, not that it runs beside one
+// that is known. Too few replicas are a store that works and refuses, so
+// FailOpen does not apply either.
 //
 // A claim may have been written although its answer was lost. It is left in the
 // store: the handler runs, so the claim is true and keeps duplicates away for

@@ -9,9 +9,9 @@ import (
 // A lease keeps a claim while its handler runs. A timer renews the claim every
 // third of its lease, and cancels the handler when the claim is lost.
 //
-// A third leaves time for a renewal that fails to be repeated before the lease
-// ends. A timer and not a goroutine: most handlers return before the first
-// tick, and then a lease costs one timer that is set and stopped.
+// A third leaves time to repeat a renewal that failed before the lease ends. It
+// is a timer and not a goroutine, because most handlers return before the first
+// tick: for them a lease is a timer that is set and stopped.
 type lease struct {
 	claim   *claim
 	ctx     context.Context // of the handler, for its values
@@ -24,8 +24,8 @@ type lease struct {
 	stopped  bool
 }
 
-// start begins to keep the claim. The time counts from the answer of the store,
-// which the claim has read the clock for, so start need not read it again.
+// start begins to keep the claim. Its time counts from claim.answered, so it
+// need not read the clock again.
 func (l *lease) start() {
 	now := l.claim.answered
 	l.limit = now.Add(l.claim.opts.MaxExecution)

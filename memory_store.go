@@ -301,9 +301,8 @@ func (s *MemoryStore) Complete(_ context.Context, key, token string, r Result) e
 	return nil
 }
 
-// Release implements [Store]. It returns nil. The marker of a claim is the cell
-// itself, fingerprint included: most markers are gone after a lease, so it is
-// not worth making them smaller.
+// Release implements [Store]. It returns nil. It leaves a marker even when the
+// store is full.
 func (s *MemoryStore) Release(_ context.Context, key, token string, keep time.Duration) error {
 	now := memoryNow()
 	sh, hash := s.lock(key, now)
@@ -312,6 +311,8 @@ func (s *MemoryStore) Release(_ context.Context, key, token string, keep time.Du
 	if cell != nil && cell.expiry > now {
 		// Another state or token stays as it is: a marker keeps its time.
 		if cell.state == cellClaimed && cell.token == token {
+			// The marker is the cell itself, fingerprint included. Most markers
+			// are gone after a lease, so they are not worth making smaller.
 			cell.state = cellReleased
 			s.requeue(sh, cell, now, keep)
 			sh.notify(key)

@@ -77,7 +77,7 @@ type Options struct {
 	// Default false: such a request passes through unprotected.
 	RequireKey bool
 
-	// alidateKey is an extra rule for keys, UUIDs only, say. It sees the key
+	// ValidateKey is an extra rule for keys, UUIDs only, say. It sees the key
 	// unquoted, after the rule that always holds: 1 to 255 bytes of printable
 	// ASCII. The text of its error is shown to the client, with 400
 	// key_invalid. Default nil: no extra rule.
@@ -129,9 +129,9 @@ type Options struct {
 	MaxResponseBytes int64
 
 	// ShouldStore says which responses are final and stored. Any other frees
-	// the key, so that a retry runs. It gets the header as the handler left it,
-	// and is not called after Commit or Discard, which decide before it. If it
-	// panics, the response is stored.
+	// the key, so that a retry runs. Commit and Discard decide before it. It
+	// gets the header as the handler left it, and is not called when the
+	// handler gave no answer. If it panics, the response is stored.
 	//
 	// Default nil: all responses are final but 401, 403, 407, 408, 425, 429,
 	// 5xx, and 409 with Retry-After, which another instance of this middleware
@@ -147,9 +147,10 @@ type Options struct {
 	ReplayHeader func(name string) bool
 
 	// AtMostOnce never runs a key again unless the handler's own answer said
-	// that nothing was done: one of the 4xx that ShouldStore names, or Discard.
-	// If a run dies or panics, retries are answered 409 outcome_unknown until
-	// TTL, which should be much longer than Lease.
+	// that nothing was done: one of the 4xx that ShouldStore names, a response
+	// that a custom ShouldStore refuses, or Discard. If a run dies or panics,
+	// retries are answered 409 outcome_unknown until TTL, which should be much
+	// longer than Lease.
 	//
 	// It costs one more store call before the handler: the mark is set only
 	// after the answer to the claim was seen, so that a claim that arrives late
@@ -159,10 +160,10 @@ type Options struct {
 	AtMostOnce bool
 
 	// FailOpen runs the handler unprotected when the store is down or full.
-	// Commit then fails, and an attached transaction is left to the handler.
-	// Default false: the answer is 503, because a request that is refused is
-	// safer than one that is charged twice. Neither setting runs a handler
-	// while another one may be running under the key.
+	// Commit then fails, and an attached transaction is left to the handler. A
+	// request that waits for another execution when the store fails is refused
+	// all the same. Default false: the answer is 503, because a request that is
+	// refused is safer than one that is charged twice.
 	FailOpen bool
 
 	// CancelOnDisconnect keeps the client's cancellation on the handler's
@@ -192,8 +193,8 @@ type Options struct {
 	// one. It runs on the request's goroutine, after the request was answered
 	// or its handler panicked, so it holds up the end of the request. It is not
 	// called when Scope, ValidateKey, Fingerprint or ErrorHandler panicked, nor
-	// by the inner of two nested middlewares. A panic in it is logged. Default
-	// nil.
+	// by the inner of two middlewares that a request meets under one key. A
+	// panic in it is logged. Default nil.
 	OnEvent func(context.Context, Event)
 
 	// Logger receives warnings and errors. A log line has the store key, which

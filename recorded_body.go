@@ -46,7 +46,6 @@ func appendBody[T []byte | string](b *recordedBody, p T) {
 	}
 	// At most half of what a MemoryStore keeps is left empty: a chunk is no
 	// larger than what came before it, or just as large as p.
-	// No more than the half of what is kept in the end is left empty.
 	if size := int(min(b.size, largeChunk)); len(p) < size {
 		b.chunks = append(b.chunks, append(make([]byte, 0, size), p...))
 	} else {

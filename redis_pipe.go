@@ -67,7 +67,7 @@ func (p *redisPipe) process(ctx context.Context, cmd redis.Cmder) error {
 	if isLarge(cmd) {
 		p.unbatched = unbatchedAfterLarge
 	}
-	if p.unbatched > 0 { // and in no lane
+	if p.unbatched > 0 { // a large value came lately: past the lanes
 		p.unbatched--
 		p.mu.Unlock()
 		defer p.noteReply(cmd)

@@ -36,8 +36,6 @@ func (s *RedisStore) share(ctx context.Context, name string, c Claim) (Record, e
 	for n := range maxQuestions {
 		// A claim that finds no question leads one. So only one question is on
 		// its way, apart from those of claims that waited in vain.
-		// A claim that finds no question leads one. So no more than one is on
-		// its way, but for claims that waited in vain.
 		s.mu.Lock()
 		q := s.questions[name]
 		if q == nil {

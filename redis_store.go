@@ -372,8 +372,6 @@ type masterFinder interface {
 func (s *RedisStore) sendAndWait(ctx context.Context, name string, cmd redis.Cmder) (replicated bool, err error) {
 	// Half of the time that is left is kept for the release of a claim that too
 	// few replicas have.
-	// Half of the time that is left is for the release of a claim that too few
-	// replicas have.
 	timeout := s.opts.ReplicaTimeout
 	if deadline, ok := ctx.Deadline(); ok {
 		timeout = min(timeout, time.Until(deadline)/2)

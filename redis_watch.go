@@ -76,7 +76,7 @@ type redisSubscription struct {
 const (
 	watchPatience = 200 * time.Millisecond // how long Watch waits for Redis to confirm
 	watchRetry    = time.Second            // how long after a failure Watch does not try again
-	watchPing     = time.Second            // how long a connection may bring nothing
+	watchPing     = time.Second            // how long a connection may be silent before a PING
 )
 
 // errWatchDown has the caller poll.
@@ -248,7 +248,6 @@ func (ss *redisSession) send(pubsub *redis.PubSub) (err error) {
 	ss.pending = nil
 	// The watches are noted before their commands are sent, since receive may
 	// see the confirmation at once.
-	// Before they are sent, since receive may see the confirmation at once.
 	for _, sub := range pending {
 		if !sub.end {
 			ss.unconfirmed = append(ss.unconfirmed, sub.watch)

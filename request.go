@@ -68,7 +68,7 @@ const (
 )
 
 // deriveStoreKey makes the store key, and the token in case that the key is
-// free. One string holds both: they live as long as each other.
+// free. One string holds both, as both are needed until the request ends.
 func (q *request) deriveStoreKey() {
 	path, _ := target(q.r)
 	sum := hashKey((*q.body.buffer)[:0], q.scope, q.r.Method, path, q.key)
@@ -110,9 +110,9 @@ func (q *request) takeFingerprint() *Error {
 	return nil
 }
 
-// bodyProblem is the answer to a body that cannot be read. A limit that outer
-// middleware set is no accident of the connection, so that a retry would meet
-// it again; the client gets 413 and not a 400 that it may repeat.
+// bodyProblem is the answer to a body that cannot be read. Every retry meets
+// the limit of an outer http.MaxBytesReader again, so such a client gets 413
+// and not a 400 that tells it to repeat the request.
 func (q *request) bodyProblem(err error) *Error {
 	var tooLarge *http.MaxBytesError
 	if errors.As(err, &tooLarge) {
@@ -212,7 +212,7 @@ func appendIdentity(b []byte, r *http.Request, scope, key string, custom bool) [
 	b = appendField(b, query)
 	b = appendFields(b, r.Header["Content-Type"])
 	if r.PostForm != nil {
-		// An outer middleware has read the body: what it made of it counts.
+		// An outer middleware has read the body, so the form that it parsed counts.
 		b = appendField(append(b, 'p'), r.PostForm.Encode())
 	}
 	return b
@@ -238,8 +238,8 @@ type requestBody struct {
 
 	mu      sync.Mutex
 	started bool      // reading has begun: the client was told to continue
-	off     int       // what the handler has read of ahead
-	read    int64     // what the handler has read in all
+	off     int       // how many bytes of ahead the handler has read
+	read    int64     // how many bytes the handler has read in all
 	hash    hash.Hash // of identity and what the handler has read; nil if whole
 	eof     bool      // the handler has seen the end
 	broken  bool      // the handler has seen the body break off
@@ -276,8 +276,8 @@ func (b *requestBody) readAhead(r *http.Request, identity []byte, limit int64) e
 		n, err := r.Body.Read(buf[len(buf) : len(buf)+int(space)])
 		buf = buf[:len(buf)+n]
 		if err == io.EOF {
-			// One byte more than limit may have come together with the end. It would
-			// not be whole if the end came later.
+			// There is space for one byte over limit. A body that fills it is
+			// large, whether its end has come with that byte or comes later.
 			b.whole = int64(len(buf)-len(identity)) <= limit
 			return nil
 		}
@@ -363,9 +363,9 @@ func (b *requestBody) noteLocked(p []byte, err error) {
 	switch {
 	case errors.Is(err, io.EOF):
 		b.eof = true
-		// Undeclared trailers come with the end. Without them nothing is written:
-		// the handler may look at its request while another goroutine, such as
-		// the transport of a proxy, reads the body.
+		// Undeclared trailers come with the end. Without trailers the copy is not
+		// written to: the handler may look at its request while another
+		// goroutine, such as the transport of a proxy, reads the body.
 		if trailer := b.request.Trailer; trailer != nil && b.copy.Trailer == nil {
 			b.copy.Trailer = trailer
 		}

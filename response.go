@@ -254,7 +254,7 @@ func decodeStatus(resp storedResponse, payload []byte) (_ storedResponse, rest [
 		resp.implicit, status = true, http.StatusOK
 	}
 	resp.status = int(status)
-	// The recorder never stores another 1xx, and WriteHeader panics beyond 999.
+	// Of the 1xx the recorder stores only 101. WriteHeader panics over 999.
 	return resp, rest, ok && (status == http.StatusSwitchingProtocols || status >= 200 && status <= 999)
 }
 

@@ -111,6 +111,8 @@ func (r *recorder) informLocked(status int) {
 	sent := h.Clone()
 	r.w.WriteHeader(status)
 	changed := new(headerScratch).difference(sent, h)
+	// The handler may take back what it sent with the 1xx, so the header of w
+	// is again what it was before.
 	clear(h)
 	maps.Copy(h, before)
 	if r.outer == nil {
@@ -134,6 +136,7 @@ func (r *recorder) writeHeaderLocked(status int) {
 			r.length = n
 		}
 	}
+	// A header that is there without a value tells net/http not to sniff.
 	_, typed := r.header["Content-Type"]
 	r.sniff = !typed && r.header.Get("Content-Encoding") == "" && bodyAllowed(status)
 	r.connection = slices.Clone(r.header["Connection"])
@@ -229,6 +232,8 @@ func recordLocked[T []byte | string](r *recorder, p T) (int, error) {
 	if r.length >= 0 && r.written > r.length {
 		return 0, http.ErrContentLength
 	}
+	// The kept part goes out and is then dropped: a part of a body is no
+	// replay, and a handler that streams gigabytes must not hold them.
 	if !r.overflow && r.body.size+int64(len(p)) > r.limit {
 		r.streamLocked()
 		r.overflow = true
@@ -396,6 +401,7 @@ func (r *recorder) send() {
 		r.streaming = true
 		applyFields(h, r.fields)
 		announceTrailers(h, r.trailers)
+		// From here on a hook of outer middleware works on the header of w.
 		r.sent.Store(true)
 		r.sendLocked()
 		if r.implicit && !r.wroteNothing && r.body.size == 0 {
@@ -422,6 +428,8 @@ func (r *recorder) drop() (streaming bool) {
 // encode returns nil when the headers are too large.
 func (r *recorder) encode(scratch, digest []byte, keep func(name string) bool, whole bool) (value []byte, parts [][]byte) {
 	markTransient(r.fields, keep, r.connection, r.body.size)
+	// A Content-Length among the trailers is not the length of anything, so
+	// none is kept: -1 is never equal to it.
 	markTransient(r.trailers, keep, r.connection, -1)
 	chunks := r.body.chunks
 	if !whole && r.body.size > maxPacked {

@@ -83,14 +83,14 @@ const (
 	undoneDetail  = "This attempt was given up, and what it did was undone. Repeat it later with the same key."
 )
 
-// answer decides by the first rule that applies what the client gets. The
-// client never gets a response that is not stored while another owner may store
-// a different one, nor the response of a transaction that was not committed.
+// answer decides by the first rule that applies what the client gets. While
+// another owner is known, who may store a different response, the client never
+// gets one that is not stored. Nor does it ever get the response of a
+// transaction that was not committed.
 //
 // A key that was freed under a lost or overdue lease may be running elsewhere,
-// so the client is sent to its new owner. A response that the store did not
-// take is sent all the same when the claim still stands: it is true, and
-// storing it goes on.
+// so the client is sent to its new owner. Otherwise a response that the store
+// did not take is sent all the same: it is true, and storing it goes on.
 func (s *settlement) answer(v verdict, r storeReport) answer {
 	f := &s.facts
 	rolledBack := errors.Is(r.err, ErrRolledBack)
@@ -161,7 +161,7 @@ func (s *settlement) settle() answer {
 	if v == retryRuns {
 		return s.free(v)
 	}
-	if s.facts.unanswered { // a half of what is attached must not be kept
+	if s.facts.unanswered { // half a transaction must not be kept
 		s.facts.attached = false
 		s.execution.detach()
 		s.context.cancel(nil)
@@ -303,8 +303,6 @@ func (s *settlement) encodeResponse(r *Result) {
 	// A MemoryStore copies what is small before it returns, and the request no
 	// longer needs its buffer. Other stores may still hold Value in the
 	// background, or after a call that timed out.
-	// A MemoryStore copies what is small before it returns, and the buffer of
-	// the request is free by now.
 	buffer := s.request.body.buffer
 	r.Value, r.parts = s.recorder.encode((*buffer)[:0], s.digest, s.opts.ReplayHeader, false)
 	if r.Value != nil {
