@@ -314,7 +314,9 @@ func (s *MemoryStore) Release(_ context.Context, key, token string, keep time.Du
 			// The marker is the cell itself, fingerprint included. Most markers
 			// are gone after a lease, so they are not worth making smaller.
 			cell.state = cellReleased
-			s.requeue(sh, cell, now, keep)
+			if cell.attempt == 1 || cell.expiry < expiry(now, keep) {
+				s.requeue(sh, cell, now, keep)
+			}
 			sh.notify(key)
 		}
 		return nil

@@ -271,16 +271,19 @@ return 1
 // KEYS[1] is the cell. ARGV[1] is the marker that an absent cell becomes. A claim
 // under the token becomes the same with its own attempt. ARGV[2] is the channel
 // to publish on when callers wait. ARGV[3] is the token, ARGV[4] how long the
-// marker is kept, in milliseconds. It returns 1.
+// marker is kept, in milliseconds. The marker of a later attempt than the first
+// is kept for what is left of the TTL, if that is longer. It returns 1.
 var releaseScript = newRedisScript(redisParse + `
-local cell, watched, marker = redis.call('GET', KEYS[1]), 2, ARGV[1]
+local cell, watched, marker, keep = redis.call('GET', KEYS[1]), 2, ARGV[1], tonumber(ARGV[4])
 if cell then
   local state, owner, _, flags = parse(cell)
   if not state then return foreign end
   if state ~= 'C' or owner ~= ARGV[3] then return 1 end
-  marker, watched = string.sub(marker, 1, 4) .. string.sub(cell, 5, 8) .. string.sub(marker, 9), flags
+  local attempt = string.sub(cell, 5, 8)
+  marker, watched = string.sub(marker, 1, 4) .. attempt .. string.sub(marker, 9), flags
+  if attempt ~= '\0\0\0\1' then keep = math.max(keep, redis.call('PTTL', KEYS[1])) end
 end
-redis.call('SET', KEYS[1], marker, 'PX', ARGV[4])
+redis.call('SET', KEYS[1], marker, 'PX', keep)
 if watched >= 2 then redis.pcall('PUBLISH', ARGV[2], '') end
 return 1
 `)

@@ -228,7 +228,8 @@ func (s *settlement) free(v verdict) answer {
 	s.lease.stop()
 	f := &s.facts
 	keep := s.opts.TTL
-	if f.discarded || !f.unanswered && !f.cutOff && s.saysNothingWasDone() {
+	nothingDone := f.discarded || !f.unanswered && !f.cutOff && s.saysNothingWasDone()
+	if nothingDone && !s.claim.hasSentMark() {
 		keep = s.opts.Lease
 	}
 	err := s.claim.release(s.context, keep)

@@ -69,7 +69,10 @@ type Store interface {
 
 	// Release frees the cell when it is claimed under token, whether or not the
 	// lease is over or Once is set. The cell is then released under token, with
-	// its Attempt, for the time keep, which is more than zero. An absent cell
+	// its Attempt, for the time keep, which is more than zero. After a later
+	// attempt than the first it is kept for what is left of its TTL, if that is
+	// longer: the marker of an earlier attempt may stand for a run that got
+	// somewhere, or for a mark that is still on its way. An absent cell
 	// becomes released under token with Attempt 0, so that a delayed Acquire
 	// finds the marker and claims nothing. A marker that is there already keeps
 	// its time, whatever keep says. Every other cell stays as it is. In all

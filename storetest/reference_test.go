@@ -253,5 +253,8 @@ func release(c *call) {
 		c.cell = cell{status: released, token: c.token, expires: c.now + c.keep}
 	case c.cell.status == claimed && c.cell.token == c.token:
 		c.cell.status, c.cell.expires = released, c.now+c.keep
+		if c.cell.attempt > 1 {
+			c.cell.expires = max(c.cell.expires, c.old.expires)
+		}
 	}
 }

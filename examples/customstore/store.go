@@ -65,7 +65,7 @@ const (
 	now = `CAST(round(1000 * unixepoch('subsec')) AS INTEGER)`
 
 	selectCell = `
-		SELECT state, token, attempt, once, fingerprint, value, lease_end - ` + now + `
+		SELECT state, token, attempt, once, fingerprint, value, lease_end - ` + now + `, expires - ` + now + `
 		FROM idempotency WHERE key = $1 AND expires > ` + now
 
 	upsertCell = `
@@ -95,12 +95,12 @@ type cell struct {
 	token              string
 	once               bool
 	fingerprint, value []byte
-	remaining          int64 // of the lease
+	remaining, left    int64 // of the lease and of the TTL, in milliseconds
 }
 
 func load(ctx context.Context, tx *sql.Tx, key string) (c cell, err error) {
 	err = tx.QueryRowContext(ctx, selectCell, key).Scan(
-		&c.state, &c.token, &c.attempt, &c.once, &c.fingerprint, &c.value, &c.remaining)
+		&c.state, &c.token, &c.attempt, &c.once, &c.fingerprint, &c.value, &c.remaining, &c.left)
 	if errors.Is(err, sql.ErrNoRows) {
 		return cell{}, nil
 	}
@@ -228,6 +228,9 @@ func (s *Store) Release(ctx context.Context, key, token string, keep time.Durati
 			return err
 		}
 		marker := cell{state: released, token: token, attempt: old.attempt}
+		if old.attempt > 1 {
+			keep = max(keep, time.Duration(old.left)*time.Millisecond)
+		}
 		return save(ctx, tx, key, marker, keep)
 	})
 }
