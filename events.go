@@ -25,7 +25,7 @@ const (
 	OutcomeBodyIncomplete    Outcome = "body_incomplete"     // broke off before the handler could run
 	OutcomeBodyTooLarge      Outcome = "body_too_large"      // custom Fingerprint, or MaxBytesReader
 	OutcomeStoreUnavailable  Outcome = "store_unavailable"   // failed before the handler ran, or did not commit what it attached
-	OutcomeUnprotected       Outcome = "unprotected"         // FailOpen, and the store was down
+	OutcomeUnprotected       Outcome = "unprotected"         // FailOpen, and the store was down or full
 	OutcomeLeaseLost         Outcome = "lease_lost"          // ran, but its lease was over or taken over; its answer was dropped
 	OutcomePanicked          Outcome = "panicked"            // left the handler by panic or runtime.Goexit
 )

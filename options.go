@@ -38,8 +38,8 @@ type Options struct {
 	// every third of Lease. Default 30s, or TTL if that is less; 1ms at least.
 	// It must not exceed TTL.
 	//
-	// A command that reaches the store late, after its request was answered,
-	// holds a key for one Lease at most.
+	// A command that reaches the store late, after its claim has ended, holds a
+	// key for one Lease at most.
 	Lease time.Duration
 
 	// Wait is how long a duplicate waits for the running execution before it is

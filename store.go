@@ -56,7 +56,8 @@ type Store interface {
 	// Once, if c.Once is set. The Once of a claim is ignored. Nothing unsets
 	// Once but the end of the claim (Complete, Release, or its expiry).
 	// Record.Once tells what the cell has now. So a command that is sent twice
-	// is harmless, and one that arrives late holds a key for one lease at most.
+	// is harmless, and one that arrives after its claim has ended holds a key
+	// for one lease at most.
 	Acquire(ctx context.Context, key string, c Claim) (Record, error)
 
 	// Complete stores r under token and keeps it for r.TTL. It writes when the
