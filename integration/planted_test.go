@@ -61,7 +61,20 @@ var (
 	crashing  = script([]step{{Do: doEffect}, {Do: doCrash}}, short, step{Do: doEffect}, created())
 	failing   = script([]step{{Do: doAnswer, Status: 500}}, short, step{Do: doEffect}, created())
 	late      = script(nil, longer, step{Do: doCommit}, step{Do: doEffect}, longer, created())
-	commits   = script([]step{{Do: doCommit}, {Do: doEffect}, {Do: doCrash}}, step{Do: doCommit}, step{Do: doEffect}, created())
+
+	// freed is overtaken by runs that fail, until the first one is over.
+	freed = func(time.Duration) planner {
+		return func(_, _ string, nth int) []step {
+			switch {
+			case nth == 1:
+				return []step{{Do: doEffect}, longer, longer, {Do: doCommit}, created()}
+			case nth < 12:
+				return []step{short, {Do: doAnswer, Status: 500}}
+			}
+			return []step{{Do: doEffect}, created()}
+		}
+	}
+	commits = script([]step{{Do: doCommit}, {Do: doEffect}, {Do: doCrash}}, step{Do: doCommit}, step{Do: doEffect}, created())
 )
 
 // troubles are the scenarios. Without a bug each of them is clean.
@@ -82,10 +95,12 @@ var troubles = map[string]func() scenario{
 	"sealed":       func() scenario { return targeted(quiet, onceKeys, simple) },
 	"large":        func() scenario { return withVariants(targeted(quiet, largeKeys, simple)) },
 
-	// Commands come late. A claim that was given up is given back at once and a
-	// lease later. What comes within that is not left behind: here it has half a
-	// lease less, for a machine that is busy. What comes later is left behind, and
-	// an at-most-once key then says that its outcome is unknown.
+	"freed keys": func() scenario { return targeted(stops, plainKeys, freed) },
+
+	// Commands come late. What comes when its claim was given up holds the key for
+	// a lease, and what is marked is freed, unless two marks come when the marker is
+	// over that this leaves. In delays they do not: here they have half a lease
+	// less, for a machine that is busy.
 	"delays":      func() scenario { return withLease(400*time.Millisecond, allAlive(targeted(delays, onceKeys, simple))) },
 	"late claims": func() scenario { return targeted(lags, onceKeys, simple) },
 	"lags":        func() scenario { return targeted(lags, plainKeys, slowly) },
@@ -101,8 +116,8 @@ func withLease(lease time.Duration, s scenario) scenario {
 	return s
 }
 
-// allAlive wants every outcome to become known: a claim that nobody knows of is
-// given back.
+// allAlive wants every outcome to become known: a mark that nobody knows of is
+// freed.
 func allAlive(s scenario) scenario {
 	s.noneDied = true
 	return s
@@ -143,6 +158,17 @@ var plantedBugs = []struct {
 	{readsLate, "quiet", history.Register},
 	{spoilsValues, "sealed", history.Code},
 	{comparesNoBodies, "large", history.Payload},
+	{losesReleases, "claims", history.Code},
+	{marksClaims, "panics", history.Marked},
+	{abandonsClaims, "panics", history.Code},
+	{skipsMarks, "sealed", history.Unmarked},
+	{skipsMarks, "commits", history.Unmarked},
+	{renewsFreed, "freed keys", history.TookBack},
+	{skipsAttempts, "panics", history.Attempt},
+	{losesMarkers, "failures", history.Attempt},
+	{shortensMarkers, "failures", history.Marker},
+	{leavesMarks, "claims", history.NotFreed},
+	{givesUpAtLease, "outages", history.GaveUp},
 	{"Redis keeps nothing", "outages", history.RanAgain},
 }
 
