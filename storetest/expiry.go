@@ -7,8 +7,8 @@ import (
 	"github.com/go-idempotency/idempotency"
 )
 
-// expiryRules are about the end of cells. Attempt tells whether a cell is still
-// there: it is 1 where the cell has expired.
+// expiryRules are about the end of cells. The Attempt of a new claim tells whether
+// the cell was still there: it is 1 when the cell had expired.
 var expiryRules = slices.Concat(
 	everyWay("starts the TTL anew", startsTTL),
 	everyWay("does not expire before its lease", keepsLease),

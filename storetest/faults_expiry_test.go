@@ -6,7 +6,7 @@ import (
 	"github.com/go-idempotency/idempotency"
 )
 
-// wayFaults are those that each way to acquire a cell can have.
+// wayFaults are the faults that each way to acquire a cell can have.
 func wayFaults() (faults []brokenStore) {
 	for _, way := range []struct {
 		name string

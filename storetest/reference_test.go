@@ -19,7 +19,7 @@ type reference struct {
 	mu      sync.Mutex
 	cells   map[string]cell
 	watches map[string][]chan struct{}
-	watcher map[string][]context.Context // whose the watches were
+	watcher map[string][]context.Context // the contexts of the watches
 	buffers map[string][]byte
 	calls   int
 
@@ -29,7 +29,7 @@ type reference struct {
 	start time.Time
 }
 
-// A fault is what a broken store does differently. Its zero value is nothing.
+// A fault is what a broken store does differently. The zero fault breaks nothing.
 type fault struct {
 	key    func(string) string // folds keys
 	before func(*call)         // changes a cell before the decision
