@@ -58,21 +58,29 @@ func (r *retry) again() {
 // gives up. If no retry has come, a late record is still better than none: the
 // next retry gets it.
 //
-// The request is over by then, so everything that its buffers hold is cloned.
-func (c *claim) completeLater(ctx context.Context, r Result) {
-	r.Fingerprint = bytes.Clone(r.Fingerprint)
+// From the last third of the lease on, a store that refuses the result is asked
+// to store small in its place. It may be up and refuse what is too large for it,
+// and a handler that has finished must not run again because of that.
+func (c *claim) completeLater(ctx context.Context, r, small Result) {
 	leaseEnd, _ := c.standing()
-	until := leaseEnd.Add(c.opts.MaxExecution)
-	call, storeKey := c.detached(ctx), strings.Clone(c.storeKey)
-	token, m := strings.Clone(c.token), c.middleware
-	later := retry{until: until, longer: c.opts.Lease / 6, call: func() error {
-		return callStore(call, m.opts.StoreTimeout, func(ctx context.Context) error {
-			return m.store.Complete(ctx, storeKey, token, r)
-		})
-	}}
+	ctx, o := c.detach(ctx)
+	r.Fingerprint = bytes.Clone(r.Fingerprint) // the request, which holds it, is over
+	small.Fingerprint = r.Fingerprint
+	later := retry{until: leaseEnd.Add(o.opts.MaxExecution), longer: o.opts.Lease / 6}
+	later.call = func() error {
+		err := o.storeResult(ctx, o.opts.StoreTimeout, r)
+		if err == nil || isFinalError(err) || time.Until(leaseEnd) > o.opts.Lease/3 {
+			return err
+		}
+		if o.storeResult(ctx, o.opts.StoreTimeout, small) != nil {
+			return err
+		}
+		o.warn(ctx, o.storeKey, "the store refuses a response, retries are answered response_not_stored", err)
+		return nil
+	}
 	later.done = func(err error) {
 		if err != nil {
-			m.warn(call, storeKey, "storing a response failed, its request may run again", err)
+			o.warn(ctx, o.storeKey, "storing a response failed, its request may run again", err)
 		}
 	}
 	later.start()
@@ -109,41 +117,32 @@ func (c *claim) releaseLater(ctx context.Context, keep time.Duration) {
 	if c.hasSentMark() {
 		until = until.Add(c.opts.MaxExecution)
 	}
-	call, storeKey := c.detached(ctx), strings.Clone(c.storeKey)
-	token, m := strings.Clone(c.token), c.middleware
-	later := retry{until: until, longer: c.opts.Lease / 6, call: func() error {
-		if m.releases.calls.Add(1) > maxReleaseCalls {
-			m.releases.calls.Add(-1)
+	ctx, o := c.detach(ctx)
+	later := retry{until: until, longer: o.opts.Lease / 6}
+	later.call = func() error {
+		defer o.releases.calls.Add(-1)
+		if o.releases.calls.Add(1) > maxReleaseCalls {
 			return errReleasesBusy
 		}
-		defer m.releases.calls.Add(-1)
-		return callStore(call, m.opts.StoreTimeout, func(ctx context.Context) error {
-			return m.store.Release(ctx, storeKey, token, keep)
-		})
-	}}
+		return o.freeKey(ctx, o.opts.StoreTimeout, keep)
+	}
 	later.done = func(err error) {
-		m.releases.pending.Add(-1)
+		o.releases.pending.Add(-1)
 		if err != nil {
-			m.warn(call, storeKey, "freeing a key failed, it stays claimed", err)
+			o.warn(ctx, o.storeKey, "freeing a key failed, it stays claimed", err)
 		}
 	}
 	later.start()
 }
 
-// hasSentMark reports whether the key may be at-most-once in the store.
-func (c *claim) hasSentMark() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.markSent
-}
-
-// detached returns a context that carries a copy of the Execution in ctx, if
-// there is one, and no other value. The values of a request belong to its
-// router once the request is over, and may be large.
-func (c *claim) detached(ctx context.Context) context.Context {
+// detach returns what calls in the background need, and nothing of the request,
+// whose values belong to its router once it is over and may be large. The
+// context carries a copy of the Execution in ctx, if that is this run's.
+func (c *claim) detach(ctx context.Context) (context.Context, owner) {
+	o := owner{c.middleware, strings.Clone(c.storeKey), strings.Clone(c.token)}
 	e, ok := FromContext(ctx)
 	if !ok || e.storeKey != c.storeKey {
-		return context.Background()
+		return context.Background(), o
 	}
-	return context.WithValue(context.Background(), executionKey{}, e.detachedCopy())
+	return context.WithValue(context.Background(), executionKey{}, e.detachedCopy()), o
 }

@@ -268,3 +268,83 @@ func TestBackgroundStoresWhatWasAnswered(t *testing.T) {
 		require.Equal(t, 10, c.Runs())
 	})
 }
+
+// A store may be up and refuse a response, one that is too large for an item,
+// say. The handler has finished, so it does not run again: before the lease ends
+// a small record takes the place of the response.
+func TestStoreRefusesAResponse(t *testing.T) {
+	for name, opts := range map[string]idempotency.Options{
+		"plain": {}, "at most once": {AtMostOnce: true}, "sealed": {AEAD: newAEAD(t, 1)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+				s.OnComplete = func(ctx context.Context, key, token string, r idempotency.Result) error {
+					if len(r.Value) > 1000 {
+						return errors.New("the item is too large")
+					}
+					return s.MemoryStore.Complete(ctx, key, token, r)
+				}
+				opts.Wait = idempotency.NoWait
+				c := idemtest.NewClient(s, &opts, func(w http.ResponseWriter, r *http.Request) {
+					w.WriteHeader(http.StatusCreated)
+					_, _ = w.Write(make([]byte, 2000))
+				})
+				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 " + string(make([]byte, 2000))})
+				time.Sleep(15 * time.Second) // the store may recover yet
+				c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
+				time.Sleep(14 * time.Second)
+				c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "409 response_not_stored", Original: 201})
+				time.Sleep(time.Hour)
+				c.Check(t, 3, idemtest.Exchange{Key: "a", Get: "409 response_not_stored", Original: 201})
+				require.Equal(t, 1, c.Runs())
+			})
+		})
+	}
+}
+
+// What goes on in the background knows its Execution, and nothing of the request.
+func TestBackgroundHoldsNoRequest(t *testing.T) {
+	type valueKey struct{}
+	synctest.Test(t, func(t *testing.T) {
+		start := time.Now()
+		late := 0
+		s := &idemtest.ObservedStore{Store: downFor(start, time.Minute), Look: func(ctx context.Context, method string) {
+			if time.Since(start) < 5*time.Second || method == "Acquire" {
+				return
+			}
+			late++
+			require.Nil(t, ctx.Value(valueKey{}), method)
+			e, ok := idempotency.FromContext(ctx)
+			require.True(t, ok, method)
+			require.Equal(t, "a", e.Key())
+			require.Equal(t, 1, e.Attempt())
+			require.Error(t, e.Commit(ctx))
+		}}
+		for _, status := range []int{http.StatusCreated, http.StatusTooManyRequests} {
+			c := idemtest.NewClient(s, &idempotency.Options{}, idemtest.Answering(status))
+			r := c.Request(idemtest.Exchange{Key: "a", Target: fmt.Sprint("/", status)})
+			require.Equal(t, status, c.Do(r.WithContext(context.WithValue(r.Context(), valueKey{}, "large"))).StatusCode)
+		}
+		time.Sleep(2 * time.Minute)
+		require.Greater(t, late, 2)
+	})
+}
+
+// downFor is a store that takes claims and fails everything else for d.
+func downFor(start time.Time, d time.Duration) idempotency.Store {
+	s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+	s.OnComplete = func(ctx context.Context, key, token string, r idempotency.Result) error {
+		if time.Since(start) < d {
+			return idemtest.ErrDown
+		}
+		return s.MemoryStore.Complete(ctx, key, token, r)
+	}
+	s.OnRelease = func(ctx context.Context, key, token string, keep time.Duration) error {
+		if time.Since(start) < d {
+			return idemtest.ErrDown
+		}
+		return s.MemoryStore.Release(ctx, key, token, keep)
+	}
+	return s
+}

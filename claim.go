@@ -22,6 +22,27 @@ func newToken() (token [16]byte) {
 	return token
 }
 
+// An owner is the name under which a request calls the store: a key and a token.
+// It outlives the request where a call goes on in the background.
+type owner struct {
+	*middleware
+	storeKey, token string
+}
+
+// storeResult calls Complete.
+func (o owner) storeResult(ctx context.Context, timeout time.Duration, r Result) error {
+	return callStore(ctx, timeout, func(ctx context.Context) error {
+		return o.store.Complete(ctx, o.storeKey, o.token, r)
+	})
+}
+
+// freeKey calls Release.
+func (o owner) freeKey(ctx context.Context, timeout, keep time.Duration) error {
+	return callStore(ctx, timeout, func(ctx context.Context) error {
+		return o.store.Release(ctx, o.storeKey, o.token, keep)
+	})
+}
+
 // A claim is the hold of one request on its key. It asks for the key, waits for
 // it, renews it, and gives it up by storing a result or by freeing the key. No
 // other part of the middleware calls the Store.
@@ -31,9 +52,7 @@ func newToken() (token [16]byte) {
 // the claim has ended holds the key for one lease at most. The middleware need
 // not look for it.
 type claim struct {
-	*middleware
-	storeKey    string
-	token       string
+	owner
 	fingerprint []byte
 
 	// These are written until the handler starts, by the goroutine of the
@@ -50,6 +69,7 @@ type claim struct {
 	marked   bool       // the store said that the claim has Once
 	markSent bool       // a mark was sent, answered or not
 	lost     bool       // a renewal found that the key is not ours any more
+	freed    bool       // the key was freed, so that nothing may mark it
 }
 
 // errLateClaim is why a request is refused when its process was too slow to use
@@ -100,8 +120,9 @@ func (c *claim) try(ctx context.Context) (Record, error) {
 		if (rec.Once || !c.opts.AtMostOnce) && c.answered.Before(c.leaseEnd) {
 			return rec, nil
 		}
+		c.heldByOther = true // by an owner that came while this process was stopped
 	}
-	c.mayBeClaimed, c.heldByOther = true, true
+	c.mayBeClaimed = true
 	return Record{}, errLateClaim
 }
 
@@ -143,13 +164,14 @@ func (c *claim) ask(ctx context.Context, sent time.Time, attempt int, once bool)
 	return c.askOnce(ctx, c.opts.StoreTimeout-time.Since(sent), q)
 }
 
-// askOnce calls Acquire. A State that does not exist is a failure of the store
-// and not a free key.
+// askOnce calls Acquire. A State that does not exist, or a claim without an
+// attempt, which could not be renewed, is a failure of the store and not a free
+// key.
 func (c *claim) askOnce(ctx context.Context, timeout time.Duration, q Claim) (rec Record, err error) {
 	err = callStore(ctx, timeout, func(ctx context.Context) error {
 		rec, err = c.store.Acquire(ctx, c.storeKey, q)
-		if err == nil && (rec.State < Acquired || rec.State > Lost) {
-			err = fmt.Errorf("store returned %v", rec.State)
+		if err == nil && (rec.State < Acquired || rec.State > Lost || rec.State == Acquired && rec.Attempt < 1) {
+			err = fmt.Errorf("store returned %v with attempt %d", rec.State, rec.Attempt)
 		}
 		return err
 	})
@@ -165,12 +187,15 @@ func (c *claim) askOnce(ctx context.Context, timeout time.Duration, q Claim) (re
 func callStore(ctx context.Context, timeout time.Duration, op func(context.Context) error) (err error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), timeout)
 	defer cancel()
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("store panicked: %v\n%s", p, debug.Stack())
-		}
-	}()
+	defer containStore(&err)
 	return op(ctx)
+}
+
+// containStore makes a panic of the store an error. It is to be deferred.
+func containStore(err *error) {
+	if p := recover(); p != nil {
+		*err = fmt.Errorf("store panicked: %v\n%s", p, debug.Stack())
+	}
 }
 
 // monotonicNow returns a time that is good only for comparison. It takes half
@@ -230,12 +255,12 @@ func (c *claim) wait(ctx context.Context, rec Record) (Record, error) {
 }
 
 // watch returns nil when the store cannot watch, or not now.
-func (c *claim) watch(ctx context.Context) (<-chan struct{}, error) {
+func (c *claim) watch(ctx context.Context) (changed <-chan struct{}, err error) {
 	if c.watcher == nil {
 		return nil, nil
 	}
-	changed, err := c.watcher.Watch(ctx, c.storeKey)
-	if err != nil {
+	defer containStore(&err)
+	if changed, err = c.watcher.Watch(ctx, c.storeKey); err != nil {
 		return nil, err
 	}
 	return changed, nil
@@ -265,7 +290,8 @@ func sleepUntil(ctx context.Context, changed <-chan struct{}, d time.Duration) b
 // renew starts the lease anew. With once it marks the claim as at-most-once,
 // and every later renewal repeats the mark in case that the store loses the
 // record. A store that has lost it writes the claim again and answers without
-// Once, so renew asks a second time to mark what is there now.
+// Once, so renew asks a second time to mark what is there now. It does not when
+// the key was freed meanwhile: such a mark would be that of no handler.
 func (c *claim) renew(ctx context.Context, once bool) (rec Record, err error) {
 	c.mu.Lock()
 	c.markSent = c.markSent || once
@@ -277,17 +303,17 @@ func (c *claim) renew(ctx context.Context, once bool) (rec Record, err error) {
 		if err != nil {
 			return rec, err
 		}
-		c.renewed(sent, rec)
-		if rec.State != Acquired || rec.Once || !once {
+		if again := c.renewed(sent, rec) && once && !rec.Once; !again {
 			break
 		}
 	}
 	return rec, nil
 }
 
-// renewed notes what the store answered to a renewal. Answers may come out of
-// order, as Commit renews beside the lease, so the end of the lease only grows.
-func (c *claim) renewed(sent time.Time, rec Record) {
+// renewed notes what the store answered to a renewal, and reports whether the
+// claim stands. Answers may come out of order, as Commit renews beside the
+// lease, so the end of the lease only grows.
+func (c *claim) renewed(sent time.Time, rec Record) (stands bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if rec.State != Acquired {
@@ -295,12 +321,13 @@ func (c *claim) renewed(sent time.Time, rec Record) {
 		if c.handler != nil {
 			c.handler.cancel(ErrLeaseLost) // without effect if it was cancelled before
 		}
-		return
+		return false
 	}
 	c.marked = c.marked || rec.Once
 	if end := sent.Add(c.opts.Lease); end.After(c.leaseEnd) {
 		c.leaseEnd = end
 	}
+	return !c.freed
 }
 
 // mark makes the key at-most-once while its handler runs.
@@ -332,23 +359,23 @@ func (c *claim) complete(ctx context.Context, r Result, attached bool) error {
 	if c.memory != nil {
 		return c.memory.Complete(ctx, c.storeKey, c.token, r)
 	}
-	op := func(ctx context.Context) error { return c.store.Complete(ctx, c.storeKey, c.token, r) }
 	if attached {
-		return callStore(ctx, c.opts.StoreTimeout, op)
+		return c.storeResult(ctx, c.opts.StoreTimeout, r)
 	}
-	return c.persist(ctx, op)
+	return c.persist(func(timeout time.Duration) error { return c.storeResult(ctx, timeout, r) })
 }
 
 // release frees the key, and goes on in the background if the store fails now:
 // without that, a retry would wait for the end of the lease, or of the TTL if
 // the key is marked. The store keeps the marker for keep.
 func (c *claim) release(ctx context.Context, keep time.Duration) error {
+	c.mu.Lock()
+	c.freed = true
+	c.mu.Unlock()
 	if c.memory != nil {
 		return c.memory.Release(ctx, c.storeKey, c.token, keep)
 	}
-	err := c.persist(ctx, func(ctx context.Context) error {
-		return c.store.Release(ctx, c.storeKey, c.token, keep)
-	})
+	err := c.persist(func(timeout time.Duration) error { return c.freeKey(ctx, timeout, keep) })
 	if err != nil {
 		c.releaseLater(ctx, keep)
 	}
@@ -357,11 +384,11 @@ func (c *claim) release(ctx context.Context, keep time.Duration) error {
 
 // persist repeats op within StoreTimeout until it succeeds or its error is
 // final. The first try gets half of the time, as in ask.
-func (c *claim) persist(ctx context.Context, op func(context.Context) error) error {
+func (c *claim) persist(op func(timeout time.Duration) error) error {
 	deadline := time.Now().Add(c.opts.StoreTimeout)
 	timeout := c.opts.StoreTimeout / 2
 	for pause := 10 * time.Millisecond; ; pause *= 2 {
-		err := callStore(ctx, timeout, op)
+		err := op(timeout)
 		if err == nil || isFinalError(err) || time.Until(deadline) <= pause {
 			return err
 		}
@@ -382,6 +409,25 @@ func isFinalError(err error) bool {
 // store has refused for certain costs no call.
 func (c *claim) abandon() {
 	if c.mayBeClaimed {
-		c.releaseLater(context.Background(), c.opts.Lease)
+		c.releaseLater(context.Background(), c.markerTime(true))
 	}
+}
+
+// markerTime returns how long the marker of a freed key is kept. One lease is
+// enough when nothing was done, so that a flood of refused requests does not
+// fill the store. A run that may have got somewhere is remembered for the TTL,
+// so that the next one can tell. So is a mark: one that arrives after its marker
+// is gone, together with another late command, would hold the key until TTL.
+func (c *claim) markerTime(nothingDone bool) time.Duration {
+	if nothingDone && !c.hasSentMark() {
+		return c.opts.Lease
+	}
+	return c.opts.TTL
+}
+
+// hasSentMark reports whether the key may be at-most-once in the store.
+func (c *claim) hasSentMark() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.markSent
 }

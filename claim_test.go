@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -691,3 +692,86 @@ func TestStoreCallsKnowTheirEnd(t *testing.T) {
 		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
 	})
 }
+
+// A process that is stopped after its claim may have been overtaken. When the
+// store is down by then, FailOpen must not run the handler beside the other one.
+func TestLateClaimDoesNotFailOpenWhenTheStoreIsDown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+		var down atomic.Bool
+		s.OnAcquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+			if down.Load() {
+				return idempotency.Record{}, idemtest.ErrDown
+			}
+			rec, err := s.MemoryStore.Acquire(ctx, key, c)
+			if n == 1 {
+				time.Sleep(40 * time.Second)
+			}
+			return rec, err
+		}
+		c := idemtest.NewClient(s, &idempotency.Options{FailOpen: true}, idemtest.Lasting(20*time.Second))
+		var all sync.WaitGroup
+		all.Go(func() { c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 store_unavailable"}) })
+		time.Sleep(31 * time.Second)
+		all.Go(func() { c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 charge 1"}) })
+		time.Sleep(5 * time.Second)
+		down.Store(true)
+		time.Sleep(10 * time.Second)
+		down.Store(false)
+		all.Wait()
+		require.Equal(t, 1, c.Runs())
+	})
+}
+
+// A Commit that is still on its way when its run has freed the key, and finds
+// nothing there since the store has lost it, does not mark what it has made.
+func TestCommitAfterItsRun(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+		s.OnAcquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+			if n == 2 {
+				time.Sleep(10 * time.Second)
+				s.MemoryStore = idempotency.NewMemoryStore()
+			}
+			return s.MemoryStore.Acquire(ctx, key, c)
+		}
+		c := idemtest.NewClient(s, &idempotency.Options{Wait: idempotency.NoWait}, func(w http.ResponseWriter, r *http.Request) {
+			if idemtest.Run(r) == 1 {
+				go func() { _ = idemtest.Execution(r).Commit(context.WithoutCancel(r.Context())) }()
+				time.Sleep(time.Second)
+				w.WriteHeader(http.StatusTooManyRequests)
+			}
+		})
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "429 "})
+		time.Sleep(10 * time.Second)
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
+		time.Sleep(30 * time.Second)
+		c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "200 "})
+	})
+}
+
+// A claim without an attempt could not be renewed: the store has failed.
+func TestStoreThatCountsNoAttempts(t *testing.T) {
+	s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+	s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+		rec, err := s.MemoryStore.Acquire(ctx, key, c)
+		rec.Attempt = 0
+		return rec, err
+	}
+	c := idemtest.NewClient(s, &idempotency.Options{}, nil)
+	c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 store_unavailable"})
+}
+
+// A Watch that panics is one that fails: the duplicate polls.
+func TestWatchPanics(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := idemtest.NewClient(panickingWatch{anyStore{idempotency.NewMemoryStore()}}, &idempotency.Options{}, idemtest.Lasting(time.Second))
+		go c.Do(c.Request(idemtest.Exchange{Key: "a"}))
+		synctest.Wait()
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "replay 201 charge 1"})
+	})
+}
+
+type panickingWatch struct{ idempotency.Store }
+
+func (panickingWatch) Watch(context.Context, string) (<-chan struct{}, error) { panic("nil map") }

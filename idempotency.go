@@ -183,7 +183,7 @@ func (c *call) serve(lines []string) {
 		c.refuse(err)
 		return
 	}
-	c.claim.middleware, c.claim.storeKey, c.claim.token, c.claim.fingerprint = c.middleware, c.storeKey, c.token, c.fingerprint
+	c.claim.owner, c.claim.fingerprint = owner{c.middleware, c.storeKey, c.token}, c.fingerprint
 	rec, err := c.claim.get(c.r.Context())
 	switch {
 	case err == nil && rec.State == Acquired:

@@ -49,9 +49,9 @@ func (l *lease) until(now, leaseEnd time.Time, next time.Duration) time.Duration
 // The lock is not held during the renewal: stop waits for the lock when the
 // handler has returned, and a slow store must not hold up its response.
 func (l *lease) tick() {
-	now := time.Now()
-	end, lost := l.claim.standing()
 	l.mu.Lock()
+	now := time.Now()
+	end, lost := l.claim.standing() // under the lock: renew may have extended it just now
 	switch {
 	case l.stopped:
 	case lost: // a Commit found that out, and has cancelled the handler
@@ -83,14 +83,11 @@ func (l *lease) tick() {
 // failure that is a twelfth of the lease later, so that there are a few more
 // tries before the lease ends.
 func (l *lease) renew() {
-	rec, err := l.claim.renew(l.ctx, false)
+	_, err := l.claim.renew(l.ctx, false)
 	next := l.claim.opts.Lease / 3
-	switch {
-	case err != nil:
+	if err != nil {
 		l.claim.warn(l.ctx, l.claim.storeKey, "renewing a lease failed", err)
 		next = l.claim.opts.Lease / 12
-	case rec.State != Acquired:
-		l.claim.warn(l.ctx, l.claim.storeKey, "a lease was taken over", ErrLeaseLost)
 	}
 	end, lost := l.claim.standing()
 	l.mu.Lock()
@@ -102,6 +99,7 @@ func (l *lease) renew() {
 	if lost {
 		l.stopped = true
 		l.timer.Stop()
+		l.claim.warn(l.ctx, l.claim.storeKey, "a lease was taken over", ErrLeaseLost)
 		return
 	}
 	l.timer.Reset(l.until(time.Now(), end, next))

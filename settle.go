@@ -182,11 +182,12 @@ func (s *settlement) gather() {
 	s.digest, f.status = digest, s.recorder.status
 	f.cutOff = broken && !f.atMostOnce
 	f.unanswered = s.recorder.wroteNothing && (broken || s.context.hasEnded())
-	if f.unanswered {
+	switch {
+	case f.unanswered:
 		s.cause = context.Cause(s.context)
-		return
+	case !f.committed && !f.discarded: // which decide before ShouldStore
+		f.final = s.shouldStore()
 	}
-	f.final = s.shouldStore()
 }
 
 // shouldStore asks Options.ShouldStore. The handler has finished, so a panic in
@@ -220,20 +221,16 @@ func (s *settlement) saysNothingWasDone() bool {
 	return false
 }
 
-// free frees the key. Its marker remembers the attempt: for one lease when
-// nothing was done, so that a flood of refused requests does not fill the
-// store, and for the TTL when the run may have got somewhere, so that the next
-// one can tell.
+// free frees the key. Another owner counts only if it was seen before: a renewal
+// that is on its way may find that the key is free, which is our own doing.
 func (s *settlement) free(v verdict) answer {
 	s.lease.stop()
+	_, lost := s.claim.standing()
 	f := &s.facts
-	keep := s.opts.TTL
 	nothingDone := f.discarded || !f.unanswered && !f.cutOff && s.saysNothingWasDone()
-	if nothingDone && !s.claim.hasSentMark() {
-		keep = s.opts.Lease
-	}
-	err := s.claim.release(s.context, keep)
-	return s.answer(v, s.report(err))
+	report := s.report(s.claim.release(s.context, s.claim.markerTime(nothingDone)))
+	report.lost = lost
+	return s.answer(v, report)
 }
 
 // keep stores what a retry is to get. When the store fails, the client gets the
@@ -251,7 +248,11 @@ func (s *settlement) keep(v verdict) answer {
 	}
 	a := s.answer(v, s.report(err))
 	if a.storing {
-		s.claim.completeLater(s.context, result)
+		small := result
+		if !s.facts.unanswered {
+			small = s.encode(retryLearnsStatus)
+		}
+		s.claim.completeLater(s.context, result, small)
 	}
 	return a
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -479,4 +480,87 @@ func TestConflictIsFinal(t *testing.T) {
 			c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "replay 409 "})
 		})
 	}
+}
+
+// A renewal that arrives just behind the Release of its own run finds the key
+// freed. That is no other owner: the client gets the handler's answer.
+func TestRenewalBehindItsOwnRelease(t *testing.T) {
+	for name, flush := range map[string]bool{"held back": false, "streamed": true} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+				s.Late(2, 300*time.Millisecond) // the renewal after 10s
+				s.OnRelease = func(ctx context.Context, key, token string, keep time.Duration) error {
+					err := s.MemoryStore.Release(ctx, key, token, keep)
+					time.Sleep(400 * time.Millisecond) // until its answer comes
+					return err
+				}
+				log := new(idemtest.EventLog)
+				c := idemtest.NewClient(s, &idempotency.Options{OnEvent: log.Add}, func(w http.ResponseWriter, r *http.Request) {
+					time.Sleep(10100 * time.Millisecond)
+					w.WriteHeader(http.StatusServiceUnavailable)
+					if flush {
+						w.(http.Flusher).Flush()
+					}
+				})
+				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 "})
+				require.Equal(t, idempotency.OutcomeReleased, log.Last().Outcome)
+			})
+		})
+	}
+}
+
+// A run that says that nothing was done does not make the attempts begin anew: the
+// run before it may have got somewhere.
+func TestAttemptsAfterARefusal(t *testing.T) {
+	for name, first := range map[string]http.HandlerFunc{
+		"a run that failed":   idemtest.Answering(http.StatusServiceUnavailable),
+		"a run that panicked": func(http.ResponseWriter, *http.Request) { panic("in the middle of the payment") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			eachWay(t, func(t *testing.T, store idempotency.Store) {
+				var attempts []int
+				c := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+					attempts = append(attempts, idemtest.Execution(r).Attempt())
+					if idemtest.Run(r) == 1 {
+						first(w, r)
+						return
+					}
+					w.WriteHeader(http.StatusTooManyRequests)
+				})
+				for range 3 {
+					c.Do(c.Request(idemtest.Exchange{Key: "a"}))
+					time.Sleep(time.Minute)
+				}
+				require.Equal(t, []int{1, 2, 3}, attempts)
+			})
+		})
+	}
+}
+
+// ShouldStore is not asked when Commit, Discard or the end of the context has
+// decided.
+func TestShouldStoreDecidesLast(t *testing.T) {
+	for name, handler := range map[string]http.HandlerFunc{
+		"Commit":  func(_ http.ResponseWriter, r *http.Request) { idemtest.Must(idemtest.Execution(r).Commit(r.Context())) },
+		"Discard": func(_ http.ResponseWriter, r *http.Request) { idemtest.Execution(r).Discard() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			opts := &idempotency.Options{ShouldStore: func(int, http.Header) bool { panic("not to be called") }}
+			opts.Logger = slog.New(failingHandler{t})
+			c := idemtest.NewClient(idempotency.NewMemoryStore(), opts, handler)
+			c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "200 "})
+		})
+	}
+}
+
+// A failingHandler fails a test that logs.
+type failingHandler struct{ t *testing.T }
+
+func (failingHandler) Enabled(context.Context, slog.Level) bool { return true }
+func (h failingHandler) WithAttrs([]slog.Attr) slog.Handler     { return h }
+func (h failingHandler) WithGroup(string) slog.Handler          { return h }
+func (h failingHandler) Handle(_ context.Context, r slog.Record) error {
+	h.t.Error(r.Message)
+	return nil
 }
