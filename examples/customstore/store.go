@@ -229,6 +229,8 @@ func (s *Store) Release(ctx context.Context, key, token string, keep time.Durati
 			return err
 		}
 		marker := cell{state: released, token: token, attempt: old.attempt}
+		// The marker of an earlier attempt may stand for a run that had an effect,
+		// so this one is kept for at least as long as that one would have been.
 		if old.attempt > 1 {
 			keep = max(keep, time.Duration(old.left)*time.Millisecond)
 		}
