@@ -2,6 +2,7 @@ package idempotency_test
 
 import (
 	"context"
+	"log/slog"
 	"net/http"
 	"sync"
 	"sync/atomic"
@@ -555,14 +556,16 @@ func TestMarkerOfARun(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s := idempotency.NewMemoryStore()
-				c := idemtest.NewClient(s, row.opts, row.handler)
-				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-				defer cancel()
-				require.NotNil(t, c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx)))
-				time.Sleep(row.kept - time.Second)
-				require.Equal(t, 1, s.Len())
-				time.Sleep(time.Second)
-				require.Zero(t, s.Len())
+				for _, store := range []idempotency.Store{s, &idemtest.FaultyStore{Store: s}} {
+					c := idemtest.NewClient(store, row.opts, row.handler)
+					ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+					defer cancel()
+					require.NotNil(t, c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx)))
+					time.Sleep(row.kept - time.Second)
+					require.Equal(t, 1, s.Len())
+					time.Sleep(time.Second)
+					require.Zero(t, s.Len())
+				}
 			})
 		})
 	}
@@ -775,3 +778,84 @@ func TestWatchPanics(t *testing.T) {
 type panickingWatch struct{ idempotency.Store }
 
 func (panickingWatch) Watch(context.Context, string) (<-chan struct{}, error) { panic("nil map") }
+
+// A store that calls a claim Lost has a marker of its token: nobody runs.
+func TestClaimThatWasReleased(t *testing.T) {
+	s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+	s.OnAcquire = func(int, context.Context, string, idempotency.Claim) (idempotency.Record, error) {
+		return idempotency.Record{State: idempotency.Lost}, nil
+	}
+	c := idemtest.NewClient(s, &idempotency.Options{}, nil)
+	c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 store_unavailable"})
+	require.Zero(t, c.Runs())
+}
+
+// The answer to a mark may come when the lease is over. The claim, which is
+// marked by then, is given back.
+func TestLateMarkDoesNotRun(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, late := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}, true
+		s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+			rec, err := s.MemoryStore.Acquire(ctx, key, c)
+			if c.Once && late {
+				time.Sleep(3 * c.Lease)
+			}
+			return rec, err
+		}
+		c := idemtest.NewClient(s, &idempotency.Options{AtMostOnce: true, Lease: time.Second, Wait: idempotency.NoWait}, nil)
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 store_unavailable"})
+		require.Zero(t, c.Runs())
+		late = false
+		time.Sleep(500 * time.Millisecond)
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
+	})
+}
+
+// A waiter whose first mark came too late, and who gets the key after all, is as
+// good an owner as any.
+func TestMarkThatWasLostOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, marks := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}, 0
+		s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+			if c.Once {
+				if marks++; marks == 1 {
+					return idempotency.Record{State: idempotency.Lost}, nil
+				}
+			}
+			return s.MemoryStore.Acquire(ctx, key, c)
+		}
+		c := idemtest.NewClient(s, &idempotency.Options{AtMostOnce: true}, idemtest.Answering(http.StatusTooManyRequests))
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "429 "})
+	})
+}
+
+// The marker of a claim that was never used is kept for one lease.
+func TestMarkerOfAnAbandonedClaim(t *testing.T) {
+	withFaults(t, idempotency.Options{}, nil, func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, _ *idemtest.EventLog) {
+		memory := s.Store.(*idempotency.MemoryStore)
+		s.FailAfter("Acquire", idemtest.ErrDown)
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 store_unavailable"})
+		time.Sleep(time.Second)
+		require.Equal(t, 1, memory.Len())
+		time.Sleep(30 * time.Second)
+		require.Zero(t, memory.Len())
+	})
+}
+
+// An unprotected run is part of the executions around it.
+func TestFailOpenInsideOfAnother(t *testing.T) {
+	s := idempotency.NewMemoryStore()
+	down := &idemtest.FaultyStore{Store: s}
+	down.Fail("Acquire", idemtest.ErrDown)
+	scoped := &idempotency.Options{FailOpen: true, Scope: func(*http.Request) string { return "other" }, Logger: slog.New(slog.DiscardHandler)}
+	var leaked *idempotency.Execution
+	innermost := idempotency.Middleware(s, nil)(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusCreated) }))
+	unprotected := idempotency.Middleware(down, scoped)(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		leaked = idemtest.Execution(r)
+		innermost.ServeHTTP(w, r)
+	}))
+	c := idemtest.NewClient(s, &idempotency.Options{Wait: idempotency.NoWait}, unprotected.ServeHTTP)
+	c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 "})
+	leaked.Attach("late")
+	require.Nil(t, leaked.Attachment(), "the handler has returned")
+}

@@ -37,7 +37,7 @@ func TestExecutionTellsTheHandlerWhatItIs(t *testing.T) {
 		e.Attach(42)
 		require.Equal(t, 42, e.Attachment())
 	})
-	c.Do(c.Request(idemtest.Exchange{Key: `"a"`}))
+	require.NotNil(t, c.Do(c.Request(idemtest.Exchange{Key: `"a"`})), "the handler panicked")
 	require.Equal(t, 1, c.Runs())
 
 	_, ok := idempotency.FromContext(t.Context())
@@ -420,4 +420,53 @@ func TestContextAfterTheHandlerReturned(t *testing.T) {
 	h.ServeHTTP(httptest.NewRecorder(), new(idemtest.Client).Request(idemtest.Exchange{Key: "a"}))
 	require.ErrorIs(t, kept.Err(), context.Canceled)
 	<-kept.Done()
+}
+
+// A Commit that does not mark has failed; on a lost key it asks once.
+func TestCommitThatDoesNotMark(t *testing.T) {
+	for name, row := range map[string]struct {
+		state idempotency.State
+		want  error
+		asked int64
+	}{
+		"the store never marks": {idempotency.Acquired, idempotency.ErrStoreUnavailable, 3},
+		"the key is lost":       {idempotency.Lost, idempotency.ErrLeaseLost, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+			s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+				if c.Once {
+					return idempotency.Record{State: row.state, Attempt: c.Attempt}, nil
+				}
+				return s.MemoryStore.Acquire(ctx, key, c)
+			}
+			var err error
+			c := idemtest.NewClient(s, &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
+				err = idemtest.Execution(r).Commit(r.Context())
+			})
+			c.Do(c.Request(idemtest.Exchange{Key: "a"}))
+			require.ErrorIs(t, err, row.want)
+			require.Equal(t, row.asked, s.Acquired.Load())
+		})
+	}
+}
+
+// An execution that has ended asks the store for nothing.
+func TestCommitAfterTheEnd(t *testing.T) {
+	for name, end := range map[string]func(w http.ResponseWriter){
+		"by panic":  func(http.ResponseWriter) { panic("boom") },
+		"by return": func(w http.ResponseWriter) { w.WriteHeader(http.StatusInternalServerError) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+			var leaked *idempotency.Execution
+			c := idemtest.NewClient(s, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+				leaked = idemtest.Execution(r)
+				end(w)
+			})
+			c.Do(c.Request(idemtest.Exchange{Key: "a"}))
+			require.Error(t, leaked.Commit(t.Context()))
+			require.Equal(t, 1, s.Count("Acquire"))
+		})
+	}
 }

@@ -564,3 +564,71 @@ func (h failingHandler) Handle(_ context.Context, r slog.Record) error {
 	h.t.Error(r.Message)
 	return nil
 }
+
+// A handler that looks at its context, and finds that it goes on, has not given
+// up; one that only asks for Err has.
+func TestHandlerThatLooksAtItsContext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxExecution: time.Minute}, func(_ http.ResponseWriter, r *http.Request) {
+			idemtest.Must(r.Context().Err())
+			if idemtest.Execution(r).Key() == "polls" {
+				for r.Context().Err() == nil {
+					time.Sleep(time.Second)
+				}
+			}
+		})
+		c.Check(t, 0, idemtest.Exchange{Key: "finishes", Get: "200 "})
+		c.Check(t, 1, idemtest.Exchange{Key: "polls", Get: "409 outcome_unknown"})
+	})
+}
+
+// A transaction that was left to its context is rolled back before the store is
+// asked, and storing that nothing is known goes on.
+func TestTransactionThatIsLeftToItsContext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var transaction context.Context
+		inner := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+		inner.Fail("Complete", idemtest.ErrDown)
+		store := &idemtest.ObservedStore{Store: inner, Look: func(_ context.Context, method string) {
+			if method == "Complete" {
+				require.Error(t, transaction.Err())
+			}
+		}}
+		c := idemtest.NewClient(store, &idempotency.Options{MaxBufferedBody: 64, AtMostOnce: true}, func(_ http.ResponseWriter, r *http.Request) {
+			transaction = r.Context()
+			idemtest.Execution(r).Attach("a transaction")
+			_, _ = io.Copy(io.Discard, r.Body)
+		})
+		r := c.Request(idemtest.Exchange{Key: "a", Body: upload(600, 'x')})
+		r.Body = &brokenBody{strings.NewReader(upload(500, 'x')), io.ErrUnexpectedEOF}
+		got, _ := idemtest.Describe(t, c.Do(r))
+		require.Equal(t, "409 outcome_unknown", got)
+		inner.Fail("Complete", nil)
+		time.Sleep(10 * time.Second) // less than the lease
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Body: upload(600, 'x'), Get: "409 outcome_unknown"})
+	})
+}
+
+// What a run may have got somewhere with is remembered for the TTL.
+func TestMarkerOfARunThatGotSomewhere(t *testing.T) {
+	var kept time.Duration
+	s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+	s.OnRelease = func(ctx context.Context, key, token string, keep time.Duration) error {
+		kept = keep
+		return s.MemoryStore.Release(ctx, key, token, keep)
+	}
+	c := idemtest.NewClient(s, &idempotency.Options{MaxBufferedBody: 64}, func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body)
+		w.WriteHeader(http.StatusUnauthorized)
+	})
+	r := c.Request(idemtest.Exchange{Key: "a", Body: upload(600, 'x')})
+	r.Body = &brokenBody{strings.NewReader(upload(500, 'x')), io.ErrUnexpectedEOF}
+	require.NotNil(t, c.Do(r))
+	require.Equal(t, 24*time.Hour, kept, "refused a part of its body")
+
+	s.OnComplete = func(context.Context, string, string, idempotency.Result) error { return idempotency.ErrRolledBack }
+	kept = 0
+	c = idemtest.NewClient(s, &idempotency.Options{}, nil)
+	c.Check(t, 0, idemtest.Exchange{Key: "b", Get: "503 store_unavailable"})
+	require.Equal(t, 24*time.Hour, kept, "rolled back")
+}
