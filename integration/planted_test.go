@@ -25,6 +25,7 @@ var (
 	lags   = faultMix{link: []choice[faultKind]{{1, slowLink}}, pause: 150 * time.Millisecond}
 	delays = faultMix{link: lags.link, pause: lags.pause, delay: 200 * time.Millisecond}
 	outage = faultMix{redis: []choice[faultKind]{{1, killProcess}}, pause: 200 * time.Millisecond}
+	often  = faultMix{redis: outage.redis, pause: 60 * time.Millisecond}
 )
 
 // script is the plan of every run, and the first one that of the first run of
@@ -85,6 +86,7 @@ var troubles = map[string]func() scenario{
 	"kills":    func() scenario { return targeted(kills, onceKeys, slowly) },
 	"cuts":     func() scenario { return targeted(cuts, plainKeys, slowly) },
 	"outages":  func() scenario { return targeted(outage, plainKeys, slowly) },
+	"downtime": func() scenario { return lasting(3*time.Second, targeted(often, plainKeys, slowly)) },
 	"panics":   func() scenario { return targeted(quiet, plainKeys, crashing) },
 	"failures": func() scenario { return targeted(quiet, plainKeys, failing) },
 	"claims":   func() scenario { return allAlive(targeted(cuts, onceKeys, slowly)) },
@@ -108,6 +110,11 @@ var troubles = map[string]func() scenario{
 
 func withVariants(s scenario) scenario {
 	s.load.variant = 3
+	return s
+}
+
+func lasting(length time.Duration, s scenario) scenario {
+	s.length = length
 	return s
 }
 
@@ -168,7 +175,7 @@ var plantedBugs = []struct {
 	{losesMarkers, "failures", history.Attempt},
 	{shortensMarkers, "failures", history.Marker},
 	{leavesMarks, "claims", history.NotFreed},
-	{givesUpAtLease, "outages", history.GaveUp},
+	{givesUpAtLease, "downtime", history.GaveUp},
 	{"Redis keeps nothing", "outages", history.RanAgain},
 }
 
