@@ -58,25 +58,32 @@ func (r *retry) again() {
 // gives up. If no retry has come, a late record is still better than none: the
 // next retry gets it.
 //
-// From the last third of the lease on, a store that refuses the result is asked
-// to store small in its place. It may be up and refuse what is too large for it,
-// and a handler that has finished must not run again because of that.
+// A store may be up and refuse the result, one that is too large for it, say. A
+// handler that has finished must not run again because of that. So from the last
+// third of the lease on, small takes the place of a result that the store refuses
+// just after it has renewed the claim.
 func (c *claim) completeLater(ctx context.Context, r, small Result) {
 	leaseEnd, _ := c.standing()
 	ctx, o := c.detach(ctx)
 	r.Fingerprint = bytes.Clone(r.Fingerprint) // the request, which holds it, is over
 	small.Fingerprint = r.Fingerprint
+	renewal := c.question(c.attempt, c.hasSentMark())
+	renewal.Token, renewal.Fingerprint = o.token, r.Fingerprint
 	later := retry{until: leaseEnd.Add(o.opts.MaxExecution), longer: o.opts.Lease / 6}
 	later.call = func() error {
 		err := o.storeResult(ctx, o.opts.StoreTimeout, r)
 		if err == nil || isFinalError(err) || time.Until(leaseEnd) > o.opts.Lease/3 {
 			return err
 		}
-		if o.storeResult(ctx, o.opts.StoreTimeout, small) != nil {
+		rec, down := o.acquire(ctx, o.opts.StoreTimeout, renewal)
+		if down != nil || rec.State != Acquired {
 			return err
 		}
-		o.warn(ctx, o.storeKey, "the store refuses a response, retries are answered response_not_stored", err)
-		return nil
+		if err = o.storeResult(ctx, o.opts.StoreTimeout, r); err == nil || isFinalError(err) {
+			return err
+		}
+		o.warn(ctx, o.storeKey, "the store refuses a response, so retries are told response_not_stored", err)
+		return o.storeResult(ctx, o.opts.StoreTimeout, small)
 	}
 	later.done = func(err error) {
 		if err != nil {

@@ -29,6 +29,23 @@ type owner struct {
 	storeKey, token string
 }
 
+// acquire calls Acquire. A State that does not exist, or a claim without an
+// attempt, which could not be renewed, is a failure of the store and not a free
+// key.
+func (o owner) acquire(ctx context.Context, timeout time.Duration, q Claim) (rec Record, err error) {
+	err = callStore(ctx, timeout, func(ctx context.Context) error {
+		rec, err = o.store.Acquire(ctx, o.storeKey, q)
+		if err == nil && (rec.State < Acquired || rec.State > Lost || rec.State == Acquired && rec.Attempt < 1) {
+			err = fmt.Errorf("store returned %v with attempt %d", rec.State, rec.Attempt)
+		}
+		return err
+	})
+	if err != nil {
+		return Record{}, err
+	}
+	return rec, nil
+}
+
 // storeResult calls Complete.
 func (o owner) storeResult(ctx context.Context, timeout time.Duration, r Result) error {
 	return callStore(ctx, timeout, func(ctx context.Context) error {
@@ -135,6 +152,15 @@ func (c *claim) hold(sent time.Time, rec Record) {
 	c.attempt, c.leaseEnd, c.lost = rec.Attempt, sent.Add(c.opts.Lease), false
 }
 
+// question returns what is asked of Acquire: the key (attempt 0), or to renew
+// the claim of attempt.
+func (c *claim) question(attempt int, once bool) Claim {
+	return Claim{
+		Token: c.token, Fingerprint: c.fingerprint, Lease: c.opts.Lease, TTL: c.opts.TTL,
+		Attempt: attempt, Once: once,
+	}
+}
+
 // ask asks the store for the key (attempt 0), or to renew the claim of attempt.
 // When the first answer is lost it asks once more, which the token makes
 // harmless. The first try gets half of StoreTimeout, so that a try that hangs
@@ -144,14 +170,11 @@ func (c *claim) hold(sent time.Time, rec Record) {
 // store is certain to have written nothing, and a failed renewal leaves the
 // claim of a handler that is running.
 func (c *claim) ask(ctx context.Context, sent time.Time, attempt int, once bool) (Record, error) {
-	q := Claim{
-		Token: c.token, Fingerprint: c.fingerprint, Lease: c.opts.Lease, TTL: c.opts.TTL,
-		Attempt: attempt, Once: once,
-	}
+	q := c.question(attempt, once)
 	if c.memory != nil {
 		return c.memory.acquireAt(int64(sent.Sub(memoryEpoch)), c.storeKey, q)
 	}
-	rec, err := c.askOnce(ctx, c.opts.StoreTimeout/2, q)
+	rec, err := c.acquire(ctx, c.opts.StoreTimeout/2, q)
 	if err == nil || errors.Is(err, ErrStoreFull) {
 		return rec, err
 	}
@@ -161,24 +184,7 @@ func (c *claim) ask(ctx context.Context, sent time.Time, attempt int, once bool)
 	if errors.Is(err, ErrTooFewReplicas) { // which another try would only meet again
 		return rec, err
 	}
-	return c.askOnce(ctx, c.opts.StoreTimeout-time.Since(sent), q)
-}
-
-// askOnce calls Acquire. A State that does not exist, or a claim without an
-// attempt, which could not be renewed, is a failure of the store and not a free
-// key.
-func (c *claim) askOnce(ctx context.Context, timeout time.Duration, q Claim) (rec Record, err error) {
-	err = callStore(ctx, timeout, func(ctx context.Context) error {
-		rec, err = c.store.Acquire(ctx, c.storeKey, q)
-		if err == nil && (rec.State < Acquired || rec.State > Lost || rec.State == Acquired && rec.Attempt < 1) {
-			err = fmt.Errorf("store returned %v with attempt %d", rec.State, rec.Attempt)
-		}
-		return err
-	})
-	if err != nil {
-		return Record{}, err
-	}
-	return rec, nil
+	return c.acquire(ctx, c.opts.StoreTimeout-time.Since(sent), q)
 }
 
 // callStore calls op with the values of ctx and without its cancellation. A
