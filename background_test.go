@@ -298,6 +298,7 @@ func TestGivingBackManyMarkedKeys(t *testing.T) {
 		}
 		require.True(t, down())
 		time.Sleep(2 * time.Minute)
+		synctest.Wait()
 		require.Greater(t, len(releases), requests/2, "one after the other")
 		for i := range requests {
 			c.Check(t, i, idemtest.Exchange{Key: fmt.Sprint(i), Get: fmt.Sprintf("201 charge %d", i+1)})
@@ -394,6 +395,7 @@ func TestCallsInTheBackground(t *testing.T) {
 				ctx := context.WithValue(t.Context(), tenantKey{}, "acme")
 				require.NotNil(t, c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx)))
 				time.Sleep(time.Hour)
+				synctest.Wait()
 				require.Less(t, calls, 40)
 				require.Less(t, since, 36*time.Second, "that the key is lost is final")
 			})
