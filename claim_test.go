@@ -859,3 +859,24 @@ func TestFailOpenInsideOfAnother(t *testing.T) {
 	leaked.Attach("late")
 	require.Nil(t, leaked.Attachment(), "the handler has returned")
 }
+
+// What changed between the first question and the watch is not missed.
+func TestWatchThatBeginsLate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := lateWatch{idempotency.NewMemoryStore()}
+		c := idemtest.NewClient(s, &idempotency.Options{}, idemtest.Lasting(time.Second))
+		var first sync.WaitGroup
+		first.Go(func() { c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"}) })
+		synctest.Wait()
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "replay 201 charge 1", Took: 2 * time.Second})
+		first.Wait()
+	})
+}
+
+// lateWatch takes its time to watch.
+type lateWatch struct{ *idempotency.MemoryStore }
+
+func (s lateWatch) Watch(ctx context.Context, key string) (<-chan struct{}, error) {
+	time.Sleep(2 * time.Second)
+	return s.MemoryStore.Watch(ctx, key)
+}

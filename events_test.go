@@ -125,6 +125,7 @@ func TestLogOfFailures(t *testing.T) {
 		c.Check(t, 1, idemtest.Exchange{Key: "private-key-1", Get: "201 "})
 		c.Check(t, 2, idemtest.Exchange{Key: "private-key-2", Get: "429 "})
 		time.Sleep(time.Hour)
+		synctest.Wait()
 		require.Contains(t, log.String(), "storing a response failed")
 		require.Contains(t, log.String(), "freeing a key failed")
 
