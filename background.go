@@ -144,11 +144,11 @@ func (c *claim) releaseLater(ctx context.Context, keep time.Duration) {
 
 // detach returns what calls in the background need, and nothing of the request,
 // whose values belong to its router once it is over and may be large. The
-// context carries a copy of the Execution in ctx, if that is this run's.
+// context carries a copy of the Execution in ctx, if there is one.
 func (c *claim) detach(ctx context.Context) (context.Context, owner) {
 	o := owner{c.middleware, strings.Clone(c.storeKey), strings.Clone(c.token)}
 	e, ok := FromContext(ctx)
-	if !ok || e.storeKey != c.storeKey {
+	if !ok {
 		return context.Background(), o
 	}
 	return context.WithValue(context.Background(), executionKey{}, e.detachedCopy()), o

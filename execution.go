@@ -60,9 +60,10 @@ func (e *Execution) Key() string { return e.key }
 // payment does so when Attempt is over 1.
 //
 // Attempts are counted for [Options.TTL] after a run that answered 5xx, met a
-// body that broke off, gave no answer or died. After a run that says that
-// nothing was done, they are counted for one [Options.Lease]. When the store
-// has lost the record, or the run is unprotected, Attempt is 1.
+// body that broke off, gave no answer or died, and after every later run. After
+// a first run that says that nothing was done, they are counted for one
+// [Options.Lease]. When the store has lost the record, or the run is
+// unprotected, Attempt is 1.
 func (e *Execution) Attempt() int { return e.attempt }
 
 // DownstreamKey returns an idempotency key for a call that the handler makes to

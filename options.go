@@ -28,9 +28,9 @@ type Options struct {
 	//
 	// TTL is also how long a key remembers that it was freed by a run that may
 	// have got somewhere: [Execution.Attempt] counts for TTL after a 5xx, a
-	// body that broke off or no answer. After an answer that says that nothing
-	// was done it counts for one Lease only, so that a flood of refused
-	// requests does not fill the store.
+	// body that broke off or no answer. After a first run whose answer says that
+	// nothing was done it counts for one Lease only, so that a flood of refused
+	// requests does not fill the store. With AtMostOnce it counts for TTL.
 	TTL time.Duration
 
 	// Lease is how long a claim outlives a process that died: the time until a
@@ -39,7 +39,7 @@ type Options struct {
 	// It must not exceed TTL.
 	//
 	// A command that reaches the store late, after its claim has ended, holds a
-	// key for one Lease at most.
+	// key for one Lease at most, while the store keeps its records.
 	Lease time.Duration
 
 	// Wait is how long a duplicate waits for the running execution before it is
@@ -155,8 +155,9 @@ type Options struct {
 	// It costs one more store call before the handler: the mark is set only
 	// after the answer to the claim was seen, so that a claim that arrives late
 	// marks nothing. A process that dies between the two leaves an ordinary
-	// claim, which ends with its lease. Default false: a run that died is
-	// repeated after Lease.
+	// claim, which ends with its lease. A key that was refused leaves a marker
+	// until TTL, so limit rates outside of the middleware. Default false: a run
+	// that died is repeated after Lease.
 	AtMostOnce bool
 
 	// FailOpen runs the handler unprotected when the store is down or full.
