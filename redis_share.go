@@ -19,9 +19,9 @@ type redisQuestion struct {
 	answer redisAnswer   // the zero answer when Redis failed
 }
 
-// A claim waits for the questions of others for this long, and for this many of
-// them. Then it asks Redis for itself, so that one connection that hangs does
-// not hold up all duplicates.
+// A claim waits for a question of another claim for questionPatience. Then it
+// gives that one up and leads the next, so that one connection that hangs does
+// not hold up all duplicates. After maxQuestions it asks Redis for itself.
 const (
 	questionPatience = 50 * time.Millisecond
 	maxQuestions     = 4
@@ -31,10 +31,7 @@ const (
 // call began. The call never takes a key from an answer to another: answers are
 // shared only where Redis would say the same to this call, and change nothing.
 func (s *RedisStore) share(ctx context.Context, name string, c Claim) (Record, error) {
-	var patience *time.Timer
 	for n := range maxQuestions {
-		// A claim that finds no question leads one. So no more than one is on
-		// its way, but for claims that waited in vain.
 		s.mu.Lock()
 		q := s.questions[name]
 		if q == nil {
@@ -47,12 +44,12 @@ func (s *RedisStore) share(ctx context.Context, name string, c Claim) (Record, e
 			q.done = make(chan struct{})
 		}
 		s.mu.Unlock()
-		if patience == nil {
-			patience = time.NewTimer(questionPatience)
-			defer patience.Stop()
-		}
-		if !q.wait(ctx, patience) {
-			break
+		if !q.wait(ctx) {
+			if err := ctx.Err(); err != nil {
+				return Record{}, err
+			}
+			s.removeQuestion(name, q)
+			continue
 		}
 		if n == 0 {
 			continue // Redis may have answered it before the call began
@@ -61,14 +58,14 @@ func (s *RedisStore) share(ctx context.Context, name string, c Claim) (Record, e
 			return rec, nil
 		}
 	}
-	// The claim asks for itself, and does not lead: the question that it waited
-	// for may still be on its way.
 	answer, err := s.claim(ctx, name, c, s.isWatched(name))
 	return answer.Record, err
 }
 
 // wait waits until the question is done. It is false when that took too long.
-func (q *redisQuestion) wait(ctx context.Context, patience *time.Timer) bool {
+func (q *redisQuestion) wait(ctx context.Context) bool {
+	patience := time.NewTimer(questionPatience)
+	defer patience.Stop()
 	select {
 	case <-q.done:
 		return true
@@ -78,14 +75,22 @@ func (q *redisQuestion) wait(ctx context.Context, patience *time.Timer) bool {
 	return false
 }
 
+// removeQuestion makes room for the next question. A question that was given up may have
+// been followed by another, which stays.
+func (s *RedisStore) removeQuestion(name string, q *redisQuestion) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.questions[name] == q {
+		delete(s.questions, name)
+	}
+}
+
 // lead claims, and gives the answer to the claims that wait for q. It does so
 // even if the client of Redis panics: they would wait for nothing.
 func (s *RedisStore) lead(ctx context.Context, name string, c Claim, q *redisQuestion) (Record, error) {
 	defer func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		delete(s.questions, name)
-		if q.done != nil {
+		s.removeQuestion(name, q)
+		if q.done != nil { // no claim finds it any more
 			close(q.done)
 		}
 	}()
