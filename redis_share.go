@@ -12,7 +12,7 @@ import (
 //
 // An answer is shared only with claims that began before its question was sent.
 // So it is never older than the call: after Complete has returned, no claim is
-// told that the key is in progress. The answers are not kept, since a record may
+// told that the key is in progress. The answers are not kept. A record may
 // expire, and a record that Redis has lost must be found missing.
 type redisQuestion struct {
 	done   chan struct{} // made by the first claim that waits
@@ -28,10 +28,13 @@ const (
 )
 
 // share leads a question, or takes the answer to one that was sent after the
-// call began. The call never takes a key from an answer to another: answers are
-// shared only where Redis would say the same to this call, and change nothing.
+// call began. Only one claim can own a key, so an answer that gives the key to
+// its leader is not shared. Answers are shared only where Redis would say the
+// same to this call, and change nothing.
 func (s *RedisStore) share(ctx context.Context, name string, c Claim) (Record, error) {
 	for n := range maxQuestions {
+		// A claim that finds no question leads one. So only one question is on
+		// its way, apart from those that were given up.
 		s.mu.Lock()
 		q := s.questions[name]
 		if q == nil {
@@ -75,8 +78,8 @@ func (q *redisQuestion) wait(ctx context.Context) bool {
 	return false
 }
 
-// removeQuestion makes room for the next question. A question that was given up may have
-// been followed by another, which stays.
+// removeQuestion makes room for the next question. A question that was given up
+// may have been followed by another, which stays.
 func (s *RedisStore) removeQuestion(name string, q *redisQuestion) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -85,8 +88,9 @@ func (s *RedisStore) removeQuestion(name string, q *redisQuestion) {
 	}
 }
 
-// lead claims, and gives the answer to the claims that wait for q. It does so
-// even if the client of Redis panics: they would wait for nothing.
+// lead claims, and gives the answer to the claims that wait for q. It ends the
+// question even if the client of Redis panics: the claims that wait would
+// otherwise wait in vain.
 func (s *RedisStore) lead(ctx context.Context, name string, c Claim, q *redisQuestion) (Record, error) {
 	defer func() {
 		s.removeQuestion(name, q)
@@ -100,8 +104,8 @@ func (s *RedisStore) lead(ctx context.Context, name string, c Claim, q *redisQue
 }
 
 // sharedWith returns what the answer to another claim means for c. It is false
-// when c has to ask Redis for itself: the key is free or c's own, or Redis did
-// not mark the cell for a caller that waits.
+// when c has to ask Redis for itself: the key is free or c's own, or Redis has
+// not marked the cell for a caller that waits.
 func (a *redisAnswer) sharedWith(c Claim) (Record, bool) {
 	switch {
 	case a.State == 0 || a.cell.state == 0: // failed, or claimed by the other

@@ -21,6 +21,8 @@ type brokenStore struct {
 	calls  atomic.Int64
 	owners sync.Map // tokens that have got their key
 
+	attempts sync.Map // of tokens
+
 	mu     sync.Mutex // guards what follows
 	values map[string][]byte
 	late   map[string]time.Time // keys that are running until then
@@ -38,10 +40,14 @@ func (s *brokenStore) forget(ctx context.Context, key string) { s.client.Del(ctx
 func (s *brokenStore) every(n int64) bool { return s.calls.Add(1)%n == 0 }
 
 func (s *brokenStore) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
-	fingerprint := c.Fingerprint
+	fingerprint, asked := c.Fingerprint, c
 	switch s.bug {
 	case dropsCommits:
 		c.Once = false
+	case restartsAttempts:
+		c.Attempt = s.attempt(c)
+	case skipsAttempts:
+		c.Attempt /= 2
 	case endsLeasesEarly:
 		c.Lease /= 4
 	case neverEndsLeases:
@@ -58,6 +64,8 @@ func (s *brokenStore) Acquire(ctx context.Context, key string, c idempotency.Cla
 		return idempotency.Record{State: idempotency.Acquired, Attempt: 1}, nil
 	case err != nil:
 		return rec, err
+	case s.bug == renewsFreed && asked.Attempt > 0 && rec.State == idempotency.Lost:
+		return s.renewFreed(ctx, key, c)
 	case rec.State == idempotency.Abandoned && s.bug == takesOnceOver,
 		rec.State == idempotency.InProgress && s.bug == ignoresInProgress && s.every(2):
 		s.forget(ctx, key)
@@ -65,7 +73,17 @@ func (s *brokenStore) Acquire(ctx context.Context, key string, c idempotency.Cla
 	case rec.State == idempotency.Acquired && s.bug == forgetsClaims:
 		s.forget(ctx, key)
 	case rec.State == idempotency.Acquired && s.bug == restartsAttempts:
+		s.attempts.Store(c.Token, rec.Attempt)
 		rec.Attempt = 1
+	case rec.State == idempotency.Acquired && s.bug == skipsAttempts:
+		rec.Attempt *= 2
+	case rec.State == idempotency.Acquired && s.bug == dropsCommits:
+		rec.Once = asked.Once
+	case rec.State == idempotency.Acquired && s.bug == marksClaims && c.Attempt == 0:
+		c.Attempt, c.Once = rec.Attempt, true
+		return s.RedisStore.Acquire(ctx, key, c)
+	case rec.State == idempotency.Acquired && s.bug == abandonsClaims && rec.Attempt > 1:
+		return idempotency.Record{State: idempotency.Abandoned}, nil
 	case rec.State == idempotency.Completed && s.bug == forgetsAtTimes && s.every(4):
 		return idempotency.Record{State: idempotency.InProgress, Remaining: time.Minute}, nil
 	case s.bug == readsLate && s.isLate(key, rec.State):
@@ -75,6 +93,29 @@ func (s *brokenStore) Acquire(ctx context.Context, key string, c idempotency.Cla
 	case rec.State == idempotency.Completed:
 		rec.Value = s.spoil(key, rec.Value)
 	}
+	return rec, err
+}
+
+// attempt returns the attempt that a renewal is for, whatever it says.
+func (s *brokenStore) attempt(c idempotency.Claim) int {
+	attempt, ok := s.attempts.Load(c.Token)
+	if !ok || c.Attempt == 0 {
+		return c.Attempt
+	}
+	return attempt.(int)
+}
+
+// renewFreed claims the key for a renewal, and then renews that claim.
+func (s *brokenStore) renewFreed(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+	asked := c.Attempt
+	c.Attempt = 0
+	rec, err := s.RedisStore.Acquire(ctx, key, c)
+	if err != nil || rec.State != idempotency.Acquired {
+		return idempotency.Record{State: idempotency.Lost}, err
+	}
+	c.Attempt = rec.Attempt
+	rec, err = s.RedisStore.Acquire(ctx, key, c)
+	rec.Attempt = asked
 	return rec, err
 }
 
@@ -144,8 +185,11 @@ func (s *brokenStore) isCompleted(ctx context.Context, key string) bool {
 }
 
 func (s *brokenStore) Release(ctx context.Context, key, token string, keep time.Duration) error {
-	if s.bug == losesReleases {
+	switch s.bug {
+	case losesReleases:
 		return nil
+	case losesMarkers:
+		keep = time.Millisecond
 	}
 	return s.RedisStore.Release(ctx, key, token, keep)
 }

@@ -41,6 +41,11 @@ const (
 	takesBack           = "a stale owner's renewal is accepted"
 	overwritesAnswers   = "Complete overwrites the answer of another run"
 	readsLate           = "what was running is taken to be running for a while"
+	marksClaims         = "a claim marks"
+	renewsFreed         = "a renewal that finds another owner, or none, claims the key"
+	skipsAttempts       = "every claim counts twice"
+	losesMarkers        = "a released key leaves nothing behind"
+	abandonsClaims      = "what may be taken over is told to be abandoned"
 
 	// In the middleware.
 	releasesAfterPanic = "a panic frees the key"
@@ -48,6 +53,10 @@ const (
 	sendsUnstored      = "answers are sent, and not stored"
 	dropsAnswers       = "every other answer is taken for that of a stale owner"
 	givesUp            = "a failed Complete is not tried again"
+	givesUpAtLease     = "Complete is not tried beyond the end of the lease"
+	leavesMarks        = "a failed Release is not tried again"
+	skipsMarks         = "runs start without a mark"
+	shortensMarkers    = "the marker of every run is kept for a lease"
 	keepsFailures      = "what is not final is stored"
 	marksNoReplays     = "replays are not marked"
 	comparesNoBodies   = "large bodies are not compared"
@@ -70,8 +79,16 @@ func plantAbove(bug string, j *journal) idempotency.Store {
 type brokenCaller struct {
 	*journal
 	bug   string
-	fails sync.Map // tokens
+	fails sync.Map // tokens, and when first
 	calls atomic.Int64
+}
+
+func (s *brokenCaller) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+	skips := s.bug == skipsMarks && c.Once
+	c.Once = c.Once && !skips
+	rec, err := s.journal.Acquire(ctx, key, c)
+	rec.Once = rec.Once || skips && rec.State == idempotency.Acquired
+	return rec, err
 }
 
 func (s *brokenCaller) Complete(ctx context.Context, key, token string, r idempotency.Result) error {
@@ -84,26 +101,43 @@ func (s *brokenCaller) Complete(ctx context.Context, key, token string, r idempo
 	if s.bug == dropsAnswers && s.calls.Add(1)%2 == 0 {
 		return idempotency.ErrLeaseLost
 	}
-	if s.bug == givesUp && s.failed(token) {
+	since, failed := s.failed(token)
+	switch {
+	case s.bug == givesUp && failed:
 		return errors.New("as before")
+	case s.bug == givesUpAtLease && failed && time.Since(since) > s.journal.replica.config.Lease:
+		return errors.New("too late")
 	}
 	err := s.journal.Complete(ctx, key, token, r)
-	if err != nil {
-		s.fails.Store(token, true)
+	if err != nil && !failed {
+		s.fails.Store(token, time.Now())
 	}
 	return err
 }
 
-func (s *brokenCaller) failed(token string) bool {
-	_, failed := s.fails.Load(token)
-	return failed
+func (s *brokenCaller) failed(token string) (since time.Time, failed bool) {
+	at, failed := s.fails.Load(token)
+	if failed {
+		since = at.(time.Time)
+	}
+	return since, failed
 }
 
 func (s *brokenCaller) Release(ctx context.Context, key, token string, keep time.Duration) error {
 	if s.bug == keepsFailures {
 		return s.journal.Complete(ctx, key, token, idempotency.Result{TTL: time.Hour})
 	}
-	return s.journal.Release(ctx, key, token, keep)
+	if s.bug == shortensMarkers {
+		keep = s.journal.replica.config.Lease
+	}
+	if _, failed := s.failed(token); s.bug == leavesMarks && failed {
+		return errors.New("as before")
+	}
+	err := s.journal.Release(ctx, key, token, keep)
+	if err != nil {
+		s.fails.Store(token, time.Now())
+	}
+	return err
 }
 
 // releaseAfterPanic is to be deferred in a handler.

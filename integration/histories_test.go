@@ -97,7 +97,7 @@ func play(t *testing.T, s scenario) (history.History, schedule) {
 		f.kill(n) // or rows would come while the history is judged
 	}
 	return history.History{
-		Lease: s.lease, NoneDied: s.noneDied, Killed: f.killed, Ops: c.all(), Rows: f.ledger.all(),
+		Lease: s.lease, TTL: recordTTL, MaxExecution: maxExecution, NoneDied: s.noneDied, Killed: f.killed, Ops: c.all(), Rows: f.ledger.all(),
 	}, faults
 }
 

@@ -3,6 +3,8 @@ package integration
 import (
 	"context"
 	"errors"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/go-idempotency/idempotency"
@@ -14,6 +16,7 @@ import (
 type journal struct {
 	store   idempotency.Store
 	replica *replica
+	visits  sync.Map // by their tokens
 }
 
 var (
@@ -27,23 +30,28 @@ var (
 // known, if there was one.
 func (j *journal) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
 	v := visitOf(ctx)
+	j.visits.Store(strings.Clone(c.Token), v)
 	number := int(v.calls.Add(1))
-	j.replica.note(v, history.RowClaim, func(row *history.Row) { row.Call, row.Once = number, c.Once })
+	j.replica.note(v, history.RowClaim, func(row *history.Row) {
+		row.Call, row.Asked, row.Once = number, c.Attempt, c.Once
+	})
 	sent := j.replica.now()
 	rec, err := j.store.Acquire(ctx, key, c)
 	returned := j.replica.now()
-	running := v.claimed(key, c.Token, sent, returned, err)
 	kind := history.RowClaimed
-	if running && err == nil && rec.State == idempotency.Acquired {
+	switch {
+	case c.Attempt == 0:
+		v.claimed(key, c.Token, sent, returned, err)
+	case err == nil && rec.State == idempotency.Acquired:
 		kind = history.RowRenew
 	}
 	j.replica.note(v, kind, func(row *history.Row) {
-		row.Call, row.Once, row.Sent, row.Returned = number, c.Once, sent, returned
+		row.Call, row.Asked, row.Sent, row.Returned = number, c.Attempt, sent, returned
 		if err != nil {
 			row.Err = err.Error()
 			return
 		}
-		row.Attempt, row.State = rec.Attempt, stateName(rec.State)
+		row.Attempt, row.Once, row.State = rec.Attempt, rec.Once, stateName(rec.State)
 	})
 	return rec, err
 }
@@ -60,7 +68,7 @@ func stateName(state idempotency.State) string {
 func (j *journal) Complete(ctx context.Context, key, token string, r idempotency.Result) error {
 	sent := j.replica.now()
 	err := j.store.Complete(ctx, key, token, r)
-	j.replica.note(visitOf(ctx), history.RowComplete, func(row *history.Row) {
+	j.replica.note(j.visitOf(token), history.RowComplete, func(row *history.Row) {
 		row.Sent, row.Returned = sent, j.replica.now()
 		switch {
 		case errors.Is(err, idempotency.ErrLeaseLost):
@@ -72,11 +80,28 @@ func (j *journal) Complete(ctx context.Context, key, token string, r idempotency
 	return err
 }
 
-// Release gets its row before the key can be free: this process may not live to
-// tell.
+// Release gets a row before the key can be free, which this process may not live
+// to tell, and one with what came of it.
 func (j *journal) Release(ctx context.Context, key, token string, keep time.Duration) error {
-	j.replica.note(visitOf(ctx), history.RowRelease, nil)
-	return j.store.Release(ctx, key, token, keep)
+	v := j.visitOf(token)
+	number := int(v.calls.Add(1))
+	j.replica.note(v, history.RowRelease, func(row *history.Row) { row.Call, row.Keep = number, keep })
+	sent := j.replica.now()
+	err := j.store.Release(ctx, key, token, keep)
+	j.replica.note(v, history.RowReleased, func(row *history.Row) {
+		row.Call, row.Sent, row.Returned = number, sent, j.replica.now()
+		if err != nil {
+			row.Err = err.Error()
+		}
+	})
+	return err
+}
+
+// visitOf returns the visit that a token is for. What goes on in the background
+// has no context of a request.
+func (j *journal) visitOf(token string) *visit {
+	v, _ := j.visits.Load(token)
+	return v.(*visit)
 }
 
 // Watch implements idempotency.Watcher.

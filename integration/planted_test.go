@@ -25,6 +25,7 @@ var (
 	lags   = faultMix{link: []choice[faultKind]{{1, slowLink}}, pause: 150 * time.Millisecond}
 	delays = faultMix{link: lags.link, pause: lags.pause, delay: 200 * time.Millisecond}
 	outage = faultMix{redis: []choice[faultKind]{{1, killProcess}}, pause: 200 * time.Millisecond}
+	often  = faultMix{redis: outage.redis, pause: 60 * time.Millisecond}
 )
 
 // script is the plan of every run, and the first one that of the first run of
@@ -61,7 +62,20 @@ var (
 	crashing  = script([]step{{Do: doEffect}, {Do: doCrash}}, short, step{Do: doEffect}, created())
 	failing   = script([]step{{Do: doAnswer, Status: 500}}, short, step{Do: doEffect}, created())
 	late      = script(nil, longer, step{Do: doCommit}, step{Do: doEffect}, longer, created())
-	commits   = script([]step{{Do: doCommit}, {Do: doEffect}, {Do: doCrash}}, step{Do: doCommit}, step{Do: doEffect}, created())
+
+	// freed is overtaken by runs that fail, until the first one is over.
+	freed = func(time.Duration) planner {
+		return func(_, _ string, nth int) []step {
+			switch {
+			case nth == 1:
+				return []step{{Do: doEffect}, longer, longer, {Do: doCommit}, created()}
+			case nth < 12:
+				return []step{short, {Do: doAnswer, Status: 500}}
+			}
+			return []step{{Do: doEffect}, created()}
+		}
+	}
+	commits = script([]step{{Do: doCommit}, {Do: doEffect}, {Do: doCrash}}, step{Do: doCommit}, step{Do: doEffect}, created())
 )
 
 // troubles are the scenarios. Without a bug each of them is clean.
@@ -72,6 +86,7 @@ var troubles = map[string]func() scenario{
 	"kills":    func() scenario { return targeted(kills, onceKeys, slowly) },
 	"cuts":     func() scenario { return targeted(cuts, plainKeys, slowly) },
 	"outages":  func() scenario { return targeted(outage, plainKeys, slowly) },
+	"downtime": func() scenario { return lasting(3*time.Second, targeted(often, plainKeys, slowly)) },
 	"panics":   func() scenario { return targeted(quiet, plainKeys, crashing) },
 	"failures": func() scenario { return targeted(quiet, plainKeys, failing) },
 	"claims":   func() scenario { return allAlive(targeted(cuts, onceKeys, slowly)) },
@@ -82,10 +97,12 @@ var troubles = map[string]func() scenario{
 	"sealed":       func() scenario { return targeted(quiet, onceKeys, simple) },
 	"large":        func() scenario { return withVariants(targeted(quiet, largeKeys, simple)) },
 
-	// Commands come late. A claim that was given up is given back at once and a
-	// lease later. What comes within that is not left behind: here it has half a
-	// lease less, for a machine that is busy. What comes later is left behind, and
-	// an at-most-once key then says that its outcome is unknown.
+	"freed keys": func() scenario { return targeted(stops, plainKeys, freed) },
+
+	// Commands come late. What comes when its claim was given up holds the key for
+	// a lease, and what is marked is freed, unless two marks come when the marker is
+	// over that this leaves. In delays they do not: here they have half a lease
+	// less, for a machine that is busy.
 	"delays":      func() scenario { return withLease(400*time.Millisecond, allAlive(targeted(delays, onceKeys, simple))) },
 	"late claims": func() scenario { return targeted(lags, onceKeys, simple) },
 	"lags":        func() scenario { return targeted(lags, plainKeys, slowly) },
@@ -96,13 +113,18 @@ func withVariants(s scenario) scenario {
 	return s
 }
 
+func lasting(length time.Duration, s scenario) scenario {
+	s.length = length
+	return s
+}
+
 func withLease(lease time.Duration, s scenario) scenario {
 	s.lease = lease
 	return s
 }
 
-// allAlive wants every outcome to become known: a claim that nobody knows of is
-// given back.
+// allAlive wants every outcome to become known: a mark that nobody knows of is
+// freed.
 func allAlive(s scenario) scenario {
 	s.noneDied = true
 	return s
@@ -143,6 +165,17 @@ var plantedBugs = []struct {
 	{readsLate, "quiet", history.Register},
 	{spoilsValues, "sealed", history.Code},
 	{comparesNoBodies, "large", history.Payload},
+	{losesReleases, "claims", history.Code},
+	{marksClaims, "panics", history.Marked},
+	{abandonsClaims, "panics", history.Code},
+	{skipsMarks, "sealed", history.Unmarked},
+	{skipsMarks, "commits", history.Unmarked},
+	{renewsFreed, "freed keys", history.TookBack},
+	{skipsAttempts, "panics", history.Attempt},
+	{losesMarkers, "failures", history.Attempt},
+	{shortensMarkers, "failures", history.Marker},
+	{leavesMarks, "claims", history.NotFreed},
+	{givesUpAtLease, "downtime", history.GaveUp},
 	{"Redis keeps nothing", "outages", history.RanAgain},
 }
 

@@ -79,7 +79,7 @@ func newReplica(config replicaConfig) http.Handler {
 	for _, kind := range []string{history.Plain, history.Large, history.Once, history.Commit} {
 		opts := &idempotency.Options{
 			Lease: config.Lease, Wait: config.Wait, AtMostOnce: kind == history.Once,
-			TTL: time.Hour, MaxExecution: maxExecution, MaxBufferedBody: maxBufferedBody,
+			TTL: recordTTL, MaxExecution: maxExecution, MaxBufferedBody: maxBufferedBody,
 		}
 		if kind == history.Once || kind == history.Commit {
 			opts.AEAD = newAEAD()
@@ -90,10 +90,11 @@ func newReplica(config replicaConfig) http.Handler {
 	return mux
 }
 
-// Options of the server processes. For as long as MaxExecution a process tries
-// to store, or to give back, what is at-most-once: a machine may be busy for so
-// long that no call of the store comes back in time.
+// Options of the server processes. For as long as a lease and MaxExecution a
+// process tries to store its answer, and to free what it may have marked: longer
+// than a history, so that no mark is left behind but by processes that die.
 const (
+	recordTTL       = time.Hour
 	maxExecution    = time.Minute
 	maxBufferedBody = 1 << 10
 )
@@ -118,12 +119,11 @@ func bodyOf(kind, payload string) string {
 
 // A visit is one request that has arrived at this process.
 type visit struct {
-	calls atomic.Int64 // of Acquire
+	calls atomic.Int64 // of Acquire and Release
 	body  []byte       // that was hidden from the middleware on purpose
 
 	mu       sync.Mutex  // guards what follows
 	about    history.Row // what every row of it says
-	running  bool
 	storeKey string
 	token    string
 	sent     time.Duration // since then the claim may have been made
@@ -131,20 +131,15 @@ type visit struct {
 	returned time.Duration
 }
 
-// claimed notes a call of Acquire. It is false as long as the handler has not
-// been called: later calls are renewals.
-func (v *visit) claimed(key, token string, sent, returned time.Duration, err error) (running bool) {
+// claimed notes a claim.
+func (v *visit) claimed(key, token string, sent, returned time.Duration, err error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if v.running {
-		return true
-	}
 	if !v.unclear {
 		v.sent = sent
 	}
 	v.unclear = v.unclear || err != nil
 	v.storeKey, v.token, v.returned = key, token, returned
-	return false
 }
 
 type visitKey struct{}
@@ -191,9 +186,6 @@ func (p *replica) handle(w http.ResponseWriter, r *http.Request) {
 	if v.body != nil {
 		body = v.body
 	}
-	v.mu.Lock()
-	v.running = true
-	v.mu.Unlock()
 	begun := p.note(v, history.RowBegin, func(row *history.Row) {
 		row.Payload, row.Attempt, row.Sent, row.Returned = strings.TrimSpace(string(body)), e.Attempt(), v.sent, v.returned
 	})

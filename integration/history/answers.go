@@ -98,31 +98,11 @@ func (c *checker) checkCode(op Op) {
 		c.violate(Code, "request %s got %s, but there is no other payload", op.ID, op.Code)
 	case "outcome_unknown":
 		if !c.mayBeUnknown(op) {
-			c.violate(Code, "request %s got %s, but there was no at-most-once claim whose lease can have been over", op.ID, op.Code)
+			c.violate(Code, "request %s got %s, but there was no marked claim whose lease can have been over", op.ID, op.Code)
 		}
 	default:
 		c.violate(Code, "request %s got %d %s", op.ID, op.Status, op.Code)
 	}
-}
-
-// mayBeUnknown reports whether an at-most-once claim can have been over when op
-// was answered: that of a run, by itself or because it has called Commit, or
-// one that was made and did not come to a run.
-func (c *checker) mayBeUnknown(op Op) bool {
-	ran := make(map[string]bool)
-	for _, r := range c.runs {
-		ran[r.Visit] = true
-		marked := c.kind == Once || len(r.commits) > 0 && r.commits[0].At <= op.End
-		if marked && !r.storedBefore(op.Start) && op.End >= r.held(op.Start)+c.Lease-tolerance {
-			return true
-		}
-	}
-	for _, k := range c.claims {
-		if c.kind == Once && !ran[k.visit] && op.End >= k.sent+c.Lease-tolerance {
-			return true
-		}
-	}
-	return false
 }
 
 // checkLater judges a request that was sent after an answer was stored.

@@ -19,8 +19,12 @@ const (
 	Answers   = "two answers"     // clients got answers of different runs
 	Phantom   = "phantom"         // an answer is not that of a run under this key
 	Payload   = "payload"         // a different payload ran, or got the answer
-	Attempt   = "attempt"         // attempts do not count upwards
-	GaveUp    = "gave up"         // a run stopped storing its answer before its lease was over
+	Attempt   = "attempt"         // attempts do not count the claims
+	Unmarked  = "not marked"      // a run began, or was told that it has committed, without a mark
+	Marked    = "marked"          // a claim has Once that nobody has marked
+	Marker    = "marker"          // the key was freed for another time than is due
+	NotFreed  = "not freed"       // who had to free the key did not go on until it was free
+	GaveUp    = "gave up"         // a run stopped storing its answer before its time was over
 	Lost      = "lost to nobody"  // a run was told that its lease is lost, and nobody can have taken it
 	Forgotten = "forgotten"       // a stored answer was known, and later not
 	Code      = "unexpected code" // an error that nothing explains
@@ -73,6 +77,9 @@ func Check(h History) *Report {
 		c.checkRuns()
 		c.checkPairs()
 		c.checkRenewals()
+		c.checkAttempts()
+		c.checkMarks()
+		c.checkFreeing()
 		c.checkAnswers()
 		c.checkSweep()
 		c.checkRegister()
@@ -84,9 +91,8 @@ func Check(h History) *Report {
 type run struct {
 	Row       // RowBegin
 	effects   int
-	commits   []Row // tries
 	end       *Row
-	renewals  []Row // that succeeded
+	renewals  []Row // that succeeded, of its visit
 	completes []Row
 
 	stored   bool
@@ -132,10 +138,14 @@ type checker struct {
 	rows     []Row
 	runs     []*run
 	byID     map[string]*run
-	claims   []*claim
-	releases []Row
+	calls    []*claim
+	claims   []*claim // of calls, those that may have given their visit the key
+	releases []*release
 	search   time.Duration // how long a linearization is searched for
 	report   *Report
+
+	visits    map[string]*run   // that have come to a run
+	processes map[string]string // of visits
 }
 
 // atMostOnce reports whether an effect must not be repeated even when a process
@@ -148,7 +158,10 @@ func split(h History) []*checker {
 	of := func(key, kind string) *checker {
 		c := keys[key]
 		if c == nil {
-			c = &checker{key: key, kind: kind, History: &h, byID: make(map[string]*run), search: searchTime}
+			c = &checker{
+				key: key, kind: kind, History: &h, byID: make(map[string]*run), search: searchTime,
+				visits: make(map[string]*run), processes: make(map[string]string),
+			}
 			keys[key] = c
 		}
 		return c
@@ -172,27 +185,25 @@ func split(h History) []*checker {
 
 // index makes runs of rows.
 func (c *checker) index() {
-	visits, calls := make(map[string]*run), make(map[call]*claim)
+	claims, releases, renewals := make(map[call]*claim), make(map[call]*release), make(map[string][]Row)
 	slices.SortStableFunc(c.rows, func(a, b Row) int { return a.Seq - b.Seq })
 	for _, row := range c.rows {
-		r := visits[row.Visit]
-		c.indexClaim(calls, row)
+		r := c.visits[row.Visit]
+		c.processes[row.Visit] = row.Process
+		c.indexCall(claims, releases, row)
+		if row.Type == RowRenew && row.Err == "" { // of a mark, before the run
+			renewals[row.Visit] = append(renewals[row.Visit], row)
+		}
 		switch {
 		case row.Type == RowBegin:
 			r = &run{Row: row}
 			c.runs = append(c.runs, r)
-			visits[row.Visit], c.byID[row.Run] = r, r
-		case row.Type == RowRelease:
-			c.releases = append(c.releases, row)
+			c.visits[row.Visit], c.byID[row.Run] = r, r
 		case r == nil: // a claim that did not come to a run
 		case row.Type == RowEffect:
 			r.effects++
-		case row.Type == RowCommit:
-			r.commits = append(r.commits, row)
 		case row.Type == RowEnd:
 			r.end = &row
-		case row.Type == RowRenew && row.Err == "":
-			r.renewals = append(r.renewals, row)
 		case row.Type == RowComplete:
 			r.completes = append(r.completes, row)
 			if row.Err == "" {
@@ -200,6 +211,10 @@ func (c *checker) index() {
 			}
 		}
 	}
+	for _, r := range c.runs {
+		r.renewals = renewals[r.Visit]
+	}
+	c.indexClaims()
 	for _, op := range c.ops {
 		// A process may die before it can say that it has stored something.
 		if r := c.byID[op.Run]; r != nil && op.Replayed {

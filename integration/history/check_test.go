@@ -1,6 +1,7 @@
 package history
 
 import (
+	"slices"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -26,30 +27,60 @@ func TestLegalHistories(t *testing.T) {
 		"an at-most-once run died":             told(Once, runs("a", 1, 10), asks("b", 200, refuses("outcome_unknown"))),
 		"and came back": told(Once, runs("a", 1, 10), asks("b", 112, refuses("outcome_unknown")), ends("a", 120, 201),
 			completes("a", 125, ""), first("a", 130, 201)),
-		"an at-most-once claim came to nothing": told(Once, asks("b", 20, refuses("outcome_unknown")), asksStore("x", -90, "", "down")),
-		"nobody knows of a claim's process":     told(Once, asks("b", 120, refuses("outcome_unknown")), asked("x", 10)),
-		"a committed run died":                  told(Plain, runs("a", 1, 10), commits("a", 13), asks("b", 200, refuses("outcome_unknown"))),
+		"a process died with a mark on its way": told(Once, asksStoreAs("x", 1, 10, StateAcquired, ""), marksAndDies("x", 12),
+			asks("b", 120, refuses("outcome_unknown"))),
+		"or cannot free the key yet": told(Once, asksStoreAs("x", 1, 10, StateAcquired, ""), marksInVain("x", 11, 40, ""),
+			triesToRelease("x", 60), asks("b", 120, refuses("outcome_unknown")), triesToRelease("x", 130), releases("x", 160), runs("c", 2, 170)),
+		"nor until its time is over": told(Once, asksStoreAs("x", 1, 10, StateAcquired, ""), marksInVain("x", 11, 40, ""),
+			triesToRelease("x", 60), triesToRelease("x", 300), asks("b", 900, refuses("outcome_unknown"))),
+		"two marks come when the marker is over": told(Once, asksStoreAs("x", 1, 10, StateAcquired, ""), marksInVain("x", 11, 20, ""),
+			marksInVain("x", 20, 30, ""), releases("x", 40), asks("b", 240, refuses("outcome_unknown"))),
+		"a claim to which there was no answer is freed once": told(Plain, asksStore("x", 10, "", "down"), triesToRelease("x", 30),
+			runs("a", 1, 40)),
+		"a process died before it could free the key": killed(50, told(Plain, runs("a", 1, 10), ends("a", 20, 500))),
+		"or a mark": killed(480, told(Once, asksStoreAs("x", 1, 10, StateAcquired, ""), marksInVain("x", 11, 40, ""), triesToRelease("x", 100))),
+		"a replay to a claim whose first answer was lost": told(Plain, append(whole, asksStore("x", 26, "", "down"),
+			asksStore("x", 28, "Completed", ""))...),
+		"a committed run died": told(Plain, runs("a", 1, 10), commits("a", 13), asks("b", 200, refuses("outcome_unknown"))),
 		"the store could not take an answer until the lease ended": told(Plain, runs("a", 1, 10), ends("a", 20, 201),
 			completes("a", 25, "down"), first("a", 30, 201), completes("a", 100, "down"), runs("b", 2, 115),
-			ends("b", 120, 201), completes("b", 121, ""), first("b", 122, 201), asks("c", 130, replay("b", 201))),
+			completes("a", 118, ErrLeaseLost), ends("b", 120, 201), completes("b", 121, ""), first("b", 122, 201), asks("c", 130, replay("b", 201))),
+		"but later": told(Plain, runs("a", 1, 10), ends("a", 20, 201), completes("a", 25, "down"), first("a", 30, 201),
+			completes("a", 300, ""), asks("b", 310, replay("a", 201))),
+		"or never": told(Plain, runs("a", 1, 10), ends("a", 20, 201), completes("a", 25, "down"), first("a", 30, 201),
+			completes("a", 300, "down"), asks("b", 5000, refuses("in_progress"))),
 		"or died before the lease ended": killed(50, told(Plain, runs("a", 1, 10), ends("a", 20, 201), completes("a", 25, "down"),
 			first("a", 30, 201), runs("b", 2, 115))),
+		"or before it could store it at all": killed(50, told(Plain, runs("a", 1, 10), ends("a", 20, 201), runs("b", 2, 115))),
+		"or in the middle of it":             killed(500, told(Plain, runs("a", 1, 10), ends("a", 20, 201), completes("a", 150, "down"))),
 		"a stale owner is refused": told(Plain, runs("a", 1, 10), runs("b", 2, 110), ends("b", 120, 201), completes("b", 121, ""),
-			first("b", 122, 201), ends("a", 130, 201), completes("a", 131, ErrLeaseLost), releases("a", 135), asks("c", 140, replay("b", 201))),
-		"the key came back to its first owner": told(Plain, runs("a", 1, 10), runs("b", 2, 110), ends("b", 120, 500),
+			first("b", 122, 201), ends("a", 130, 201), completes("a", 131, ErrLeaseLost), asks("c", 140, replay("b", 201))),
+		"the key came back to its first owner": told(Plain, runs("a", 1, 10), runs("b", 2, 110), ends("b", 120, 401),
 			releases("b", 121), ends("a", 240, 201), completes("a", 241, ""), asks("c", 250, replay("a", 201))),
-		"and takes it again": told(Plain, runs("a", 1, 10), runs("b", 2, 110), ends("b", 120, 500), releases("b", 121),
-			renews("a", 130), ends("a", 140, 201), completes("a", 141, ""), asks("c", 250, replay("a", 201))),
-		"or the lease of the second ended too": told(Plain, runs("a", 1, 10), runs("b", 2, 110), renews("a", 215),
+		"and is renewed": told(Plain, runs("a", 1, 10), runs("b", 2, 110), ends("b", 120, 401), releases("b", 121),
+			renews("a", 230), ends("a", 240, 201), completes("a", 241, ""), asks("c", 250, replay("a", 201))),
+		"or taken by a claim that came late": told(Plain, asksStore("a", 5, "", "down"), runs("a", 1, 10), runs("b", 2, 110),
 			ends("a", 220, 201), completes("a", 221, ""), asks("c", 250, replay("a", 201))),
+		"of two claims at a time either may be the first": told(Plain, runs("b", 1, 10), ends("b", 12, 401), releases("b", 12),
+			func(t *tale) {
+				runs("a", 2, 14)(t)
+				for i := range t.h.Rows {
+					if row := &t.h.Rows[i]; row.Op == "a" && row.Sent > 0 {
+						row.Sent = 9 * ms
+					}
+				}
+			}, renews("a", 60)),
 		"a renewal that is slow, and in time": told(Plain, runs("a", 1, 10), renewsSlowly("a", 15, 120), runs("b", 2, 114)),
 		"or made before the key was freed": told(Plain, runs("a", 1, 10), renewsSlowly("a", 18, 30), ends("a", 20, 500),
 			releases("a", 21), runs("b", 2, 26)),
 		"or answered when the handler returns": told(Plain, runs("a", 1, 10), renews("a", 55), ends("a", 60, 201),
-			completes("a", 100, "down")),
+			completes("a", 230, "down")),
 		"a claim that came to nothing was given back": told(Plain, runs("a", 1, 10), asksStore("x", 112, StateAcquired, ""),
 			releases("x", 115), runs("b", 3, 130)),
-		"and forgotten": told(Plain, runs("a", 1, 10), asksStore("x", 112, "", "down"), releases("x", 115), runs("b", 1, 220)),
+		"a run that did nothing is forgotten": told(Plain, runs("a", 1, 10), ends("a", 20, 401), releases("a", 21), runs("b", 1, 130)),
+		"any other when the TTL is over":      told(Plain, runs("a", 1, 10), ends("a", 20, 500), releases("a", 21), runs("b", 1, 1030)),
+		"claims that nobody knows of count":   told(Plain, runs("a", 1, 10), asked("x", 112), runs("b", 3, 220)),
+		"and forgotten":                       told(Plain, runs("a", 1, 10), asksStore("x", 112, "", "down"), releases("x", 115), runs("b", 1, 220)),
 		"and another payload took the key": told(Plain, runs("a", 1, 10), asksStore("x", 112, "", "down"), releases("x", 115),
 			runsWith("another", "b", 3, 130)),
 		"somebody may have taken the key": told(Plain, runs("a", 1, 10), asked("x", 110), ends("a", 120, 201),
@@ -86,9 +117,9 @@ func TestBrokenHistories(t *testing.T) {
 		"a panic frees the key":          {told(Plain, runs("a", 1, 10), panics("a", 12), releases("a", 13), runs("b", 2, 20)), []string{Freed}},
 		"and after the store has failed": {told(Plain, runs("a", 1, 10), ends("a", 12, 201), completes("a", 13, "down"), releases("a", 14)), []string{Freed, GaveUp}},
 		"a final answer frees the key":   {told(Plain, runs("a", 1, 10), ends("a", 12, 201), releases("a", 13)), []string{Freed, GaveUp}},
-		"an answer is kept that is not":  {told(Plain, runs("a", 1, 10), ends("a", 12, 500), completes("a", 13, "")), []string{Freed}},
+		"an answer is kept that is not":  {told(Plain, runs("a", 1, 10), ends("a", 12, 500), completes("a", 13, "")), []string{Freed, NotFreed}},
 		"sent before it was stored":      {told(Plain, runs("a", 1, 10), ends("a", 20, 201), first("a", 30, 201), completes("a", 40, "")), []string{Unstored}},
-		"sent though it was refused":     {told(Plain, runs("a", 1, 10), ends("a", 20, 201), asksStore("x", 24, "", "down"), completes("a", 25, ErrLeaseLost), first("a", 30, 201)), []string{Unstored}},
+		"sent though it was refused":     {told(Plain, runs("a", 1, 10), ends("a", 20, 201), asked("x", 23), completes("a", 25, ErrLeaseLost), first("a", 30, 201)), []string{Unstored}},
 		"an answer of nobody":            {told(Plain, with(asks("b", 40, replay("x", 201)))...), []string{Forgotten, Register, Phantom}},
 		"another body":                   {told(Plain, with(asks("b", 40, func(op *Op) { replay("a", 201)(op); op.Hash = "x" }))...), []string{Phantom}},
 		"another status":                 {told(Plain, with(asks("b", 40, replay("a", 200)))...), []string{Phantom}},
@@ -132,8 +163,8 @@ func TestRulesOfRuns(t *testing.T) {
 		"two effects of at-most-once runs":      {told(Once, runs("a", 1, 10), ends("a", 20, 401), releases("a", 21), runs("b", 2, 30)), []string{Twice}},
 		"two effects after Commit failed":       {told(Commit, runs("a", 1, 10), runs("b", 2, 200)), []string{Twice}},
 		"at-most-once let in without an effect": {told(Once, runs("a", 1, 10), withoutEffect, runs("b", 2, 200)), []string{Twice}},
-		"the store was to keep a failure":       {told(Plain, runs("a", 1, 10), ends("a", 12, 500), completes("a", 13, "down")), []string{Freed}},
-		"a failure is replayed":                 {told(Plain, runs("a", 1, 10), ends("a", 12, 500), asks("b", 20, replay("a", 500))), []string{Freed}},
+		"the store was to keep a failure":       {told(Plain, runs("a", 1, 10), ends("a", 12, 500), completes("a", 13, "down"), releases("a", 14)), []string{Freed}},
+		"a failure is replayed":                 {told(Plain, runs("a", 1, 10), ends("a", 12, 500), releases("a", 13), asks("b", 20, replay("a", 500))), []string{Freed}},
 		"freed while the handler runs":          {told(Plain, runs("a", 1, 10), releases("a", 13)), []string{Freed}},
 		"freed by a panic":                      {told(Plain, runs("a", 1, 10), panics("a", 12), releases("a", 13)), []string{Freed}},
 		"somebody else's release is not a's": {told(Plain, runs("a", 1, 10), asksStore("x", 30, "", "down"), releases("x", 50),
@@ -143,14 +174,73 @@ func TestRulesOfRuns(t *testing.T) {
 
 		// Payloads and attempts, when a release is no excuse.
 		"who was refused frees no key for others": {told(Plain, runs("a", 1, 10), asksStore("x", 112, "in progress", ""),
-			releases("x", 115), runsWith("another", "b", 3, 130)), []string{Payload}},
-		"nor does who came before": {told(Plain, asksStore("x", 5, StateAcquired, ""), runs("a", 1, 10), releases("x", 115),
+			releases("x", 115), runsWith("another", "b", 2, 130)), []string{Payload}},
+		"nor does who came before": {told(Plain, asksStoreAs("x", 1, 5, StateAcquired, ""), runs("a", 2, 10), releases("x", 115),
 			runsWith("another", "b", 3, 130)), []string{Payload}},
 		"nor restarts attempts": {told(Plain, runs("a", 1, 10), asksStore("x", 112, "in progress", ""), releases("x", 115),
 			runs("b", 1, 220)), []string{Attempt}},
-		"attempts go on while the marker is there": {told(Plain, runs("a", 1, 10), ends("a", 20, 500), releases("a", 21),
+		"attempts go on while the marker is there": {told(Plain, runs("a", 1, 10), ends("a", 20, 401), releases("a", 21),
 			runs("b", 1, 110)), []string{Attempt}},
+		"which is for the TTL, whatever the release says": {told(Plain, runs("a", 1, 10), ends("a", 20, 500),
+			releasesFor("a", 21, lease, ""), runs("b", 1, 800)), []string{Attempt, Marker}},
+		"not one that was left before": {told(Plain, asksStore("x", 5, "", "down"), releases("x", 20), runs("a", 1, 30),
+			runs("b", 1, 140)), []string{Attempt}},
+		"nor for claims before": {told(Plain, asksStoreAs("x", 1, 5, StateAcquired, ""), runs("a", 2, 10), runs("b", 4, 110)), []string{Attempt}},
+		"nor for renewals":      {told(Plain, runs("a", 1, 10), renews("a", 50), runs("b", 3, 160)), []string{Attempt}},
+		"or of a claim that did not come to a run": {told(Plain, runs("a", 1, 10), asksStore("x", 112, StateAcquired, ""),
+			runs("b", 2, 230)), []string{Attempt}},
+		"the first attempt is the first":         {told(Plain, runs("a", 2, 10)), []string{Attempt}},
+		"no attempt is left out":                 {told(Plain, runs("a", 1, 10), runs("b", 3, 110)), []string{Attempt}},
+		"nor counted for who was refused":        {told(Plain, runs("a", 1, 10), asksStore("x", 50, "in progress", ""), runs("b", 3, 110)), []string{Attempt}},
+		"a run is of the attempt of its claim":   {told(Plain, runs("a", 1, 10), lastRow(RowBegin, func(r *Row) { r.Attempt = 2 })), []string{Attempt}},
+		"a renewal is of the attempt that it is": {told(Plain, runs("a", 1, 10), renews("a", 20), lastRow(RowRenew, func(r *Row) { r.Attempt = 2 })), []string{Attempt}},
 	})
+}
+
+func TestRulesOfMarks(t *testing.T) {
+	isMarked := func(r *Row) { r.Once = true }
+	notMarked := func(r *Row) { r.Once = false }
+	later := func(r *Row) { r.Returned = 30 * ms }
+	claimOf := asksStoreAs("x", 1, 10, StateAcquired, "")
+	requireKinds(t, map[string]broken{
+		"an at-most-once run begins without a mark": {told(Once, runs("a", 1, 10), lastRow(RowRenew, notMarked)), []string{Unmarked}},
+		"or before its mark is answered":            {told(Once, runs("a", 1, 10), lastRow(RowRenew, later)), []string{Unmarked}},
+		"committed without a mark": {told(Plain, runs("a", 1, 10), renews("a", 12),
+			endsWith("a", 20, func(r *Row) { r.Committed = true }), completes("a", 25, "")), []string{Unmarked}},
+		"a claim is marked": {told(Plain, runs("a", 1, 10), lastRow(RowClaimed, isMarked)), []string{Marked}},
+		"a renewal is marked that was no mark": {told(Plain, runs("a", 1, 10), renews("a", 12), lastRow(RowRenew, isMarked)),
+			[]string{Marked}},
+		"or before there was a mark": {told(Plain, runs("a", 1, 10), lastRow(RowClaimed, isMarked), commits("a", 15)), []string{Marked}},
+
+		"nor by the mark of another": {told(Plain, runs("a", 1, 10), commits("a", 13), asksStore("x", 112, StateAcquired, ""),
+			lastRow(RowClaimed, isMarked)), []string{Marked}},
+
+		"a run that may have got somewhere leaves a short marker": {told(Plain, runs("a", 1, 10), ends("a", 20, 500),
+			releasesFor("a", 21, lease, "")), []string{Marker}},
+		"one that did nothing leaves a long one": {told(Plain, runs("a", 1, 10), ends("a", 20, 401),
+			releasesFor("a", 21, 10*lease, "")), []string{Marker}},
+
+		"a failure does not free the key": {told(Plain, runs("a", 1, 10), ends("a", 20, 500)), []string{NotFreed}},
+		"a claim is not freed":            {told(Plain, asksStore("x", 10, "", "down")), []string{NotFreed}},
+		"a mark is not freed":             {told(Once, claimOf, marksInVain("x", 11, 40, "")), []string{NotFreed}},
+		"or once, and in vain":            {told(Once, claimOf, marksInVain("x", 11, 40, ""), triesToRelease("x", 60)), []string{NotFreed}},
+		"or by somebody else":             {told(Once, claimOf, marksInVain("x", 11, 40, ""), asksStore("y", 20, "in progress", ""), releases("y", 60)), []string{NotFreed}},
+		"and its process lives for long":  {killed(480, told(Once, claimOf, marksInVain("x", 11, 40, ""), triesToRelease("x", 60))), []string{NotFreed}},
+		"a failure after a mark is freed for as long": {told(Plain, runs("a", 1, 10), marksInVain("a", 12, 20, ""), ends("a", 20, 500),
+			triesToRelease("a", 60)), []string{NotFreed}},
+	})
+}
+
+// lastRow changes the last row of a type.
+func lastRow(kind string, change func(*Row)) func(*tale) {
+	return func(t *tale) {
+		for i := len(t.h.Rows) - 1; i >= 0; i-- {
+			if t.h.Rows[i].Type == kind {
+				change(&t.h.Rows[i])
+				return
+			}
+		}
+	}
 }
 
 func TestRulesOfStoring(t *testing.T) {
@@ -158,13 +248,15 @@ func TestRulesOfStoring(t *testing.T) {
 		"the store is not given the answer":     {told(Plain, runs("a", 1, 10), ends("a", 20, 201), runs("b", 2, 115)), []string{GaveUp}},
 		"and the process lives for long":        {killed(500, told(Plain, runs("a", 1, 10), ends("a", 20, 201))), []string{GaveUp}},
 		"it is tried once":                      {told(Plain, runs("a", 1, 10), ends("a", 20, 201), completes("a", 25, "down")), []string{GaveUp}},
-		"not until the end of a renewed lease":  {told(Plain, runs("a", 1, 10), renews("a", 50), ends("a", 80, 201), completes("a", 115, "down")), []string{GaveUp}},
-		"lost to nobody":                        {told(Plain, runs("a", 1, 10), ends("a", 90, 201), completes("a", 95, ErrLeaseLost)), []string{Lost}},
+		"until the end of the lease":            {told(Plain, runs("a", 1, 10), ends("a", 20, 201), completes("a", 105, "down")), []string{GaveUp}},
+		"not until the time of a renewed lease": {told(Plain, runs("a", 1, 10), renews("a", 50), ends("a", 80, 201), completes("a", 230, "down")), []string{GaveUp}},
+		"lost to nobody":                        {told(Plain, runs("a", 1, 10), ends("a", 90, 201), completes("a", 95, ErrLeaseLost), completes("a", 300, "down")), []string{Lost}},
 		"and nobody tries again":                {told(Plain, runs("a", 1, 10), ends("a", 20, 201), completes("a", 25, ErrLeaseLost)), []string{Lost, GaveUp}},
-		"lost to who was refused":               {told(Plain, runs("a", 1, 10), asksStore("x", 22, "in progress", ""), ends("a", 90, 201), completes("a", 95, ErrLeaseLost)), []string{Lost}},
-		"lost to who came before":               {told(Plain, asksStore("x", 5, StateAcquired, ""), runs("a", 1, 10), ends("a", 90, 201), completes("a", 95, ErrLeaseLost)), []string{Lost}},
-		"lost to who came later":                {told(Plain, runs("a", 1, 10), ends("a", 90, 201), completes("a", 95, ErrLeaseLost), asked("x", 97)), []string{Lost}},
-		"stored while the marker of b is there": {told(Plain, runs("a", 1, 10), runs("b", 2, 110), ends("b", 120, 500), releases("b", 121), ends("a", 130, 201), completes("a", 150, "")), []string{Stale}},
+		"lost to who was refused":               {told(Plain, runs("a", 1, 10), asksStore("x", 22, "in progress", ""), ends("a", 90, 201), completes("a", 95, ErrLeaseLost), completes("a", 300, "down")), []string{Lost}},
+		"lost to who came before":               {told(Plain, asksStoreAs("x", 1, 5, StateAcquired, ""), runs("a", 2, 10), ends("a", 90, 201), completes("a", 95, ErrLeaseLost), completes("a", 300, "down")), []string{Lost}},
+		"lost to who came later":                {told(Plain, runs("a", 1, 10), ends("a", 90, 201), completes("a", 95, ErrLeaseLost), asked("x", 97), completes("a", 300, "down")), []string{Lost}},
+		"stored while the marker of b is there": {told(Plain, runs("a", 1, 10), runs("b", 2, 110), ends("b", 120, 401), releases("b", 121), ends("a", 130, 201), completes("a", 150, "")), []string{Stale}},
+		"which is for the TTL":                  {told(Plain, runs("a", 1, 10), runs("b", 2, 110), ends("b", 120, 500), releases("b", 121), ends("a", 130, 201), completes("a", 800, "")), []string{Stale}},
 
 		"stored while b renews its claim": {told(Plain, runs("a", 1, 10), runs("b", 2, 110), asksStore("x", 112, "", "down"),
 			releases("x", 113), renews("b", 150), ends("a", 160, 201), completes("a", 225, "")), []string{Stale}},
@@ -173,8 +265,13 @@ func TestRulesOfStoring(t *testing.T) {
 		"who was let in too early renews": {told(Plain, runs("a", 1, 10), runs("b", 2, 90), renews("b", 95)), []string{Overlap}},
 		"an at-most-once claim is not taken back": {told(Once, runs("a", 1, 10), withoutEffect, ends("a", 20, 401),
 			releases("a", 21), runs("b", 2, 30), renews("a", 200)), []string{TookBack}},
-		"a stale owner renews":           {told(Plain, runs("a", 1, 10), runs("b", 2, 110), renews("a", 130)), []string{TookBack}},
+		"a stale owner renews":                  {told(Plain, runs("a", 1, 10), runs("b", 2, 110), renews("a", 130)), []string{TookBack}},
+		"though the lease of the other is over": {told(Plain, runs("a", 1, 10), runs("b", 2, 110), renews("a", 215)), []string{TookBack}},
+		"though the other has freed the key": {told(Plain, runs("a", 1, 10), runs("b", 2, 110), ends("b", 120, 401),
+			releases("b", 121), renews("a", 200)), []string{TookBack}},
 		"though the other had committed": {told(Plain, runs("a", 1, 10), runs("b", 2, 110), commits("b", 115), renews("a", 300)), []string{TookBack}},
+		"though the other had, and is not over": {told(Plain, runs("a", 1, 10), runs("b", 2, 110), commits("b", 115),
+			asksStore("x", 118, "", "down"), releases("x", 121), renews("a", 300)), []string{TookBack}},
 		"though the other is stored": {told(Plain, runs("a", 1, 10), runs("b", 2, 110), ends("b", 120, 201), completes("b", 121, ""),
 			renews("a", 300)), []string{TookBack}},
 		"sent before, answered after": {told(Plain, runs("a", 1, 10), renewsSlowly("a", 100, 130), runs("b", 2, 112)), []string{TookBack}},
@@ -205,13 +302,24 @@ func TestRulesOfAnswers(t *testing.T) {
 			asks("c", 40, sweeps("two", refuses("store_unavailable"))))...), []string{Stuck}},
 
 		// Unknown outcomes.
-		"unknown while the lease runs":          {told(Once, runs("a", 1, 10), asks("b", 50, unknown)), []string{Code}},
-		"unknown while a renewed lease runs":    {told(Once, runs("a", 1, 10), renews("a", 80), asks("b", 120, unknown)), []string{Code}},
-		"unknown before Commit":                 {told(Plain, runs("a", 1, 10), asks("b", 200, unknown), commits("a", 205)), []string{Code}},
-		"unknown though it was stored":          {told(Once, with(asks("b", 200, unknown))...), []string{Code, Forgotten, Register}},
+		"unknown while the lease runs":       {told(Once, runs("a", 1, 10), asks("b", 50, unknown)), []string{Code}},
+		"unknown while a renewed lease runs": {told(Once, runs("a", 1, 10), renews("a", 80), asks("b", 120, unknown)), []string{Code}},
+		"unknown before Commit":              {told(Plain, runs("a", 1, 10), asks("b", 200, unknown), commits("a", 205)), []string{Code}},
+		"unknown though it was stored":       {told(Once, with(asks("b", 200, unknown))...), []string{Code, Forgotten, Register}},
+		"unknown though it was only claimed": {told(Once, asked("x", 10), asks("b", 200, unknown)), []string{Code}},
+		"unknown though the mark was refused": {told(Once, asksStoreAs("x", 1, 10, StateAcquired, ""), marksInVain("x", 12, 14, "Lost"),
+			asks("b", 200, unknown)), []string{Code}},
+		"unknown though the key was lost before": {told(Once, asksStoreAs("x", 1, 10, StateAcquired, ""), marksInVain("x", 12, 14, ""),
+			asksStore("x", 20, "in progress", ""), releases("x", 400), asks("b", 200, unknown)), []string{Code}},
+		"unknown though the mark was freed": {told(Once, asksStoreAs("x", 1, 10, StateAcquired, ""), marksInVain("x", 12, 14, ""),
+			releases("x", 40), asks("b", 300, unknown)), []string{Code}},
+		"unknown before two marks can be late": {told(Once, asksStoreAs("x", 1, 10, StateAcquired, ""), marksInVain("x", 11, 20, ""),
+			marksInVain("x", 20, 30, ""), releases("x", 40), asks("b", 230, unknown)), []string{Code}},
+		"unknown though the run has freed it": {told(Once, runs("a", 1, 10), ends("a", 20, 401), releases("a", 21),
+			asks("b", 200, unknown)), []string{Code}},
 		"unknown though no claim was made":      {told(Once, asksStore("x", 1, "in progress", ""), asks("b", 200, unknown)), []string{Code}},
-		"unknown while the lease of it runs":    {told(Once, asksStore("x", 10, "", "down"), asks("b", 50, unknown)), []string{Code}},
-		"unknown though it was no at-most-once": {told(Plain, asksStore("x", 10, "", "down"), asks("b", 200, unknown)), []string{Code}},
+		"unknown while the lease of it runs":    {told(Once, asksStoreAs("x", 1, 10, StateAcquired, ""), marksAndDies("x", 12), asks("b", 50, unknown)), []string{Code}},
+		"unknown though it was no at-most-once": {told(Plain, asked("x", 10), asks("b", 200, unknown)), []string{Code}},
 	})
 }
 
@@ -221,35 +329,41 @@ func TestFinalAnswers(t *testing.T) {
 		name, kind string
 		final      bool
 		change     func(*Row)
+		committed  bool
 	}{
-		{"401", Plain, false, func(r *Row) { r.Status = 401 }},
-		{"403", Plain, false, func(r *Row) { r.Status = 403 }},
-		{"407", Plain, false, func(r *Row) { r.Status = 407 }},
-		{"408", Plain, false, func(r *Row) { r.Status = 408 }},
-		{"425", Plain, false, func(r *Row) { r.Status = 425 }},
-		{"429", Plain, false, func(r *Row) { r.Status = 429 }},
-		{"500", Plain, false, func(r *Row) { r.Status = 500 }},
-		{"500 of an at-most-once run", Once, true, func(r *Row) { r.Status = 500 }},
-		{"401 of an at-most-once run", Once, false, func(r *Row) { r.Status = 401 }},
-		{"404", Plain, true, func(r *Row) { r.Status = 404 }},
-		{"500 after Commit", Plain, true, func(r *Row) { r.Status, r.Committed = 500, true }},
-		{"Discard", Plain, false, func(r *Row) { r.Discard = true }},
-		{"Discard after Commit", Plain, true, func(r *Row) { r.Discard, r.Committed = true, true }},
-		{"panic", Plain, false, func(r *Row) { r.Panic = true }},
+		{"401", Plain, false, func(r *Row) { r.Status = 401 }, false},
+		{"403", Plain, false, func(r *Row) { r.Status = 403 }, false},
+		{"407", Plain, false, func(r *Row) { r.Status = 407 }, false},
+		{"408", Plain, false, func(r *Row) { r.Status = 408 }, false},
+		{"425", Plain, false, func(r *Row) { r.Status = 425 }, false},
+		{"429", Plain, false, func(r *Row) { r.Status = 429 }, false},
+		{"500", Plain, false, func(r *Row) { r.Status = 500 }, false},
+		{"500 of an at-most-once run", Once, true, func(r *Row) { r.Status = 500 }, false},
+		{"401 of an at-most-once run", Once, false, func(r *Row) { r.Status = 401 }, false},
+		{"404", Plain, true, func(r *Row) { r.Status = 404 }, false},
+		{"500 after Commit", Plain, true, func(r *Row) { r.Status, r.Committed = 500, true }, true},
+		{"Discard", Plain, false, func(r *Row) { r.Discard = true }, false},
+		{"Discard after Commit", Plain, true, func(r *Row) { r.Discard, r.Committed = true, true }, true},
+		{"panic", Plain, false, func(r *Row) { r.Panic = true }, false},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			run := []func(*tale){runs("a", 1, 10), endsWith("a", 20, row.change)}
-			kept := Check(told(row.kind, append(run[:2:2], completes("a", 25, ""))...))
-			freed := Check(told(row.kind, append(run[:2:2], releases("a", 25))...))
+			if row.committed {
+				run = slices.Insert(run, 1, commits("a", 13))
+			}
+			kept := Check(told(row.kind, append(slices.Clip(run), completes("a", 25, ""))...))
+			freed := Check(told(row.kind, append(slices.Clip(run), releases("a", 25))...))
 			if row.final {
 				require.Empty(t, kept.Violations)
 				require.Equal(t, []string{Freed, GaveUp}, freed.Kinds())
 				return
 			}
-			require.Equal(t, []string{Freed}, kept.Kinds())
-			if row.name != "panic" { // which neither keeps nor frees
-				require.Empty(t, freed.Violations)
+			if row.name == "panic" { // which neither keeps nor frees
+				require.Equal(t, []string{Freed}, kept.Kinds())
+				return
 			}
+			require.Equal(t, []string{Freed, NotFreed}, kept.Kinds())
+			require.Empty(t, freed.Violations)
 		})
 	}
 }

@@ -2,51 +2,99 @@ package history
 
 import "time"
 
-// A claim is a call of the store that may have given its visit the key. Those
-// that were refused are none.
+// A claim is a call of Acquire: a claim of the key, or a renewal of one.
 type claim struct {
 	visit          string
+	asked          int  // the attempt that a renewal names; 0 if it is a claim
+	mark           bool // a renewal that is to set Once
 	sent, returned time.Duration
 
-	// known says that the store has said so. What nobody has an answer to may
-	// have reached the store at any time since it was sent, or never.
-	known bool
+	// known says that the store has answered, and what. What nobody has an
+	// answer to may have reached the store at any time since it was sent, or
+	// never.
+	known, refused bool
+	completed      bool // refused, with an answer to replay
+	failed         bool // the visit has lived to see that there is no answer
+	attempt        int
+	marked         bool // the claim has Once
 }
+
+func (k *claim) granted() bool { return k.known && !k.refused }
 
 // may reports whether the claim can have been made between from and until.
 func (k *claim) may(from, until time.Duration) bool {
 	return k.sent <= until && (!k.known || k.returned >= from)
 }
 
-// A call names a call of Acquire.
+// A release is a call of Release.
+type release struct {
+	visit    string
+	sent     time.Duration
+	keep     time.Duration // how long its marker is there at least
+	known    bool          // the store has answered
+	returned time.Duration
+}
+
+// A call names a call of the store.
 type call struct {
 	visit string
 	n     int
 }
 
-// indexClaim makes claims of rows. A process may die between both rows of a
-// claim.
-func (c *checker) indexClaim(calls map[call]*claim, row Row) {
+// indexCall makes calls of rows. A process may die between both rows of a call.
+func (c *checker) indexCall(claims map[call]*claim, releases map[call]*release, row Row) {
 	name := call{row.Visit, row.Call}
-	switch {
-	case row.Type == RowClaim:
-		calls[name] = &claim{visit: row.Visit, sent: row.At}
-		c.claims = append(c.claims, calls[name])
-	case row.Type != RowClaimed && row.Type != RowRenew, row.Err != "", calls[name] == nil:
-	case row.Type == RowRenew, row.State == StateAcquired:
-		*calls[name] = claim{visit: row.Visit, sent: row.Sent, returned: row.Returned, known: true}
-	default:
-		c.claims = without(c.claims, calls[name])
+	k, r := claims[name], releases[name]
+	switch row.Type {
+	case RowClaim:
+		k = &claim{visit: row.Visit, sent: row.At, asked: row.Asked, mark: row.Asked > 0 && row.Once}
+		claims[name] = k
+		c.calls = append(c.calls, k)
+	case RowClaimed, RowRenew:
+		switch {
+		case k == nil:
+		case row.Err != "":
+			k.failed = true
+		default:
+			k.known, k.sent, k.returned, k.attempt, k.marked = true, row.Sent, row.Returned, row.Attempt, row.Once
+			k.refused = row.Type == RowClaimed && row.State != StateAcquired
+			k.completed = row.State == "Completed"
+		}
+	case RowRelease:
+		r = &release{visit: row.Visit, sent: row.At, keep: row.Keep}
+		releases[name] = r
+		c.releases = append(c.releases, r)
+	case RowReleased:
+		if r != nil && row.Err == "" {
+			r.known, r.returned = true, row.Returned
+		}
 	}
 }
 
-func without(claims []*claim, refused *claim) []*claim {
-	for i := len(claims) - 1; i >= 0; i-- {
-		if claims[i] == refused {
-			return append(claims[:i], claims[i+1:]...)
+// indexClaims picks the calls that may have given their visit the key. Renewals
+// do not give it: they find it, or a cell that is absent.
+func (c *checker) indexClaims() {
+	for _, k := range c.calls {
+		if k.asked == 0 && !k.refused {
+			c.claims = append(c.claims, k)
 		}
 	}
-	return claims
+	for _, r := range c.releases {
+		// What the row says is what the middleware asked for, which is not
+		// trusted.
+		if run := c.visits[r.visit]; run != nil && run.end != nil && !run.end.Panic {
+			r.keep = c.marker(run)
+		}
+	}
+}
+
+// marker is how long the marker of r has to be there: for the TTL when r may have
+// got somewhere.
+func (c *checker) marker(r *run) time.Duration {
+	if r.end.Status >= 500 && !r.end.Discard {
+		return c.TTL
+	}
+	return c.Lease
 }
 
 // mayHold reports whether a visit can have got the key between from and until.
@@ -73,30 +121,36 @@ func (c *checker) lostTo(r *run, until time.Duration) bool {
 // freedItself reports whether r may have freed the key until then.
 func (c *checker) freedItself(r *run, until time.Duration) bool {
 	for _, row := range c.releases {
-		if row.Visit == r.Visit && row.At <= until {
+		if row.visit == r.Visit && row.sent <= until {
 			return true
 		}
 	}
 	return false
 }
 
-// freed reports whether the key may have been freed between the claim of a and
-// until, and the marker that this leaves have been there for as long as kept.
-// It was freed by a, or by a claim that did not come to a run, is given back
-// for that, and may have taken the key over before. Who cannot have had the key
-// since then has freed nothing.
-func (c *checker) freed(a *run, until, kept time.Duration) bool {
-	for _, row := range c.releases {
-		if row.At >= a.Sent && row.At+kept <= until && (row.Visit == a.Visit || c.mayHold(row.Visit, a.Sent, until)) {
+// freed reports whether the key may have been freed between from and until: by
+// who may have had it since then. That may be a claim that did not come to a
+// run, and has taken the key over before.
+func (c *checker) freed(from, until time.Duration) bool {
+	return c.freedFor(from, until, func(*release) time.Duration { return 0 })
+}
+
+// absent reports whether the cell may have been absent between from, when it was
+// there, and until: a marker was left in it, and is over. While it is there,
+// attempts go on counting and only a new claim gets the key.
+func (c *checker) absent(from, until time.Duration) bool {
+	return c.freedFor(from, until, func(r *release) time.Duration { return r.keep - tolerance })
+}
+
+func (c *checker) freedFor(from, until time.Duration, long func(*release) time.Duration) bool {
+	for _, r := range c.releases {
+		may := !r.known || r.returned >= from
+		if may && max(r.sent, from)+long(r) <= until && c.mayHold(r.visit, from, until) {
 			return true
 		}
 	}
 	return false
 }
-
-// marker is how long the marker stays that a release leaves, for certain. While
-// it is there, attempts go on counting and only a new claim gets the key.
-func (c *checker) marker() time.Duration { return c.Lease - tolerance }
 
 // over reports whether b may have lost the key to a claim that was sent and
 // answered then: it has freed it, or its lease was over and the key may be taken
@@ -113,13 +167,13 @@ func (c *checker) over(b *run, sent, returned time.Duration) bool {
 }
 
 // checkRenewals judges the renewals of each run against the claims that came
-// after its own. A renewal is a claim like any other: it must not take the key
-// from who has it.
+// after its own. A renewal takes the key from nobody, even when the lease of who
+// has it is over, or the key was freed.
 func (c *checker) checkRenewals() {
 	for _, a := range c.runs {
 		for _, b := range c.runs {
-			if a == b || b.Returned <= a.Sent { // b was there before a
-				continue
+			if a == b || b.Returned <= a.Sent || b.Sent < a.Returned && c.judgePair(b, a) == nil {
+				continue // b was there before a, or may have been
 			}
 			for _, row := range a.renewals {
 				if !c.mayRenew(a, b, row) {
@@ -132,16 +186,16 @@ func (c *checker) checkRenewals() {
 
 // mayRenew judges a renewal of a, whose claim came before that of b. What was
 // sent before b's claim, and answered after it, may have been the first of both.
+// And the marker may be over that b left, or who took the key from b.
 func (c *checker) mayRenew(a, b *run, row Row) bool {
 	before := row.Returned <= b.Sent ||
 		row.Sent < b.Returned && (b.Returned >= row.Sent+c.Lease-tolerance || c.freedItself(a, b.Returned))
-	return before || c.over(b, row.Sent, row.Returned)
+	return before || c.absent(b.Sent, row.Returned) && c.over(b, row.Sent, row.Returned)
 }
 
 // returned reports whether the key may have come back to a, after b claimed it
-// and before a stored its answer: a has claimed it again when b had lost it, or
-// the marker had expired that b left, or who took the key from b and gave it
-// back.
+// and before a stored its answer: a claim of a's that came late took it when b
+// had lost it, or the marker is over that b left, or who took the key from b.
 func (c *checker) returned(a, b *run) bool {
 	for _, k := range c.claims {
 		answered := k.returned
@@ -152,5 +206,53 @@ func (c *checker) returned(a, b *run) bool {
 			return true
 		}
 	}
-	return c.over(b, a.storedBy, a.storedBy) && c.freed(b, a.storedBy, c.marker())
+	return c.over(b, a.storedBy, a.storedBy) && c.absent(b.Sent, a.storedBy)
+}
+
+// checkAttempts wants attempts to count the claims: as long as the cell was not
+// absent, each is higher than those before, and by no more than what may have
+// come in between. Renewals change nothing, and a run is of the attempt that its
+// claim was.
+func (c *checker) checkAttempts() {
+	last := make(map[string]int) // of visits
+	for _, k := range c.calls {
+		switch {
+		case !k.granted():
+		case k.asked > 0 && k.attempt != k.asked:
+			c.violate(Attempt, "%s renewed attempt %d, and was told of attempt %d", k.visit, k.asked, k.attempt)
+		case k.asked == 0:
+			last[k.visit] = k.attempt
+			c.checkAttempt(k)
+		}
+	}
+	for _, r := range c.runs {
+		if r.Attempt != last[r.Visit] {
+			c.violate(Attempt, "%s ran as attempt %d, and its claim was attempt %d", r.Run, r.Attempt, last[r.Visit])
+		}
+	}
+}
+
+func (c *checker) checkAttempt(k *claim) {
+	previous := &claim{known: true} // as it was before all of them
+	for _, other := range c.claims {
+		if other == k || !other.known || other.returned > k.sent {
+			continue
+		}
+		if other.visit != k.visit && k.attempt <= other.attempt && !c.absent(other.sent, k.returned) {
+			c.violate(Attempt, "%s was attempt %d, then %s attempt %d", other.visit, other.attempt, k.visit, k.attempt)
+			return
+		}
+		if other.returned > previous.returned {
+			previous = other
+		}
+	}
+	most := previous.attempt + 1
+	for _, other := range c.claims {
+		if other != k && other != previous && other.may(previous.sent, k.returned) {
+			most++
+		}
+	}
+	if k.attempt > most && !c.absent(previous.sent, k.returned) {
+		c.violate(Attempt, "%s was attempt %d, and there were no more than %d claims", k.visit, k.attempt, most)
+	}
 }

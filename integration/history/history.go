@@ -41,7 +41,7 @@ type Op struct {
 
 // Types of rows.
 const (
-	RowClaim    = "claim"    // the store is about to be asked for the key, by a request or by a renewal
+	RowClaim    = "claim"    // the store is about to be asked for the key, or to renew or mark a claim
 	RowClaimed  = "claimed"  // what it said; RowRenew if a renewal succeeded
 	RowBegin    = "begin"    // a handler has been called
 	RowEffect   = "effect"   // it has done what must not be done twice
@@ -50,6 +50,7 @@ const (
 	RowRenew    = "renew"    // the store has renewed its claim
 	RowComplete = "complete" // the store was told to keep its answer
 	RowRelease  = "release"  // the store is about to be told to free the key
+	RowReleased = "released" // what it said
 )
 
 // A Row is a line of the ledger. Sent and Returned enclose the call of the
@@ -70,11 +71,14 @@ type Row struct {
 
 	Sent, Returned time.Duration
 
-	Call      int    // of RowClaim and what came of it: which call of the visit
-	State     string // of RowClaimed, if there is no Err
-	Err       string // of RowClaimed and RowComplete; ErrLeaseLost, or anything else
-	Once      bool   // of RowRenew
-	Panic     bool   // of RowEnd, like what follows
+	Call  int           // of RowClaim, RowRelease and what came of them: which call of the visit
+	Asked int           // the attempt that a renewal names; 0 if it is a claim
+	Once  bool          // of RowClaim: a mark, if it is a renewal; of its answer: the claim has Once
+	State string        // of RowClaimed, if there is no Err
+	Keep  time.Duration // of RowRelease: how long the marker is to be kept
+	Err   string        // of RowClaimed, RowReleased and RowComplete; ErrLeaseLost, or anything else
+
+	Panic     bool // of RowEnd, like what follows
 	Discard   bool
 	Committed bool // Commit returned nil
 	Status    int
@@ -89,10 +93,9 @@ const ErrLeaseLost = "lease lost"
 // that the key was not given.
 const StateAcquired = "acquired"
 
-// A History is what Check judges. Records must have outlived it (TTL), and the
-// store must not have lost any.
+// A History is what Check judges. The store must not have lost any record.
 type History struct {
-	Lease time.Duration
+	Lease, TTL, MaxExecution time.Duration // Options of all processes
 
 	// NoneDied says that no process was killed and no handler panicked. Then
 	// no outcome stays unknown.
@@ -127,6 +130,10 @@ func (r Row) String() string {
 	switch {
 	case r.Type == RowClaimed && r.Err == "":
 		s += ", " + r.State
+	case r.Type == RowClaim && r.Asked > 0:
+		s += fmt.Sprintf(", a renewal of attempt %d, mark %t", r.Asked, r.Once)
+	case r.Type == RowRelease:
+		s += fmt.Sprintf(", marker for %v", r.Keep)
 	case r.Type == RowBegin:
 		s += ", payload " + r.Payload
 	case r.Type == RowEnd && r.Panic:

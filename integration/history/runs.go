@@ -2,16 +2,13 @@ package history
 
 import (
 	"fmt"
-	"slices"
 	"time"
 )
 
 // checkRuns looks at each run for itself.
 func (c *checker) checkRuns() {
 	effects := 0
-	visits := make(map[string]*run)
 	for _, r := range c.runs {
-		visits[r.Visit] = r
 		effects += r.effects
 		if op := c.op(r.Op); op == nil || op.Payload != r.Payload {
 			c.violate(Payload, "%s ran payload %q, which its request %s did not send", r.Run, r.Payload, r.Op)
@@ -21,15 +18,24 @@ func (c *checker) checkRuns() {
 		}
 		c.checkStoring(r)
 	}
-	for _, row := range c.releases {
-		r := visits[row.Visit]
-		// Who has lost the key gives back what may still arrive of its claims.
-		if r != nil && (r.end == nil || r.end.Panic || r.final()) && !r.toldLost(row.At) {
-			c.violate(Freed, "%s freed the key", r.Run)
-		}
-	}
+	c.checkReleases()
 	if c.atMostOnce() && effects > 1 {
 		c.violate(Twice, "%d effects under an at-most-once key", effects)
+	}
+}
+
+// checkReleases wants runs to free the key when they have come to nothing, and
+// to leave a marker for as long as is due.
+func (c *checker) checkReleases() {
+	for _, row := range c.rows {
+		r := c.visits[row.Visit]
+		switch {
+		case row.Type != RowRelease || r == nil:
+		case r.end == nil || r.end.Panic || r.final():
+			c.violate(Freed, "%s freed the key", r.Run)
+		case row.Keep != c.marker(r):
+			c.violate(Marker, "%s freed the key, with a marker for %v in the place of %v", r.Run, row.Keep, c.marker(r))
+		}
 	}
 }
 
@@ -79,7 +85,7 @@ func (c *checker) checkPairs() {
 		a, b := c.runs[i-1], c.runs[i]
 		switch {
 		case c.atMostOnce():
-		case c.freed(a, b.Returned, 0):
+		case c.freed(a.Sent, b.Returned):
 			c.report.AfterRelease++
 		default:
 			c.report.AfterLease++
@@ -93,11 +99,6 @@ func (c *checker) add(v *Violation) {
 	}
 }
 
-// toldLost reports whether the store had refused the answer of r until then.
-func (r *run) toldLost(until time.Duration) bool {
-	return slices.ContainsFunc(r.completes, func(row Row) bool { return row.Err == ErrLeaseLost && row.Returned <= until })
-}
-
 // judgePair judges b, whose claim came after that of a. Between both:
 //
 //   - a has freed the key, or its lease was over. That is counted from the last
@@ -106,9 +107,7 @@ func (r *run) toldLost(until time.Duration) bool {
 //   - a has not stored its answer. It may do so later only if the key has come
 //     back to it;
 //   - the payload is the same, unless the key was freed, or the store cannot
-//     know it: the claim of a large body has none;
-//   - attempts count upwards, unless the key was freed for so long that the
-//     store has forgotten it.
+//     know it: the claim of a large body has none.
 func (c *checker) judgePair(a, b *run) *Violation {
 	violate := func(kind, format string, args ...any) *Violation {
 		return &Violation{kind, c.key, fmt.Sprintf("%s, then %s: ", a.Run, b.Run) + fmt.Sprintf(format, args...)}
@@ -127,11 +126,8 @@ func (c *checker) judgePair(a, b *run) *Violation {
 	if !own && b.Returned < held+c.Lease-tolerance {
 		return violate(Overlap, "%v after the claim or its renewal, of a lease of %v", b.Returned-held, c.Lease)
 	}
-	if a.Payload != b.Payload && c.kind != Large && !c.freed(a, b.Returned, 0) {
+	if a.Payload != b.Payload && c.kind != Large && !c.freed(a.Sent, b.Returned) {
 		return violate(Payload, "payload %q, then %q", a.Payload, b.Payload)
-	}
-	if b.Attempt <= a.Attempt && !c.freed(a, b.Returned, c.marker()) {
-		return violate(Attempt, "attempt %d, then %d", a.Attempt, b.Attempt)
 	}
 	if a.stored && !c.returned(a, b) {
 		return violate(Stale, "the first stored its answer after the second was let in")
@@ -152,9 +148,9 @@ func (r *run) held(until time.Duration) time.Duration {
 }
 
 // gaveUp reports whether a run that had to store its answer, and could not,
-// stopped trying long before its lease ended, though its process lived. It tries
-// for the last time when the lease ends. Only who may have lost the key to
-// somebody else may stop when told so.
+// stopped trying though its process lived and its time was not over: a lease
+// and MaxExecution. Only who may have lost the key to somebody else may stop when
+// told so.
 //
 // A renewal that comes back when the handler returns may be too late to count.
 func (c *checker) gaveUp(r *run) (end time.Duration, gaveUp bool) {
@@ -167,18 +163,22 @@ func (c *checker) gaveUp(r *run) (end time.Duration, gaveUp bool) {
 			end = max(end, row.Sent)
 		}
 	}
-	end += c.Lease
-	if killed, ok := c.Killed[r.Process]; ok && killed <= end+longestTry*c.Lease {
-		return end, false
+	end += c.Lease + c.MaxExecution
+	slack := longestPause * c.Lease
+	if killed, ok := c.Killed[r.Process]; ok {
+		if killed < r.end.At+slack {
+			return end, false
+		}
+		end = min(end, killed)
 	}
 	for _, row := range r.completes {
-		if row.Err == ErrLeaseLost && c.lostTo(r, row.Returned) || row.Returned >= end-c.Lease/4 {
+		if row.Err == ErrLeaseLost && c.lostTo(r, row.Returned) || row.Returned >= end-slack {
 			return end, false
 		}
 	}
 	return end, true
 }
 
-// longestTry is for how many leases a try may go on that began when the lease
-// ended: its process may be stopped in the middle of it.
-const longestTry = 3
+// longestPause is for how many leases there may be nothing between two tries:
+// a process may be stopped for two and a half.
+const longestPause = 4

@@ -15,7 +15,7 @@ type tale struct {
 }
 
 func told(kind string, lines ...func(*tale)) History {
-	t := &tale{h: History{Lease: lease}, kind: kind}
+	t := &tale{h: History{Lease: lease, TTL: 10 * lease, MaxExecution: 5 * lease}, kind: kind}
 	for _, line := range lines {
 		line(t)
 	}
@@ -40,15 +40,27 @@ func (t *tale) op(id string, from, to time.Duration, change func(*Op)) {
 // millisecond after the row that announces it.
 func (t *tale) claim(visit string, announced time.Duration, kind string, at time.Duration, change func(*Row)) {
 	number := len(t.h.Rows) + 1
-	t.row(announced, RowClaim, visit, func(r *Row) { r.Call = number })
+	answer := Row{Attempt: 1}
+	change(&answer)
+	t.row(announced, RowClaim, visit, func(r *Row) { r.Call, r.Asked, r.Once = number, answer.Asked, answer.Once })
 	t.row(at, kind, visit, func(r *Row) {
-		r.Call, r.Sent, r.Returned = number, announced*ms, at*ms
+		r.Call, r.Sent, r.Returned, r.Attempt = number, announced*ms, at*ms, 1
 		change(r)
 	})
 }
 
+// attemptOf returns the attempt that the claim of a visit was.
+func (t *tale) attemptOf(visit string) (attempt int) {
+	for _, row := range t.h.Rows {
+		if row.Visit == "visit-"+visit && row.Type == RowClaimed {
+			attempt = row.Attempt
+		}
+	}
+	return attempt
+}
+
 // runs is a run and its request, which has no answer unless told otherwise.
-// A run is named like its request.
+// A run is named like its request. That of an at-most-once key is marked.
 func runs(run string, attempt int, at time.Duration) func(*tale) {
 	return runsWith("payload", run, attempt, at)
 }
@@ -56,7 +68,10 @@ func runs(run string, attempt int, at time.Duration) func(*tale) {
 func runsWith(payload, run string, attempt int, at time.Duration) func(*tale) {
 	return func(t *tale) {
 		t.op(run, at-1, at+1000, func(op *Op) { op.Err, op.Payload = "broken", payload })
-		t.claim(run, at-1, RowClaimed, at, func(r *Row) { r.State = StateAcquired })
+		t.claim(run, at-1, RowClaimed, at, func(r *Row) { r.State, r.Attempt = StateAcquired, attempt })
+		if t.kind == Once {
+			marks(run, at, at+1)(t)
+		}
 		t.row(at+1, RowBegin, run, func(r *Row) {
 			r.Run, r.Attempt, r.Payload, r.Sent, r.Returned = run, attempt, payload, (at-1)*ms, at*ms
 		})
@@ -86,21 +101,57 @@ func panics(run string, at time.Duration) func(*tale) {
 
 func commits(run string, at time.Duration) func(*tale) {
 	return func(t *tale) {
-		t.row(at, RowCommit, run, nil)
-		t.claim(run, at-1, RowRenew, at, func(r *Row) { r.Once = true })
+		t.row(at-1, RowCommit, run, nil)
+		marks(run, at-1, at)(t)
+	}
+}
+
+// marks is a renewal that marks the claim.
+func marks(visit string, from, to time.Duration) func(*tale) {
+	return func(t *tale) {
+		t.claim(visit, from, RowRenew, to, func(r *Row) {
+			r.Attempt, r.Asked, r.Once = t.attemptOf(visit), t.attemptOf(visit), true
+		})
+	}
+}
+
+// marksInVain is a mark to which there is no answer, or a refusal.
+func marksInVain(visit string, from, to time.Duration, state string) func(*tale) {
+	return func(t *tale) {
+		t.claim(visit, from, RowClaimed, to, func(r *Row) {
+			r.Asked, r.Once, r.State = t.attemptOf(visit), true, state
+			if state == "" {
+				r.Err = "down"
+			}
+		})
+	}
+}
+
+// marksAndDies is a mark whose process did not live to tell more.
+func marksAndDies(visit string, at time.Duration) func(*tale) {
+	return func(t *tale) {
+		t.row(at, RowClaim, visit, func(r *Row) { r.Call, r.Asked, r.Once = len(t.h.Rows)+1, t.attemptOf(visit), true })
 	}
 }
 
 func renews(run string, at time.Duration) func(*tale) { return renewsSlowly(run, at-1, at) }
 
 func renewsSlowly(run string, from, to time.Duration) func(*tale) {
-	return func(t *tale) { t.claim(run, from, RowRenew, to, func(*Row) {}) }
+	return func(t *tale) {
+		t.claim(run, from, RowRenew, to, func(r *Row) { r.Attempt, r.Asked = t.attemptOf(run), t.attemptOf(run) })
+	}
 }
 
-// claims is a claim that does not come to a run. It was made, it was refused,
-// or nobody knows.
+// asksStore is a claim that does not come to a run. It was made, as the second
+// attempt, it was refused, or nobody knows.
 func asksStore(visit string, at time.Duration, state, err string) func(*tale) {
-	return func(t *tale) { t.claim(visit, at-1, RowClaimed, at, func(r *Row) { r.State, r.Err = state, err }) }
+	return asksStoreAs(visit, 2, at, state, err)
+}
+
+func asksStoreAs(visit string, attempt int, at time.Duration, state, err string) func(*tale) {
+	return func(t *tale) {
+		t.claim(visit, at-1, RowClaimed, at, func(r *Row) { r.State, r.Err, r.Attempt = state, err, attempt })
+	}
 }
 
 // asked is a claim whose process did not live to tell of it.
@@ -108,8 +159,31 @@ func asked(visit string, at time.Duration) func(*tale) {
 	return func(t *tale) { t.row(at, RowClaim, visit, func(r *Row) { r.Call = len(t.h.Rows) + 1 }) }
 }
 
+// releases leaves a marker for as long as is due. The store answers.
 func releases(run string, at time.Duration) func(*tale) {
-	return func(t *tale) { t.row(at, RowRelease, run, nil) }
+	return func(t *tale) { releasesFor(run, at, t.due(run), "")(t) }
+}
+
+// triesToRelease is a Release to which there is no answer.
+func triesToRelease(run string, at time.Duration) func(*tale) {
+	return func(t *tale) { releasesFor(run, at, t.due(run), "down")(t) }
+}
+
+func releasesFor(run string, at, keep time.Duration, err string) func(*tale) {
+	return func(t *tale) {
+		number := len(t.h.Rows) + 1
+		t.row(at, RowRelease, run, func(r *Row) { r.Call, r.Keep = number, keep })
+		t.row(at+1, RowReleased, run, func(r *Row) { r.Call, r.Sent, r.Returned, r.Err = number, at*ms, (at+1)*ms, err })
+	}
+}
+
+func (t *tale) due(run string) time.Duration {
+	for _, row := range t.h.Rows {
+		if row.Visit == "visit-"+run && row.Type == RowEnd && row.Status >= 500 && !row.Discard {
+			return t.h.TTL
+		}
+	}
+	return t.h.Lease
 }
 
 func completes(run string, at time.Duration, err string) func(*tale) {
