@@ -19,9 +19,9 @@ type redisQuestion struct {
 	answer redisAnswer   // the zero answer when Redis failed
 }
 
-// A claim waits for the questions of others for questionPatience, and for
-// maxQuestions of them. Then it asks Redis for itself, so that one connection
-// that hangs does not hold up all duplicates.
+// A claim waits for a question of another claim for questionPatience. Then it
+// gives that one up and leads the next, so that one connection that hangs does
+// not hold up all duplicates. After maxQuestions it asks Redis for itself.
 const (
 	questionPatience = 50 * time.Millisecond
 	maxQuestions     = 4
@@ -32,10 +32,9 @@ const (
 // its leader is not shared. Answers are shared only where Redis would say the
 // same to this call, and change nothing.
 func (s *RedisStore) share(ctx context.Context, name string, c Claim) (Record, error) {
-	var patience *time.Timer
 	for n := range maxQuestions {
 		// A claim that finds no question leads one. So only one question is on
-		// its way, apart from those of claims that waited in vain.
+		// its way, apart from those that were given up.
 		s.mu.Lock()
 		q := s.questions[name]
 		if q == nil {
@@ -48,12 +47,12 @@ func (s *RedisStore) share(ctx context.Context, name string, c Claim) (Record, e
 			q.done = make(chan struct{})
 		}
 		s.mu.Unlock()
-		if patience == nil {
-			patience = time.NewTimer(questionPatience)
-			defer patience.Stop()
-		}
-		if !q.wait(ctx, patience) {
-			break
+		if !q.wait(ctx) {
+			if err := ctx.Err(); err != nil {
+				return Record{}, err
+			}
+			s.removeQuestion(name, q)
+			continue
 		}
 		if n == 0 {
 			continue // Redis may have answered it before the call began
@@ -62,14 +61,14 @@ func (s *RedisStore) share(ctx context.Context, name string, c Claim) (Record, e
 			return rec, nil
 		}
 	}
-	// The claim asks for itself, and does not lead: the question that it waited
-	// for may still be on its way.
 	answer, err := s.claim(ctx, name, c, s.isWatched(name))
 	return answer.Record, err
 }
 
 // wait waits until the question is done. It is false when that took too long.
-func (q *redisQuestion) wait(ctx context.Context, patience *time.Timer) bool {
+func (q *redisQuestion) wait(ctx context.Context) bool {
+	patience := time.NewTimer(questionPatience)
+	defer patience.Stop()
 	select {
 	case <-q.done:
 		return true
@@ -79,15 +78,23 @@ func (q *redisQuestion) wait(ctx context.Context, patience *time.Timer) bool {
 	return false
 }
 
+// removeQuestion makes room for the next question. A question that was given up
+// may have been followed by another, which stays.
+func (s *RedisStore) removeQuestion(name string, q *redisQuestion) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.questions[name] == q {
+		delete(s.questions, name)
+	}
+}
+
 // lead claims, and gives the answer to the claims that wait for q. It ends the
 // question even if the client of Redis panics: the claims that wait would
 // otherwise wait in vain.
 func (s *RedisStore) lead(ctx context.Context, name string, c Claim, q *redisQuestion) (Record, error) {
 	defer func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		delete(s.questions, name)
-		if q.done != nil {
+		s.removeQuestion(name, q)
+		if q.done != nil { // no claim finds it any more
 			close(q.done)
 		}
 	}()
