@@ -12,23 +12,26 @@ import (
 
 // A retry repeats a store call in the background, until it succeeds or its time
 // is over. It has a timer and no goroutine, and holds no request: while a store
-// is down there may be one for each request that was refused.
+// is down, there may be one for each request that was refused.
 type retry struct {
 	call   func() error
-	until  time.Time // a failure from then on is the last one
+	until  time.Time // a failure after it is the last one
 	pause  time.Duration
 	longer time.Duration   // the longest pause
 	done   func(err error) // called with the last error, or nil
 }
 
+// firstRetry is the first pause, which doubles with each failure.
 const firstRetry = 50 * time.Millisecond
 
-// start makes the first try after a short pause.
+// start makes the first try after a short pause: the request itself has tried
+// just before.
 func (r *retry) start() {
 	r.pause = firstRetry
 	r.again()
 }
 
+// try makes one try, on the goroutine of the timer.
 func (r *retry) try() {
 	err := r.call()
 	switch {
@@ -40,42 +43,66 @@ func (r *retry) try() {
 	}
 }
 
-// again waits for about the pause: those that failed together come back one
-// after the other.
+// again sets the timer for about the pause. The jitter spreads calls that
+// failed together, so that a store that comes back is not asked by all of them
+// at once. The last try is made when the time is over, and not before.
 func (r *retry) again() {
 	pause := r.pause/2 + rand.N(r.pause/2+1)
 	time.AfterFunc(min(pause, max(0, time.Until(r.until))), r.try)
 }
 
-// completeLater goes on storing the result of a handler that has finished. It
-// goes on beyond the end of the lease, until which no other request can run: from
-// then on a retry may come first, and Complete then finds that the key is lost.
-func (c *claim) completeLater(ctx context.Context, r Result) {
-	r.Fingerprint = bytes.Clone(r.Fingerprint)
+// completeLater goes on storing the result of a handler that has finished, for
+// the rest of the lease and MaxExecution more. Until the lease ends, no other
+// request can run. After that a retry may come first and run the handler again,
+// unless the key is at-most-once; Complete then finds that the key is lost, and
+// gives up. If no retry has come, a late record is still better than none: the
+// next retry gets it.
+//
+// A store may be up and refuse the result, one that is too large for it, say. A
+// handler that has finished must not run again because of that. So from the last
+// third of the lease on, small takes the place of a result that the store refuses
+// just after it has renewed the claim.
+func (c *claim) completeLater(ctx context.Context, r, small Result) {
 	leaseEnd, _ := c.standing()
-	until := leaseEnd.Add(c.opts.MaxExecution)
-	call, storeKey := c.detached(ctx), strings.Clone(c.storeKey)
-	token, m := strings.Clone(c.token), c.middleware
-	later := retry{until: until, longer: c.opts.Lease / 6, call: func() error {
-		return callStore(call, m.opts.StoreTimeout, func(ctx context.Context) error {
-			return m.store.Complete(ctx, storeKey, token, r)
-		})
-	}}
+	ctx, o := c.detach(ctx)
+	r.Fingerprint = bytes.Clone(r.Fingerprint) // the request, which holds it, is over
+	small.Fingerprint = r.Fingerprint
+	renewal := c.question(c.attempt, c.hasSentMark())
+	renewal.Token, renewal.Fingerprint = o.token, r.Fingerprint
+	later := retry{until: leaseEnd.Add(o.opts.MaxExecution), longer: o.opts.Lease / 6}
+	later.call = func() error {
+		err := o.storeResult(ctx, o.opts.StoreTimeout, r)
+		if err == nil || isFinalError(err) || time.Until(leaseEnd) > o.opts.Lease/3 {
+			return err
+		}
+		rec, down := o.acquire(ctx, o.opts.StoreTimeout, renewal)
+		if down != nil || rec.State != Acquired {
+			return err
+		}
+		if err = o.storeResult(ctx, o.opts.StoreTimeout, r); err == nil || isFinalError(err) {
+			return err
+		}
+		o.warn(ctx, o.storeKey, "the store refuses a response, so retries are told response_not_stored", err)
+		return o.storeResult(ctx, o.opts.StoreTimeout, small)
+	}
 	later.done = func(err error) {
 		if err != nil {
-			m.warn(call, storeKey, "storing a response failed, its request may run again", err)
+			o.warn(ctx, o.storeKey, "storing a response failed, its request may run again", err)
 		}
 	}
 	later.start()
 }
 
-// The bounds of what is released in the background.
+// The bounds of what a middleware releases in the background. At 2,000 refused
+// requests a second, a store that is down for a lease of 30s would otherwise
+// leave 60,000 timers.
 const (
-	maxPendingReleases = 50_000 // at a time, of one middleware; about 30 MiB
-	maxReleaseCalls    = 16     // at a time, so that a store that comes back is not flooded
+	maxPendingReleases = 50_000 // keys that wait to be released; about 30 MiB
+	maxReleaseCalls    = 16     // store calls at a time, so that a store that comes back is not flooded
 )
 
-// releases counts what a middleware releases in the background.
+// releases counts what a middleware releases in the background: the keys, and
+// the store calls that are on their way.
 type releases struct{ pending, calls atomic.Int64 }
 
 var (
@@ -85,7 +112,8 @@ var (
 
 // releaseLater frees the key in the background. It goes on for one lease, after
 // which an unmarked claim has ended by itself. A mark that was sent may stand
-// until TTL, so it gets another MaxExecution.
+// until TTL, so releaseLater then goes on for MaxExecution more. After that, or
+// when too many keys wait already, the key stays claimed, and the log says so.
 func (c *claim) releaseLater(ctx context.Context, keep time.Duration) {
 	if c.releases.pending.Add(1) > maxPendingReleases {
 		c.releases.pending.Add(-1)
@@ -96,40 +124,32 @@ func (c *claim) releaseLater(ctx context.Context, keep time.Duration) {
 	if c.hasSentMark() {
 		until = until.Add(c.opts.MaxExecution)
 	}
-	call, storeKey := c.detached(ctx), strings.Clone(c.storeKey)
-	token, m := strings.Clone(c.token), c.middleware
-	later := retry{until: until, longer: c.opts.Lease / 6, call: func() error {
-		if m.releases.calls.Add(1) > maxReleaseCalls {
-			m.releases.calls.Add(-1)
+	ctx, o := c.detach(ctx)
+	later := retry{until: until, longer: o.opts.Lease / 6}
+	later.call = func() error {
+		defer o.releases.calls.Add(-1)
+		if o.releases.calls.Add(1) > maxReleaseCalls {
 			return errReleasesBusy
 		}
-		defer m.releases.calls.Add(-1)
-		return callStore(call, m.opts.StoreTimeout, func(ctx context.Context) error {
-			return m.store.Release(ctx, storeKey, token, keep)
-		})
-	}}
+		return o.freeKey(ctx, o.opts.StoreTimeout, keep)
+	}
 	later.done = func(err error) {
-		m.releases.pending.Add(-1)
+		o.releases.pending.Add(-1)
 		if err != nil {
-			m.warn(call, storeKey, "freeing a key failed, it stays claimed", err)
+			o.warn(ctx, o.storeKey, "freeing a key failed, it stays claimed", err)
 		}
 	}
 	later.start()
 }
 
-func (c *claim) hasSentMark() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.markSent
-}
-
-// detached returns a context that carries a copy of the Execution in ctx, if
-// there is one, and nothing else: the values of a request belong to its router
-// once the request is over, and may be large.
-func (c *claim) detached(ctx context.Context) context.Context {
+// detach returns what calls in the background need, and nothing of the request,
+// whose values belong to its router once it is over and may be large. The
+// context carries a copy of the Execution in ctx, if there is one.
+func (c *claim) detach(ctx context.Context) (context.Context, owner) {
+	o := owner{c.middleware, strings.Clone(c.storeKey), strings.Clone(c.token)}
 	e, ok := FromContext(ctx)
-	if !ok || e.storeKey != c.storeKey {
-		return context.Background()
+	if !ok {
+		return context.Background(), o
 	}
-	return context.WithValue(context.Background(), executionKey{}, e.detachedCopy())
+	return context.WithValue(context.Background(), executionKey{}, e.detachedCopy()), o
 }

@@ -5,9 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
+	"net/http/httptest"
 	"runtime"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -267,4 +270,218 @@ func TestBackgroundStoresWhatWasAnswered(t *testing.T) {
 		}
 		require.Equal(t, 10, c.Runs())
 	})
+}
+
+// A store may be up and refuse a response, one that is too large for an item,
+// say. The handler has finished, so it does not run again: before the lease ends
+// a small record takes the place of the response.
+func TestStoreRefusesAResponse(t *testing.T) {
+	for name, opts := range map[string]idempotency.Options{
+		"plain": {}, "at most once": {AtMostOnce: true}, "sealed": {AEAD: newAEAD(t, 1)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+				s.OnComplete = func(ctx context.Context, key, token string, r idempotency.Result) error {
+					if len(r.Value) > 1000 {
+						return errors.New("the item is too large")
+					}
+					return s.MemoryStore.Complete(ctx, key, token, r)
+				}
+				opts.Wait = idempotency.NoWait
+				c := idemtest.NewClient(s, &opts, func(w http.ResponseWriter, r *http.Request) {
+					w.WriteHeader(http.StatusCreated)
+					_, _ = w.Write(make([]byte, 2000))
+				})
+				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 " + string(make([]byte, 2000))})
+				time.Sleep(15 * time.Second) // the store may recover yet
+				c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
+				time.Sleep(14 * time.Second)
+				c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "409 response_not_stored", Original: 201})
+				time.Sleep(time.Hour)
+				c.Check(t, 3, idemtest.Exchange{Key: "a", Get: "409 response_not_stored", Original: 201})
+				require.Equal(t, 1, c.Runs())
+			})
+		})
+	}
+}
+
+// What goes on in the background knows its Execution, and nothing of the request.
+func TestBackgroundHoldsNoRequest(t *testing.T) {
+	type valueKey struct{}
+	synctest.Test(t, func(t *testing.T) {
+		start := time.Now()
+		late := 0
+		s := &idemtest.ObservedStore{Store: downFor(start, time.Minute), Look: func(ctx context.Context, method string) {
+			if time.Since(start) < 5*time.Second || method == "Acquire" {
+				return
+			}
+			late++
+			require.Nil(t, ctx.Value(valueKey{}), method)
+			e, ok := idempotency.FromContext(ctx)
+			require.True(t, ok, method)
+			require.Equal(t, "a", e.Key())
+			require.Equal(t, 1, e.Attempt())
+			require.Error(t, e.Commit(ctx))
+		}}
+		for _, status := range []int{http.StatusCreated, http.StatusTooManyRequests} {
+			c := idemtest.NewClient(s, &idempotency.Options{}, idemtest.Answering(status))
+			r := c.Request(idemtest.Exchange{Key: "a", Target: fmt.Sprint("/", status)})
+			require.Equal(t, status, c.Do(r.WithContext(context.WithValue(r.Context(), valueKey{}, "large"))).StatusCode)
+		}
+		time.Sleep(2 * time.Minute)
+		require.Greater(t, late, 2)
+	})
+}
+
+// downFor is a store that takes claims and fails everything else for d.
+func downFor(start time.Time, d time.Duration) idempotency.Store {
+	s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+	s.OnComplete = func(ctx context.Context, key, token string, r idempotency.Result) error {
+		if time.Since(start) < d {
+			return idemtest.ErrDown
+		}
+		return s.MemoryStore.Complete(ctx, key, token, r)
+	}
+	s.OnRelease = func(ctx context.Context, key, token string, keep time.Duration) error {
+		if time.Since(start) < d {
+			return idemtest.ErrDown
+		}
+		return s.MemoryStore.Release(ctx, key, token, keep)
+	}
+	return s
+}
+
+// Marked keys whose store comes back are all freed, though only a few at a time.
+func TestGivingBackManyMarkedKeys(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const requests = 500
+		start, releases := time.Now(), map[time.Duration]bool{}
+		down := func() bool { return time.Since(start) < time.Minute }
+		s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+		losesAnswersTo(true)(s, down)
+		var mu sync.Mutex
+		s.OnRelease = func(ctx context.Context, key, token string, keep time.Duration) error {
+			mu.Lock()
+			releases[time.Since(start)] = true
+			mu.Unlock()
+			if down() {
+				<-ctx.Done()
+				return ctx.Err()
+			}
+			time.Sleep(10 * time.Millisecond)
+			return s.MemoryStore.Release(ctx, key, token, keep)
+		}
+		c := idemtest.NewClient(s, &idempotency.Options{AtMostOnce: true, Lease: 2 * time.Second}, nil)
+		for i := range requests {
+			c.Check(t, i, idemtest.Exchange{Key: fmt.Sprint(i), Get: "503 store_unavailable"})
+		}
+		require.True(t, down())
+		time.Sleep(2 * time.Minute)
+		synctest.Wait()
+		require.Greater(t, len(releases), requests/2, "one after the other")
+		for i := range requests {
+			c.Check(t, i, idemtest.Exchange{Key: fmt.Sprint(i), Get: fmt.Sprintf("201 charge %d", i+1)})
+		}
+	})
+}
+
+// The number of keys that wait is bounded, and those that do not get in leave no
+// trace.
+func TestReleasesAreBounded(t *testing.T) {
+	if idemtest.RaceDetector {
+		t.Skip("it is about numbers")
+	}
+	synctest.Test(t, func(t *testing.T) {
+		const bound = 50_000
+		s, up := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}, atomic.Bool{}
+		s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+			return idempotency.Record{}, idemtest.ErrDown
+		}
+		s.OnRelease = func(context.Context, string, string, time.Duration) error {
+			if !up.Load() {
+				return idemtest.ErrDown
+			}
+			return nil
+		}
+		var stay countingHandler
+		c := idemtest.NewClient(s, &idempotency.Options{
+			Logger: slog.New(&stay), ErrorHandler: func(http.ResponseWriter, *http.Request, *idempotency.Error) {},
+		}, nil)
+		w, r := httptest.NewRecorder(), c.Request(idemtest.Exchange{Key: "a"})
+		refused := func(n int) (keys int64) {
+			before := stay.Load()
+			for range n {
+				r.Body = http.NoBody
+				c.Handler.ServeHTTP(w, r)
+			}
+			return stay.Load() - before
+		}
+		require.Zero(t, refused(bound))
+		require.EqualValues(t, bound, refused(bound))
+		up.Store(true)
+		time.Sleep(time.Hour)
+		require.Zero(t, refused(10))
+		time.Sleep(time.Hour)
+	})
+}
+
+// countingHandler counts the keys that stay claimed.
+type countingHandler struct{ atomic.Int64 }
+
+func (*countingHandler) Enabled(context.Context, slog.Level) bool { return true }
+
+func (h *countingHandler) WithAttrs([]slog.Attr) slog.Handler { return h }
+
+func (h *countingHandler) WithGroup(string) slog.Handler { return h }
+
+func (h *countingHandler) Handle(_ context.Context, r slog.Record) error {
+	if strings.HasSuffix(r.Message, "a key stays claimed") {
+		h.Add(1)
+	}
+	return nil
+}
+
+// In the background the store gets the Execution, and nothing of the request.
+// Tries become rarer, and end with an answer.
+func TestCallsInTheBackground(t *testing.T) {
+	for name, status := range map[string]int{"Complete": 201, "Release": 500} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				start, calls, since := time.Now(), 0, time.Duration(0)
+				s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+				look := func(ctx context.Context) error {
+					calls++
+					e, ok := idempotency.FromContext(ctx)
+					require.True(t, ok)
+					if name == "Release" {
+						require.Equal(t, "a transaction", e.Attachment())
+					}
+					since = time.Since(start)
+					if since < time.Second {
+						return idemtest.ErrDown
+					}
+					require.Nil(t, ctx.Value(tenantKey{}))
+					if since < 29*time.Second {
+						return idemtest.ErrDown
+					}
+					return idempotency.ErrLeaseLost
+				}
+				s.OnComplete = func(ctx context.Context, _, _ string, _ idempotency.Result) error { return look(ctx) }
+				s.OnRelease = func(ctx context.Context, _, _ string, _ time.Duration) error { return look(ctx) }
+				c := idemtest.NewClient(s, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+					if name == "Release" {
+						idemtest.Execution(r).Attach("a transaction")
+					}
+					w.WriteHeader(status)
+				})
+				ctx := context.WithValue(t.Context(), tenantKey{}, "acme")
+				require.NotNil(t, c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx)))
+				time.Sleep(time.Hour)
+				synctest.Wait()
+				require.Less(t, calls, 40)
+				require.Less(t, since, 36*time.Second, "that the key is lost is final")
+			})
+		})
+	}
 }

@@ -15,48 +15,87 @@ import (
 const tokenBytes = 22
 
 // newToken returns 16 random bytes. They tell owners apart and are no secret,
-// so they need not come from crypto/rand.
+// so they need not come from crypto/rand, which takes several times as long.
 func newToken() (token [16]byte) {
 	binary.LittleEndian.PutUint64(token[:8], rand.Uint64())
 	binary.LittleEndian.PutUint64(token[8:], rand.Uint64())
 	return token
 }
 
+// An owner is the name under which a request calls the store: a key and a token.
+// It outlives the request where a call goes on in the background.
+type owner struct {
+	*middleware
+	storeKey, token string
+}
+
+// acquire calls Acquire. A State that does not exist, or a claim without an
+// attempt, which could not be renewed, is a failure of the store and not a free
+// key.
+func (o owner) acquire(ctx context.Context, timeout time.Duration, q Claim) (rec Record, err error) {
+	err = callStore(ctx, timeout, func(ctx context.Context) error {
+		rec, err = o.store.Acquire(ctx, o.storeKey, q)
+		if err == nil && (rec.State < Acquired || rec.State > Lost || rec.State == Acquired && rec.Attempt < 1) {
+			err = fmt.Errorf("store returned %v with attempt %d", rec.State, rec.Attempt)
+		}
+		return err
+	})
+	if err != nil {
+		return Record{}, err
+	}
+	return rec, nil
+}
+
+// storeResult calls Complete.
+func (o owner) storeResult(ctx context.Context, timeout time.Duration, r Result) error {
+	return callStore(ctx, timeout, func(ctx context.Context) error {
+		return o.store.Complete(ctx, o.storeKey, o.token, r)
+	})
+}
+
+// freeKey calls Release.
+func (o owner) freeKey(ctx context.Context, timeout, keep time.Duration) error {
+	return callStore(ctx, timeout, func(ctx context.Context) error {
+		return o.store.Release(ctx, o.storeKey, o.token, keep)
+	})
+}
+
 // A claim is the hold of one request on its key. It asks for the key, waits for
 // it, renews it, and gives it up by storing a result or by freeing the key. No
 // other part of the middleware calls the Store.
 //
-// Two rules of Store keep the claim simple. A renewal marks only the attempt
-// that it names, and only renewals mark. So a command of a claim that arrives
-// after the claim has ended holds the key for one lease at the most, and needs
-// no attention.
+// Two rules of Store keep the claim simple: only a renewal marks, and it marks
+// only the attempt that it names. So a command of a claim that arrives after
+// the claim has ended holds the key for one lease at most. The middleware need
+// not look for it.
 type claim struct {
-	*middleware
-	storeKey    string
-	token       string
+	owner
 	fingerprint []byte
 
 	// These are written until the handler starts, by the goroutine of the
 	// request alone.
 	attempt      int
 	answered     time.Time     // when the store answered the last Acquire
-	waited       time.Duration // for another execution
+	waited       time.Duration // how long the request waited for another execution
 	heldByOther  bool          // another execution may be running
-	mayBeClaimed bool          // the store may hold a claim that no handler runs under
-	handler      *cancellation // of the handler, or nil before it starts
+	mayBeClaimed bool          // a call has failed that may have claimed the key, or may do so yet
+	handler      *cancellation // cancels the handler; nil before it starts
 
 	mu       sync.Mutex // guards what follows
 	leaseEnd time.Time  // the lease runs until then at least, by our monotonic clock
 	marked   bool       // the store said that the claim has Once
 	markSent bool       // a mark was sent, answered or not
 	lost     bool       // a renewal found that the key is not ours any more
+	freed    bool       // the key was freed, so that nothing may mark it
 }
 
-// errLateClaim says why a request is refused whose process was too slow.
+// errLateClaim is why a request is refused when its process was too slow to use
+// the claim, or when the store has lost the mark twice.
 var errLateClaim = errors.New("idempotency: the lease was over, or the mark lost, before the handler could start")
 
-// get asks for the key and, while another execution holds it, waits. The client's
-// cancellation, which comes with ctx, ends waiting but no store call.
+// get asks for the key and, while another execution holds it, waits. The
+// client's cancellation, which comes with ctx, ends the wait and never a store
+// call: a claim that was cancelled on its way may have been written.
 func (c *claim) get(ctx context.Context) (Record, error) {
 	rec, err := c.try(ctx)
 	if err != nil || rec.State != InProgress {
@@ -69,9 +108,13 @@ func (c *claim) get(ctx context.Context) (Record, error) {
 	return c.wait(ctx, rec)
 }
 
-// try asks for the key. A process that was stopped between the question and the
-// answer may find that the lease is over by now, and that another owner has come
-// and gone. It asks once more then.
+// try asks for the key, and with AtMostOnce marks it. The handler must not
+// start under a lease that is over: a process that was stopped between the
+// question and the answer may have been overtaken by another owner. So try
+// compares the end of the lease with the time of the last answer. When the
+// lease is over or the mark is missing, it asks once more. After two such
+// failures the request is refused, because a process that is so slow would lose
+// its lease while the handler runs.
 func (c *claim) try(ctx context.Context) (Record, error) {
 	for range 2 {
 		sent := monotonicNow()
@@ -94,30 +137,44 @@ func (c *claim) try(ctx context.Context) (Record, error) {
 		if (rec.Once || !c.opts.AtMostOnce) && c.answered.Before(c.leaseEnd) {
 			return rec, nil
 		}
+		c.heldByOther = true // by an owner that came while this process was stopped
 	}
-	c.mayBeClaimed, c.heldByOther = true, true
+	c.mayBeClaimed = true
 	return Record{}, errLateClaim
 }
 
-// hold notes that the key was claimed.
+// hold notes that the key was claimed. The lease counts from when the question
+// was sent, which is before the store began to count: the claim never relies on
+// a lease for longer than the store does.
 func (c *claim) hold(sent time.Time, rec Record) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.attempt, c.leaseEnd, c.lost = rec.Attempt, sent.Add(c.opts.Lease), false
 }
 
-// ask asks the store for the key, or to renew the claim of attempt. It asks once
-// more when the first answer is lost: the token makes that harmless. The first
-// try gets half of StoreTimeout, so that one that hangs leaves time for another.
-func (c *claim) ask(ctx context.Context, sent time.Time, attempt int, once bool) (Record, error) {
-	q := Claim{
+// question returns what is asked of Acquire: the key (attempt 0), or to renew
+// the claim of attempt.
+func (c *claim) question(attempt int, once bool) Claim {
+	return Claim{
 		Token: c.token, Fingerprint: c.fingerprint, Lease: c.opts.Lease, TTL: c.opts.TTL,
 		Attempt: attempt, Once: once,
 	}
+}
+
+// ask asks the store for the key (attempt 0), or to renew the claim of attempt.
+// When the first answer is lost it asks once more, which the token makes
+// harmless. The first try gets half of StoreTimeout, so that a try that hangs
+// leaves time for another.
+//
+// A failed claim may have been written, so it is noted for abandon. A full
+// store is certain to have written nothing, and a failed renewal leaves the
+// claim of a handler that is running.
+func (c *claim) ask(ctx context.Context, sent time.Time, attempt int, once bool) (Record, error) {
+	q := c.question(attempt, once)
 	if c.memory != nil {
 		return c.memory.acquireAt(int64(sent.Sub(memoryEpoch)), c.storeKey, q)
 	}
-	rec, err := c.askOnce(ctx, c.opts.StoreTimeout/2, q)
+	rec, err := c.acquire(ctx, c.opts.StoreTimeout/2, q)
 	if err == nil || errors.Is(err, ErrStoreFull) {
 		return rec, err
 	}
@@ -127,51 +184,45 @@ func (c *claim) ask(ctx context.Context, sent time.Time, attempt int, once bool)
 	if errors.Is(err, ErrTooFewReplicas) { // which another try would only meet again
 		return rec, err
 	}
-	return c.askOnce(ctx, c.opts.StoreTimeout-time.Since(sent), q)
+	return c.acquire(ctx, c.opts.StoreTimeout-time.Since(sent), q)
 }
 
-func (c *claim) askOnce(ctx context.Context, timeout time.Duration, q Claim) (rec Record, err error) {
-	err = callStore(ctx, timeout, func(ctx context.Context) error {
-		rec, err = c.store.Acquire(ctx, c.storeKey, q)
-		if err == nil && (rec.State < Acquired || rec.State > Lost) {
-			err = fmt.Errorf("store returned %v", rec.State)
-		}
-		return err
-	})
-	if err != nil {
-		return Record{}, err
-	}
-	return rec, nil
-}
-
-// callStore calls op with the values of ctx, without its cancellation, and makes
-// a store that panics one that fails: in the background its panic would be the
-// end of the process.
+// callStore calls op with the values of ctx and without its cancellation. A
+// panic of the store becomes an error: in the background it would end the
+// process.
 func callStore(ctx context.Context, timeout time.Duration, op func(context.Context) error) (err error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), timeout)
 	defer cancel()
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("store panicked: %v\n%s", p, debug.Stack())
-		}
-	}()
+	defer containStore(&err)
 	return op(ctx)
 }
 
-// monotonicNow is half of what time.Now costs, and only for comparison.
+// containStore makes a panic of the store an error. It is to be deferred.
+func containStore(err *error) {
+	if p := recover(); p != nil {
+		*err = fmt.Errorf("store panicked: %v\n%s", p, debug.Stack())
+	}
+}
+
+// monotonicNow returns a time that is good only for comparison. It takes half
+// as long as time.Now, which also reads the wall clock.
 func monotonicNow() time.Time { return memoryEpoch.Add(time.Duration(memoryNow())) }
 
+// A duplicate polls after firstPoll at first. The pause doubles up to lastPoll,
+// so that a handler that takes minutes costs its duplicates one call a second.
 const (
 	firstPoll = 25 * time.Millisecond
 	lastPoll  = time.Second
 )
 
-// wait waits for the execution that holds the key, and returns what it left: its
-// response, or the key. The record is still InProgress when Wait, or the client's
-// patience, is over.
+// wait waits for the execution that holds the key, and returns what it left:
+// its response, or the key. The record is still InProgress when Options.Wait is
+// over or the client has gone.
 //
 // A waiter watches first, then asks, then waits for the watch, the end of the
-// lease, its Wait or its client, whichever is first. Without a watch it polls.
+// lease, its Wait or its client, whichever is first. What changes between the
+// question and the watch is then never missed. Without a watch it polls, with
+// jitter, so that duplicates that came together do not ask together.
 func (c *claim) wait(ctx context.Context, rec Record) (Record, error) {
 	started := time.Now()
 	defer func() { c.waited = time.Since(started) }()
@@ -185,7 +236,7 @@ func (c *claim) wait(ctx context.Context, rec Record) (Record, error) {
 			c.warn(ctx, c.storeKey, "watching a key failed, polling instead", err)
 		}
 		if changed != nil {
-			// What changed before the watch began would not be noticed.
+			// The watch does not tell what changed before it began.
 			if rec, err = c.try(ctx); err != nil || rec.State != InProgress {
 				return rec, err
 			}
@@ -201,8 +252,8 @@ func (c *claim) wait(ctx context.Context, rec Record) (Record, error) {
 		if rec, err = c.try(ctx); err != nil || rec.State != InProgress {
 			return rec, err
 		}
-		// Another owner has the key now, or the watch was a false alarm. Not
-		// trusting it for a moment keeps a broken one from becoming a busy loop.
+		// Another owner has the key now, or the watch told of nothing. A short
+		// pause keeps a broken watch from becoming a busy loop.
 		if changed != nil && !sleepUntil(ctx, nil, rand.N(firstPoll)) {
 			return rec, nil
 		}
@@ -210,19 +261,20 @@ func (c *claim) wait(ctx context.Context, rec Record) (Record, error) {
 }
 
 // watch returns nil when the store cannot watch, or not now.
-func (c *claim) watch(ctx context.Context) (<-chan struct{}, error) {
+func (c *claim) watch(ctx context.Context) (changed <-chan struct{}, err error) {
 	if c.watcher == nil {
 		return nil, nil
 	}
-	changed, err := c.watcher.Watch(ctx, c.storeKey)
-	if err != nil {
+	defer containStore(&err)
+	if changed, err = c.watcher.Watch(ctx, c.storeKey); err != nil {
 		return nil, err
 	}
 	return changed, nil
 }
 
-// sleepUntil waits for d or changed. It is false when ctx ended first. When both
-// have come, changed counts: an answer may be there.
+// sleepUntil waits for d or changed. It is false when ctx ended first. When ctx
+// and changed have both come, changed counts: the answer may be there, and the
+// client is still owed it when only Options.Wait is over.
 func sleepUntil(ctx context.Context, changed <-chan struct{}, d time.Duration) bool {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
@@ -241,10 +293,11 @@ func sleepUntil(ctx context.Context, changed <-chan struct{}, d time.Duration) b
 	}
 }
 
-// renew starts the lease anew; once marks the claim as never to be taken over.
-// Every renewal after that repeats the mark, in case that the store has lost the
-// record. A store that has lost it answers without Once and writes the claim
-// again, so it is asked once more.
+// renew starts the lease anew. With once it marks the claim as at-most-once,
+// and every later renewal repeats the mark in case that the store loses the
+// record. A store that has lost it writes the claim again and answers without
+// Once, so renew asks a second time to mark what is there now. It does not when
+// the key was freed meanwhile: such a mark would be that of no handler.
 func (c *claim) renew(ctx context.Context, once bool) (rec Record, err error) {
 	c.mu.Lock()
 	c.markSent = c.markSent || once
@@ -256,16 +309,17 @@ func (c *claim) renew(ctx context.Context, once bool) (rec Record, err error) {
 		if err != nil {
 			return rec, err
 		}
-		c.renewed(sent, rec)
-		if rec.State != Acquired || rec.Once || !once {
+		if again := c.renewed(sent, rec) && once && !rec.Once; !again {
 			break
 		}
 	}
 	return rec, nil
 }
 
-// renewed notes what the store answered to a renewal.
-func (c *claim) renewed(sent time.Time, rec Record) {
+// renewed notes what the store answered to a renewal, and reports whether the
+// claim stands. Answers may come out of order, as Commit renews beside the
+// lease, so the end of the lease only grows.
+func (c *claim) renewed(sent time.Time, rec Record) (stands bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if rec.State != Acquired {
@@ -273,12 +327,13 @@ func (c *claim) renewed(sent time.Time, rec Record) {
 		if c.handler != nil {
 			c.handler.cancel(ErrLeaseLost) // without effect if it was cancelled before
 		}
-		return
+		return false
 	}
 	c.marked = c.marked || rec.Once
 	if end := sent.Add(c.opts.Lease); end.After(c.leaseEnd) {
 		c.leaseEnd = end
 	}
+	return !c.freed
 }
 
 // mark makes the key at-most-once while its handler runs.
@@ -295,7 +350,8 @@ func (c *claim) mark(ctx context.Context) error {
 	return nil
 }
 
-// standing returns when the lease ends, and whether the key was lost before.
+// standing returns when the lease ends, and whether a renewal has found that
+// the key is lost.
 func (c *claim) standing() (leaseEnd time.Time, lost bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -303,39 +359,42 @@ func (c *claim) standing() (leaseEnd time.Time, lost bool) {
 }
 
 // complete stores the result. With an attachment it tries once: a transaction
-// ends only once.
+// can be ended only once, and after a lost answer the second try would find it
+// gone.
 func (c *claim) complete(ctx context.Context, r Result, attached bool) error {
 	if c.memory != nil {
 		return c.memory.Complete(ctx, c.storeKey, c.token, r)
 	}
-	op := func(ctx context.Context) error { return c.store.Complete(ctx, c.storeKey, c.token, r) }
 	if attached {
-		return callStore(ctx, c.opts.StoreTimeout, op)
+		return c.storeResult(ctx, c.opts.StoreTimeout, r)
 	}
-	return c.persist(ctx, op)
+	return c.persist(func(timeout time.Duration) error { return c.storeResult(ctx, timeout, r) })
 }
 
-// release frees the key, in the background if the store fails now. Its marker is
-// kept for keep.
+// release frees the key, and goes on in the background if the store fails now:
+// without that, a retry would wait for the end of the lease, or of the TTL if
+// the key is marked. The store keeps the marker for keep.
 func (c *claim) release(ctx context.Context, keep time.Duration) error {
+	c.mu.Lock()
+	c.freed = true
+	c.mu.Unlock()
 	if c.memory != nil {
 		return c.memory.Release(ctx, c.storeKey, c.token, keep)
 	}
-	err := c.persist(ctx, func(ctx context.Context) error {
-		return c.store.Release(ctx, c.storeKey, c.token, keep)
-	})
+	err := c.persist(func(timeout time.Duration) error { return c.freeKey(ctx, timeout, keep) })
 	if err != nil {
 		c.releaseLater(ctx, keep)
 	}
 	return err
 }
 
-// persist repeats op within StoreTimeout until it succeeds or its error is final.
-func (c *claim) persist(ctx context.Context, op func(context.Context) error) error {
+// persist repeats op within StoreTimeout until it succeeds or its error is
+// final. The first try gets half of the time, as in ask.
+func (c *claim) persist(op func(timeout time.Duration) error) error {
 	deadline := time.Now().Add(c.opts.StoreTimeout)
 	timeout := c.opts.StoreTimeout / 2
 	for pause := 10 * time.Millisecond; ; pause *= 2 {
-		err := callStore(ctx, timeout, op)
+		err := op(timeout)
 		if err == nil || isFinalError(err) || time.Until(deadline) <= pause {
 			return err
 		}
@@ -344,15 +403,37 @@ func (c *claim) persist(ctx context.Context, op func(context.Context) error) err
 	}
 }
 
-// isFinalError reports whether repeating a store call is pointless.
+// isFinalError reports whether repeating a store call is pointless: the store
+// works, and has decided.
 func isFinalError(err error) bool {
 	return errors.Is(err, ErrLeaseLost) || errors.Is(err, ErrRolledBack)
 }
 
-// abandon gives up a claim that no handler will run under. Such a claim may stand
-// in the store although its answer was lost, or may arrive there later.
+// abandon gives up a claim that no handler will run under. Such a claim may
+// stand in the store although its answer was lost, or may arrive there later.
+// Release leaves a marker, which such a late claim meets. A claim that the
+// store has refused for certain costs no call.
 func (c *claim) abandon() {
 	if c.mayBeClaimed {
-		c.releaseLater(context.Background(), c.opts.Lease)
+		c.releaseLater(context.Background(), c.markerTime(true))
 	}
+}
+
+// markerTime returns how long the marker of a freed key is kept. One lease is
+// enough when nothing was done, so that a flood of refused requests does not
+// fill the store. A run that may have got somewhere is remembered for the TTL,
+// so that the next one can tell. So is a mark: one that arrives after its marker
+// is gone, together with another late command, would hold the key until TTL.
+func (c *claim) markerTime(nothingDone bool) time.Duration {
+	if nothingDone && !c.hasSentMark() {
+		return c.opts.Lease
+	}
+	return c.opts.TTL
+}
+
+// hasSentMark reports whether the key may be at-most-once in the store.
+func (c *claim) hasSentMark() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.markSent
 }

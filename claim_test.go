@@ -2,8 +2,10 @@ package idempotency_test
 
 import (
 	"context"
+	"log/slog"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -554,14 +556,16 @@ func TestMarkerOfARun(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s := idempotency.NewMemoryStore()
-				c := idemtest.NewClient(s, row.opts, row.handler)
-				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-				defer cancel()
-				require.NotNil(t, c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx)))
-				time.Sleep(row.kept - time.Second)
-				require.Equal(t, 1, s.Len())
-				time.Sleep(time.Second)
-				require.Zero(t, s.Len())
+				for _, store := range []idempotency.Store{s, &idemtest.FaultyStore{Store: s}} {
+					c := idemtest.NewClient(store, row.opts, row.handler)
+					ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+					defer cancel()
+					require.NotNil(t, c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx)))
+					time.Sleep(row.kept - time.Second)
+					require.Equal(t, 1, s.Len())
+					time.Sleep(time.Second)
+					require.Zero(t, s.Len())
+				}
 			})
 		})
 	}
@@ -690,4 +694,189 @@ func TestStoreCallsKnowTheirEnd(t *testing.T) {
 		c := idemtest.NewClient(store, &idempotency.Options{}, nil)
 		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
 	})
+}
+
+// A process that is stopped after its claim may have been overtaken. When the
+// store is down by then, FailOpen must not run the handler beside the other one.
+func TestLateClaimDoesNotFailOpenWhenTheStoreIsDown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+		var down atomic.Bool
+		s.OnAcquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+			if down.Load() {
+				return idempotency.Record{}, idemtest.ErrDown
+			}
+			rec, err := s.MemoryStore.Acquire(ctx, key, c)
+			if n == 1 {
+				time.Sleep(40 * time.Second)
+			}
+			return rec, err
+		}
+		c := idemtest.NewClient(s, &idempotency.Options{FailOpen: true}, idemtest.Lasting(20*time.Second))
+		var all sync.WaitGroup
+		all.Go(func() { c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 store_unavailable"}) })
+		time.Sleep(31 * time.Second)
+		all.Go(func() { c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 charge 1"}) })
+		time.Sleep(5 * time.Second)
+		down.Store(true)
+		time.Sleep(10 * time.Second)
+		down.Store(false)
+		all.Wait()
+		require.Equal(t, 1, c.Runs())
+	})
+}
+
+// A Commit that is still on its way when its run has freed the key, and finds
+// nothing there since the store has lost it, does not mark what it has made.
+func TestCommitAfterItsRun(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+		s.OnAcquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+			if n == 2 {
+				time.Sleep(10 * time.Second)
+				s.MemoryStore = idempotency.NewMemoryStore()
+			}
+			return s.MemoryStore.Acquire(ctx, key, c)
+		}
+		c := idemtest.NewClient(s, &idempotency.Options{Wait: idempotency.NoWait}, func(w http.ResponseWriter, r *http.Request) {
+			if idemtest.Run(r) == 1 {
+				go func() { _ = idemtest.Execution(r).Commit(context.WithoutCancel(r.Context())) }()
+				time.Sleep(time.Second)
+				w.WriteHeader(http.StatusTooManyRequests)
+			}
+		})
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "429 "})
+		time.Sleep(10 * time.Second)
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
+		time.Sleep(30 * time.Second)
+		c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "200 "})
+	})
+}
+
+// A claim without an attempt could not be renewed: the store has failed.
+func TestStoreThatCountsNoAttempts(t *testing.T) {
+	s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+	s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+		rec, err := s.MemoryStore.Acquire(ctx, key, c)
+		rec.Attempt = 0
+		return rec, err
+	}
+	c := idemtest.NewClient(s, &idempotency.Options{}, nil)
+	c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 store_unavailable"})
+}
+
+// A Watch that panics is one that fails: the duplicate polls.
+func TestWatchPanics(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := idemtest.NewClient(panickingWatch{anyStore{idempotency.NewMemoryStore()}}, &idempotency.Options{}, idemtest.Lasting(time.Second))
+		go c.Do(c.Request(idemtest.Exchange{Key: "a"}))
+		synctest.Wait()
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "replay 201 charge 1"})
+	})
+}
+
+type panickingWatch struct{ idempotency.Store }
+
+func (panickingWatch) Watch(context.Context, string) (<-chan struct{}, error) { panic("nil map") }
+
+// A store that calls a claim Lost has a marker of its token: nobody runs.
+func TestClaimThatWasReleased(t *testing.T) {
+	s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+	s.OnAcquire = func(int, context.Context, string, idempotency.Claim) (idempotency.Record, error) {
+		return idempotency.Record{State: idempotency.Lost}, nil
+	}
+	c := idemtest.NewClient(s, &idempotency.Options{}, nil)
+	c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 store_unavailable"})
+	require.Zero(t, c.Runs())
+}
+
+// The answer to a mark may come when the lease is over. The claim, which is
+// marked by then, is given back.
+func TestLateMarkDoesNotRun(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, late := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}, true
+		s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+			rec, err := s.MemoryStore.Acquire(ctx, key, c)
+			if c.Once && late {
+				time.Sleep(3 * c.Lease)
+			}
+			return rec, err
+		}
+		c := idemtest.NewClient(s, &idempotency.Options{AtMostOnce: true, Lease: time.Second, Wait: idempotency.NoWait}, nil)
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 store_unavailable"})
+		require.Zero(t, c.Runs())
+		late = false
+		time.Sleep(500 * time.Millisecond)
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
+	})
+}
+
+// A waiter whose first mark came too late, and who gets the key after all, is as
+// good an owner as any.
+func TestMarkThatWasLostOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, marks := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}, 0
+		s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+			if c.Once {
+				if marks++; marks == 1 {
+					return idempotency.Record{State: idempotency.Lost}, nil
+				}
+			}
+			return s.MemoryStore.Acquire(ctx, key, c)
+		}
+		c := idemtest.NewClient(s, &idempotency.Options{AtMostOnce: true}, idemtest.Answering(http.StatusTooManyRequests))
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "429 "})
+	})
+}
+
+// The marker of a claim that was never used is kept for one lease.
+func TestMarkerOfAnAbandonedClaim(t *testing.T) {
+	withFaults(t, idempotency.Options{}, nil, func(t *testing.T, s *idemtest.FaultyStore, c *idemtest.Client, _ *idemtest.EventLog) {
+		memory := s.Store.(*idempotency.MemoryStore)
+		s.FailAfter("Acquire", idemtest.ErrDown)
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 store_unavailable"})
+		time.Sleep(time.Second)
+		require.Equal(t, 1, memory.Len())
+		time.Sleep(30 * time.Second)
+		require.Zero(t, memory.Len())
+	})
+}
+
+// An unprotected run is part of the executions around it.
+func TestFailOpenInsideOfAnother(t *testing.T) {
+	s := idempotency.NewMemoryStore()
+	down := &idemtest.FaultyStore{Store: s}
+	down.Fail("Acquire", idemtest.ErrDown)
+	scoped := &idempotency.Options{FailOpen: true, Scope: func(*http.Request) string { return "other" }, Logger: slog.New(slog.DiscardHandler)}
+	var leaked *idempotency.Execution
+	innermost := idempotency.Middleware(s, nil)(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusCreated) }))
+	unprotected := idempotency.Middleware(down, scoped)(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		leaked = idemtest.Execution(r)
+		innermost.ServeHTTP(w, r)
+	}))
+	c := idemtest.NewClient(s, &idempotency.Options{Wait: idempotency.NoWait}, unprotected.ServeHTTP)
+	c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 "})
+	leaked.Attach("late")
+	require.Nil(t, leaked.Attachment(), "the handler has returned")
+}
+
+// What changed between the first question and the watch is not missed.
+func TestWatchThatBeginsLate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := lateWatch{idempotency.NewMemoryStore()}
+		c := idemtest.NewClient(s, &idempotency.Options{}, idemtest.Lasting(time.Second))
+		var first sync.WaitGroup
+		first.Go(func() { c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"}) })
+		synctest.Wait()
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "replay 201 charge 1", Took: 2 * time.Second})
+		first.Wait()
+	})
+}
+
+// lateWatch takes its time to watch.
+type lateWatch struct{ *idempotency.MemoryStore }
+
+func (s lateWatch) Watch(ctx context.Context, key string) (<-chan struct{}, error) {
+	time.Sleep(2 * time.Second)
+	return s.MemoryStore.Watch(ctx, key)
 }

@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// What a client can be told instead of its answer. [Error.Err] matches one of
-// these with [errors.Is]; where there is a cause it wraps that as well.
+// Errors that a client can get in the place of its answer. [Error.Err] matches
+// one of these with [errors.Is]; where there is a cause it wraps that as well.
 var (
 	// ErrKeyMissing: 400, RequireKey is set and the request has no key.
 	ErrKeyMissing = errors.New("idempotency: key missing")
@@ -19,29 +19,31 @@ var (
 	// or refused by ValidateKey.
 	ErrKeyInvalid = errors.New("idempotency: key invalid")
 
-	// ErrKeyReused: 422, the key came before with another query, body or
-	// credentials.
+	// ErrKeyReused: 422, a request with another query, body or credentials came
+	// before under the key.
 	ErrKeyReused = errors.New("idempotency: key reused for a different request")
 
-	// ErrInProgress: 409, another request with the key is still running.
+	// ErrInProgress: 409, another request with the key is still running, or
+	// took over the key while this one ran.
 	ErrInProgress = errors.New("idempotency: request in progress")
 
-	// ErrOutcomeUnknown: 409, the run of an at-most-once key never reported
-	// how it ended, or a handler returned without an answer when its context
-	// had ended. It is not repeated.
+	// ErrOutcomeUnknown: 409, the run of an at-most-once key never reported how
+	// it ended, or a handler returned without an answer after its context had
+	// ended. The handler does not run again.
 	ErrOutcomeUnknown = errors.New("idempotency: outcome unknown")
 
-	// ErrResponseNotStored: 409, the handler ran, but its response could not
-	// be kept. OriginalStatus is its status.
+	// ErrResponseNotStored: 409, the handler ran, but its response could not be
+	// kept. Error.OriginalStatus is the status of that response.
 	ErrResponseNotStored = errors.New("idempotency: response not stored")
 
 	// ErrRecordUnreadable: 500, the stored response is damaged, was written by
-	// a newer release, or is sealed under another key.
+	// a newer release, or is sealed under another AEAD key.
 	ErrRecordUnreadable = errors.New("idempotency: stored record unreadable")
 
-	// ErrBodyIncomplete: 400, the request body broke off before the request
-	// could be told from others under the key, and the handler did not run; or
-	// the handler met the end of a large one and returned without an answer.
+	// ErrBodyIncomplete: 400, the request body broke off. The handler did not
+	// run, because the request could not be told from others under the key. Or
+	// the handler ran, met the break in a large body and returned without an
+	// answer.
 	ErrBodyIncomplete = errors.New("idempotency: request body incomplete")
 
 	// ErrBodyTooLarge: 413, the request body is over MaxBufferedBody and a
@@ -49,37 +51,41 @@ var (
 	// refused it.
 	ErrBodyTooLarge = errors.New("idempotency: request body too large")
 
-	// ErrStoreUnavailable: 503, the store failed before the handler ran, or
-	// did not commit the transaction that the handler attached; or the handler
-	// returned without an answer when its context had ended, and what it did was
-	// discarded or rolled back.
+	// ErrStoreUnavailable: 503, the store failed before the handler ran, or did
+	// not commit the transaction that the handler attached. Or the handler
+	// returned without an answer after its context had ended, and what it did
+	// was discarded or rolled back.
 	ErrStoreUnavailable = errors.New("idempotency: store unavailable")
 )
 
-// An Error is an answer of the middleware's own. [Options.ErrorHandler]
-// receives it; an ErrorHandler must not retain or modify it.
+// An Error is an answer of the middleware's own, and the middleware makes it.
+// [Options.ErrorHandler] receives it, and must not change it: the [Event] of
+// the request carries the same one. The zero Error is of no use: it has no Err,
+// so its Error method panics.
 type Error struct {
 	// Status is the HTTP status.
 	Status int
 
-	// Code is stable snake_case for programs, one per sentinel.
+	// Code is stable snake_case for programs, one for each sentinel.
 	Code string
 
-	// Detail is a sentence for a person. It never says what a store said.
+	// Detail is a sentence for a person. It never contains what a store said.
+	// For key_invalid it may be the text of ValidateKey.
 	Detail string
 
 	// Type is Options.DocsURL, or about:blank.
 	Type string
 
-	// RetryAfter is when to try again, in whole seconds. Zero: no advice.
+	// RetryAfter is when the client may try again, from now. [WriteError]
+	// rounds it up to whole seconds. Zero: no advice.
 	RetryAfter time.Duration
 
-	// OriginalStatus is the status of a response that was not stored. Zero:
-	// there is none.
+	// OriginalStatus is the HTTP status of a response that was not stored.
+	// Zero: there is none.
 	OriginalStatus int
 
-	// Err is the sentinel, or wraps it together with the cause. It is for
-	// logs, not for clients.
+	// Err is the sentinel, or wraps it together with the cause. It is for logs,
+	// not for clients: the cause may hold what a store said.
 	Err error
 }
 
@@ -89,8 +95,8 @@ func (e *Error) Error() string { return e.Err.Error() }
 // Unwrap returns Err.
 func (e *Error) Unwrap() error { return e.Err }
 
-// problem is what clients see of one sentinel. The first three titles are
-// those of draft-ietf-httpapi-idempotency-key-header, "Error Scenarios".
+// problem is what clients see of one sentinel. The first three titles are those
+// of draft-ietf-httpapi-idempotency-key-header, "Error Scenarios".
 type problem struct {
 	err        error
 	status     int
@@ -101,6 +107,7 @@ type problem struct {
 	retryable  bool // the same request may succeed later
 }
 
+// problems are all of them. A new sentinel needs a row, or newError panics.
 var problems = []problem{
 	{err: ErrKeyMissing, status: http.StatusBadRequest, code: "key_missing",
 		title:  "Idempotency-Key is missing",
@@ -141,11 +148,11 @@ var problems = []problem{
 		retryAfter: time.Second, retryable: true},
 }
 
-// newError returns the answer for one of the sentinels above. A cause is for
+// newError returns the answer for one of the sentinels above. The cause is for
 // logs and errors.Is only.
 func newError(sentinel, cause error, docsURL string) *Error {
 	for _, p := range problems {
-		if p.err != sentinel {
+		if !errors.Is(sentinel, p.err) {
 			continue
 		}
 		e := &Error{Status: p.status, Code: p.code, Detail: p.detail, Type: docsURL, RetryAfter: p.retryAfter, Err: sentinel}
@@ -160,8 +167,9 @@ func newError(sentinel, cause error, docsURL string) *Error {
 	panic("idempotency: no problem for " + sentinel.Error())
 }
 
-// isLinkTarget reports whether s can stand in the angle brackets of a Link header
-// (RFC 8288).
+// isLinkTarget reports whether s can stand in the angle brackets of a Link
+// header (RFC 8288, section 3). A character outside of it could end the header
+// or begin another parameter.
 func isLinkTarget(s string) bool {
 	for i := range len(s) {
 		if c := s[i]; c <= ' ' || c > '~' || c == '<' || c == '>' || c == '"' {
@@ -171,9 +179,12 @@ func isLinkTarget(s string) bool {
 	return true
 }
 
-// WriteError writes err as an RFC 9457 problem with the members code,
-// retryable and, where there is one, original_status. It is the default
-// [Options.ErrorHandler], and what a custom one falls back to.
+// WriteError writes err as a problem of RFC 9457 (application/problem+json)
+// with the members code, retryable and, where there is one, original_status. It
+// sets Cache-Control: no-store, and Retry-After in seconds when RetryAfter is
+// not zero. It is the default [Options.ErrorHandler], and a custom one may call
+// it for the errors that it does not write itself. It panics as WriteHeader
+// does when Status is not an HTTP status, as in the zero Error.
 func WriteError(w http.ResponseWriter, _ *http.Request, err *Error) {
 	body := struct {
 		Type           string `json:"type"`

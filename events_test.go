@@ -2,6 +2,7 @@ package idempotency_test
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"log/slog"
 	"strings"
@@ -78,4 +79,73 @@ func TestLog(t *testing.T) {
 		time.Sleep(time.Hour) // what goes on in the background ends
 		require.NotContains(t, log.String(), "private")
 	})
+}
+
+// The event of a response that is not stored says so.
+func TestEventOfWhatIsNotStored(t *testing.T) {
+	for name, opts := range map[string]idempotency.Options{
+		"too large":          {MaxResponseBytes: 1},
+		"an AEAD that fails": {AEAD: panickingAEAD{}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			events := &idemtest.EventLog{}
+			opts.OnEvent = events.Add
+			c := idemtest.NewClient(idempotency.NewMemoryStore(), &opts, nil)
+			c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
+			require.ErrorIs(t, events.Last().Err, idempotency.ErrResponseNotStored)
+		})
+	}
+}
+
+// An event of a failure has its cause.
+func TestEventHasTheCause(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, events := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}, &idemtest.EventLog{}
+		s.Fail("Acquire", idemtest.ErrDown)
+		c := idemtest.NewClient(s, &idempotency.Options{OnEvent: events.Add}, nil)
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 store_unavailable"})
+		require.ErrorIs(t, events.Last().Err, idemtest.ErrDown)
+		require.ErrorIs(t, events.Last().Err, idempotency.ErrStoreUnavailable)
+		time.Sleep(time.Hour)
+	})
+}
+
+// What goes wrong is logged, without secrets and whether or not the client is
+// still there; what clients do wrong is not.
+func TestLogOfFailures(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		logger := slog.New(liveHandler{slog.NewTextHandler(&log, nil)})
+		s := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+		c := idemtest.NewClient(s, &idempotency.Options{Logger: logger}, idemtest.Answering(201, 429))
+		c.Check(t, 0, idemtest.Exchange{Keys: []string{""}, Get: "400 key_invalid"})
+		require.Empty(t, log.String())
+		s.Fail("Complete", idemtest.ErrDown)
+		s.Fail("Release", idemtest.ErrDown)
+		c.Check(t, 1, idemtest.Exchange{Key: "private-key-1", Get: "201 "})
+		c.Check(t, 2, idemtest.Exchange{Key: "private-key-2", Get: "429 "})
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		require.Contains(t, log.String(), "storing a response failed")
+		require.Contains(t, log.String(), "freeing a key failed")
+
+		log.Reset()
+		s.Fail("Acquire", idemtest.ErrDown)
+		c = idemtest.NewClient(s, &idempotency.Options{Logger: logger, FailOpen: true}, nil)
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		require.NotNil(t, c.Do(c.Request(idemtest.Exchange{Key: "private-key-3"}).WithContext(ctx)))
+		require.Contains(t, log.String(), "running unprotected")
+		require.NotContains(t, log.String(), "private")
+	})
+}
+
+// liveHandler logs nothing for a context that has ended.
+type liveHandler struct{ slog.Handler }
+
+func (h liveHandler) Handle(ctx context.Context, r slog.Record) error {
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	return h.Handler.Handle(ctx, r)
 }

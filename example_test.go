@@ -211,7 +211,11 @@ func (s *mapStore) Release(_ context.Context, key, token string, keep time.Durat
 	now := time.Now()
 	old := s.cell(key, now)
 	if old.state == cellAbsent || old.state == cellClaimed && old.token == token {
-		s.cells[key] = cell{state: cellReleased, token: token, attempt: old.attempt, expires: now.Add(keep)}
+		marker := cell{state: cellReleased, token: token, attempt: old.attempt, expires: now.Add(keep)}
+		if old.attempt > 1 && old.expires.After(marker.expires) {
+			marker.expires = old.expires
+		}
+		s.cells[key] = marker
 	}
 	return nil
 }

@@ -11,15 +11,16 @@ import (
 	"time"
 )
 
-// An Execution is one run of a handler under a key. It is safe for concurrent
-// use. After the handler has returned, Commit fails, and Discard and Attach come
-// too late.
+// An Execution is one run of a handler under a key. A handler gets it from
+// [FromContext]. It must not be copied, and its zero value is of no use. It is
+// safe for concurrent use. After the handler has returned, Commit fails, and
+// Discard and Attach have no effect.
 type Execution struct {
 	key      string
 	storeKey string
 	attempt  int
 	claim    *claim     // nil when the run is unprotected
-	outer    *Execution // that of a middleware around this one, under another key; or nil
+	outer    *Execution // of a middleware around this one, under another key; or nil
 
 	mu         sync.Mutex // guards what follows
 	ended      bool
@@ -28,17 +29,20 @@ type Execution struct {
 	attachment any
 }
 
+// executionKey is the key of the Execution among the values of a context.
 type executionKey struct{}
 
 // FromContext returns the Execution that a handler runs in. It is false when
-// the request carries no key, or the middleware is not there.
+// the request carries no key, or when no middleware of this package is around
+// the handler.
 func FromContext(ctx context.Context) (*Execution, bool) {
 	e, _ := ctx.Value(executionKey{}).(*Execution)
 	return e, e != nil
 }
 
-// covers reports whether the execution, or one that it is part of, is that of the
-// cell. Of a nil Execution that is false.
+// covers reports whether the cell belongs to the execution, or to one that it
+// is part of. A request that meets two middlewares under one key would
+// otherwise wait for itself. covers of a nil Execution is false.
 func (e *Execution) covers(storeKey string) bool {
 	for ; e != nil; e = e.outer {
 		if e.storeKey == storeKey {
@@ -51,16 +55,23 @@ func (e *Execution) covers(storeKey string) bool {
 // Key returns the client's key, unquoted.
 func (e *Execution) Key() string { return e.key }
 
-// Attempt returns 1, or more when earlier runs under the key died, or freed it.
-// A handler that can ask its downstream what became of a payment does so when
-// Attempt is over 1.
+// Attempt returns 1 for the first run under the key, and more when earlier runs
+// died or freed it. A handler that can ask its downstream what became of a
+// payment does so when Attempt is over 1.
+//
+// Attempts are counted for [Options.TTL] after a run that answered 5xx, met a
+// body that broke off, gave no answer or died, and after every later run. After
+// a first run that says that nothing was done, they are counted for one
+// [Options.Lease]. When the store has lost the record, or the run is
+// unprotected, Attempt is 1.
 func (e *Execution) Attempt() int { return e.attempt }
 
 // DownstreamKey returns an idempotency key for a call that the handler makes to
-// another service: the same in every attempt, distinct for each name, unrelated
-// to the client's key for those who do not know it. It has the form of a UUID
-// (version 8, RFC 9562), which every API accepts. It does not depend on the
-// payload: a changed payload must fail downstream rather than run twice.
+// another service. It is the same in every attempt and distinct for each name.
+// A service that does not know the client's key cannot compute it from its own.
+// It has the form of a UUID (version 8, RFC 9562, section 5.8), which every API
+// accepts. It does not depend on the payload: a changed payload must fail
+// downstream rather than run twice.
 func (e *Execution) DownstreamKey(name string) string {
 	b := appendField([]byte("idempotency downstream key 1"), e.storeKey)
 	b = appendField(b, e.key)
@@ -73,15 +84,19 @@ func (e *Execution) DownstreamKey(name string) string {
 }
 
 // Commit says that the effect is about to happen, or has happened, and must
-// never be repeated. From here the key is at-most-once, and whatever the handler
-// answers is stored. If the process dies after Commit, retries are answered
-// 409 outcome_unknown until TTL.
+// never be repeated. After it the key is at-most-once, and whatever the handler
+// answers is stored. If the process dies after Commit, retries are answered 409
+// outcome_unknown until TTL.
 //
-// Commit is one store call, which takes StoreTimeout at most. When the store has
-// lost the claim, Commit is two calls: one writes the claim again, one marks it.
+// Commit is one renewal of the lease, which takes [Options.StoreTimeout] at
+// most, its repetition included. When the store has lost the claim, Commit is
+// two renewals: the first writes the claim again, the second marks it. The
+// store is called with the values of ctx and without its cancellation.
+//
 // When Commit fails nothing is promised, and the handler decides whether to go
 // on. The error wraps [ErrLeaseLost] when the key belongs to another owner by
-// now, and [ErrStoreUnavailable] when the store failed or the run is unprotected.
+// now. It wraps [ErrStoreUnavailable] when the store failed or the run is
+// unprotected.
 func (e *Execution) Commit(ctx context.Context) error {
 	if e.hasEnded() {
 		return errEnded
@@ -101,6 +116,7 @@ func (e *Execution) Commit(ctx context.Context) error {
 	return nil
 }
 
+// errEnded is what Commit returns when it comes too late: the key may be free.
 var errEnded = errors.New("idempotency: Commit after the handler returned")
 
 func (e *Execution) hasEnded() bool {
@@ -119,23 +135,26 @@ func (e *Execution) Discard() {
 	}
 }
 
-// Attach hands v to the store: the contexts of Complete and Release carry the
-// Execution, so that a store which shares a database with the handler can take
-// a transaction from [Execution.Attachment], write the response on it and
-// commit both. See [ErrRolledBack]. With an attachment a failed Complete is not
-// retried, and the handler's response is not sent: whether the transaction went
-// through is what the retry finds out.
+// Attach hands v to the store, for its Complete or Release. The contexts of
+// both carry the Execution, so a store that shares a database with the handler
+// can take a transaction from [Execution.Attachment], write the response on it
+// and commit both. See [ErrRolledBack]. A later Attach replaces v.
 //
-// Begin a transaction with the context of the request, which is cancelled when
-// the handler is done, so that nothing can leave it open. When the handler
-// returns without an answer after that context has ended, or a large body has
-// broken off, the store is not asked to commit: the transaction is rolled back and
-// the key freed, or, after Commit and with [Options.AtMostOnce], left to its
-// context.
+// With an attachment a Complete that failed is not repeated, and the handler's
+// response is not sent: the retry finds out whether the transaction went
+// through.
 //
-// Attach only what the store knows how to end, and not with [Options.FailOpen]:
-// nobody ends what is attached to an unprotected run. A handler that panics ends
-// its transaction itself, with a deferred Rollback.
+// Begin the transaction with the context of the request. That context is
+// cancelled when the handler is done, so a transaction cannot stay open. When
+// the handler returns without an answer, after that context has ended or a
+// large body has broken off, the store is not asked to commit: the transaction
+// is rolled back and the key freed. After Commit, and with
+// [Options.AtMostOnce], retries are answered 409 outcome_unknown instead, and
+// the transaction is left to its context.
+//
+// Attach only what the store knows how to end. With [Options.FailOpen] the
+// handler has to end the transaction of an unprotected run itself. A handler
+// that panics ends its transaction itself too, with a deferred Rollback.
 func (e *Execution) Attach(v any) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -144,15 +163,17 @@ func (e *Execution) Attach(v any) {
 	}
 }
 
-// Attachment returns what was last attached, or nil.
+// Attachment returns what was last attached, or nil. Stores call it with the
+// Execution that [FromContext] finds in the context of Complete and Release.
 func (e *Execution) Attachment() any {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return e.attachment
 }
 
-// detachedCopy returns an Execution for the store's calls after the request: it
-// holds nothing of the request.
+// detachedCopy returns an Execution for the store's calls after the request. It
+// holds nothing of the request: its strings are cloned, since they may be parts
+// of larger ones.
 func (e *Execution) detachedCopy() *Execution {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -169,7 +190,9 @@ func (e *Execution) detach() {
 	e.attachment = nil
 }
 
-// end is called when the handler has returned, or panicked.
+// end is called when the handler has returned, or panicked. It takes the facts
+// in one step, so that a Commit in another goroutine is either among them or
+// fails.
 func (e *Execution) end() (committed, discarded, attached bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -177,9 +200,10 @@ func (e *Execution) end() (committed, discarded, attached bool) {
 	return e.committed, e.discarded, e.attachment != nil
 }
 
-// A handlerContext is the context of a handler: with the values and the deadline
-// of the request's, and without the client's cancellation. A client that hangs
-// up is the one that will retry, so the work is finished and its answer stored.
+// A handlerContext is the context of a handler. It has the values and the
+// deadline of the request's context, and not the client's cancellation. A
+// client that hangs up is the client that will retry, so the work is finished
+// and its answer stored.
 type handlerContext struct {
 	*cancellation
 	execution *Execution
@@ -190,16 +214,17 @@ func (c *handlerContext) Value(key any) any {
 	if key == (executionKey{}) {
 		return c.execution
 	}
-	return c.cancellation.value(key)
+	return c.value(key)
 }
 
-// String implements fmt.Stringer, for tests and logs that print a context. Its
-// fields are not theirs to read.
+// String implements fmt.Stringer, for tests and logs that print a context.
+// Printing its fields would race with the goroutines that write them.
 func (c *handlerContext) String() string { return "idempotency.handlerContext" }
 
-// A cancellation is the end of a handler's context. What it takes to cancel a
-// context is made when the handler asks for it: most handlers that take
-// microseconds do not, and four allocations are a tenth of such a request.
+// A cancellation is the end of a handler's context. The context that can be
+// cancelled is made when the handler first asks for it. Most handlers that take
+// microseconds do not ask, and its four allocations are a tenth of such a
+// request.
 type cancellation struct {
 	request    context.Context
 	keepCancel bool // CancelOnDisconnect
@@ -211,8 +236,8 @@ type cancellation struct {
 	ended    bool
 }
 
-// inner returns the context that does the work. All values go through it: by
-// some of them package context finds a parent.
+// inner returns the context that does the work. All lookups of values go
+// through it, because package context finds the parent of a context by a value.
 func (c *cancellation) inner() context.Context {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -231,13 +256,17 @@ func (c *cancellation) observe() context.Context {
 	return inner
 }
 
-// hasEnded reports whether the handler can have seen the end of its context.
+// hasEnded reports whether the handler can have seen the end of its context. A
+// handler that never looked has not given up: when it returns without an
+// answer, that is a 200.
 func (c *cancellation) hasEnded() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.observed && c.parent.Err() != nil
 }
 
+// makeLocked makes the context. WithoutCancel drops the deadline together with
+// the cancellation, so the deadline is set again.
 func (c *cancellation) makeLocked() {
 	ctx := c.request
 	deadline, limited := ctx.Deadline()
@@ -255,8 +284,8 @@ func (c *cancellation) makeLocked() {
 	}
 }
 
-// cancel ends the context, if it has not ended yet. Without a cause that is
-// context.Canceled.
+// cancel ends the context, if it has not ended yet. Without a cause, the cause
+// is context.Canceled.
 func (c *cancellation) cancel(cause error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -264,7 +293,7 @@ func (c *cancellation) cancel(cause error) {
 		return
 	}
 	if c.parent == nil && cause != nil {
-		c.makeLocked() // now: later its deadline may seem to have come first
+		c.makeLocked() // made later, it could find its deadline over and miss the cause
 	}
 	c.ended = true
 	if c.parent != nil {
@@ -281,10 +310,11 @@ func (c *cancellation) Done() <-chan struct{} { return c.observe().Done() }
 // Err implements context.Context.
 func (c *cancellation) Err() error { return c.observe().Err() }
 
+// value is Value without the Execution.
 func (c *cancellation) value(key any) any {
 	if _, ok := key.(*int); ok {
-		// By such a key context.Cause looks for the cause, before Go 1.26 without
-		// asking for Err.
+		// context.Cause finds the cause by such a key. Before Go 1.26 it did so
+		// without calling Err, and then this is where the handler sees the end.
 		return c.observe().Value(key)
 	}
 	return c.inner().Value(key)

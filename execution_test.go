@@ -37,7 +37,7 @@ func TestExecutionTellsTheHandlerWhatItIs(t *testing.T) {
 		e.Attach(42)
 		require.Equal(t, 42, e.Attachment())
 	})
-	c.Do(c.Request(idemtest.Exchange{Key: `"a"`}))
+	require.NotNil(t, c.Do(c.Request(idemtest.Exchange{Key: `"a"`})), "the handler panicked")
 	require.Equal(t, 1, c.Runs())
 
 	_, ok := idempotency.FromContext(t.Context())
@@ -108,20 +108,62 @@ func TestHandlerContext(t *testing.T) {
 	}
 }
 
-func TestHandlerContextKeepsADeadline(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-		defer cancel()
-		c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-			_, ok := r.Context().Deadline()
-			require.True(t, ok)
-			<-r.Context().Done()
-			require.ErrorIs(t, r.Context().Err(), context.DeadlineExceeded)
-		})
-		start := time.Now()
-		c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx))
-		require.Equal(t, time.Minute, time.Since(start))
-	})
+// The context of a handler, and whatever is derived from it, ends for the first
+// of the reasons to end, and says so from then on: whether the handler listened
+// at the time or asks later, with a deadline of the request's or without.
+func TestHandlerContextTellsItsFirstCause(t *testing.T) {
+	for name, row := range map[string]struct {
+		deadline   time.Duration // of the request; 0: none
+		opts       idempotency.Options
+		down       bool // the store, so that the lease ends
+		after      time.Duration
+		cause, err error
+	}{
+		"the lease":                     {down: true, after: 30 * time.Second, cause: idempotency.ErrLeaseLost, err: context.Canceled},
+		"the lease before the deadline": {deadline: 40 * time.Second, down: true, after: 30 * time.Second, cause: idempotency.ErrLeaseLost, err: context.Canceled},
+		"the deadline before the lease": {deadline: 20 * time.Second, down: true, after: 20 * time.Second, cause: context.DeadlineExceeded, err: context.DeadlineExceeded},
+		"MaxExecution": {opts: idempotency.Options{MaxExecution: 40 * time.Second},
+			after: 40 * time.Second, cause: context.DeadlineExceeded, err: context.Canceled},
+		"MaxExecution before the deadline": {deadline: time.Hour, opts: idempotency.Options{MaxExecution: 40 * time.Second},
+			after: 40 * time.Second, cause: context.DeadlineExceeded, err: context.Canceled},
+	} {
+		for _, asks := range []time.Duration{0, 5 * time.Minute} {
+			t.Run(fmt.Sprint(name, ", asked after ", asks), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					var inside context.Context
+					store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+					c := idemtest.NewClient(store, &row.opts, func(_ http.ResponseWriter, r *http.Request) {
+						inside = r.Context()
+						if row.down {
+							store.Fail("Acquire", idemtest.ErrDown)
+						}
+						start := time.Now()
+						time.Sleep(asks)
+						_, ok := r.Context().Deadline()
+						require.Equal(t, row.deadline > 0, ok)
+						derived, cancel := context.WithCancel(r.Context())
+						defer cancel()
+						<-derived.Done()
+						require.Equal(t, max(asks, row.after), time.Since(start))
+						time.Sleep(5 * time.Minute) // for the other reasons to end
+						for _, ctx := range []context.Context{r.Context(), derived} {
+							require.Equal(t, row.err, ctx.Err())
+							require.ErrorIs(t, context.Cause(ctx), row.cause)
+						}
+					})
+					ctx := t.Context()
+					if row.deadline > 0 {
+						var cancel context.CancelFunc
+						ctx, cancel = context.WithTimeout(ctx, row.deadline)
+						defer cancel()
+					}
+					c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx))
+					require.Equal(t, 1, c.Runs())
+					require.ErrorIs(t, context.Cause(inside), row.cause)
+				})
+			})
+		}
+	}
 }
 
 func TestCommitFailures(t *testing.T) {
@@ -369,32 +411,6 @@ func TestContextsPrint(t *testing.T) {
 	require.Regexp(t, `^idempotency\.handlerContext\.WithoutCancel\.WithDeadline\([^()]*\)$`, all[1])
 }
 
-// A handler that asks late is told what came first.
-func TestHandlerContextTellsTheFirstCause(t *testing.T) {
-	for name, row := range map[string]struct {
-		deadline time.Duration // of the request; the lease ends after 30s
-		cause    error
-	}{
-		"the end of the lease": {deadline: 40 * time.Second, cause: idempotency.ErrLeaseLost},
-		"the deadline":         {deadline: 20 * time.Second, cause: context.DeadlineExceeded},
-	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				ctx, cancel := context.WithTimeout(t.Context(), row.deadline)
-				defer cancel()
-				store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
-				c := idemtest.NewClient(store, &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
-					store.Fail("Acquire", idemtest.ErrDown)
-					time.Sleep(50 * time.Second)
-					require.Equal(t, row.cause, context.Cause(r.Context()))
-				})
-				c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx))
-				require.Equal(t, 1, c.Runs())
-			})
-		})
-	}
-}
-
 // Who asks a context for its end only when the handler has returned is told.
 func TestContextAfterTheHandlerReturned(t *testing.T) {
 	var kept context.Context
@@ -406,84 +422,51 @@ func TestContextAfterTheHandlerReturned(t *testing.T) {
 	<-kept.Done()
 }
 
-// The context of a handler is made when somebody asks for it. What happened
-// before is not lost, with a deadline of the request's or without.
-func TestHandlerContextTellsWhatHappenedBefore(t *testing.T) {
-	for name, withDeadline := range map[string]bool{"with a deadline": true, "without one": false} {
+// A Commit that does not mark has failed; on a lost key it asks once.
+func TestCommitThatDoesNotMark(t *testing.T) {
+	for name, row := range map[string]struct {
+		state idempotency.State
+		want  error
+		asked int64
+	}{
+		"the store never marks": {idempotency.Acquired, idempotency.ErrStoreUnavailable, 3},
+		"the key is lost":       {idempotency.Lost, idempotency.ErrLeaseLost, 2},
+	} {
 		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
-				c := idemtest.NewClient(store, &idempotency.Options{}, nil)
-				ctx := t.Context()
-				if withDeadline {
-					var cancel context.CancelFunc
-					ctx, cancel = context.WithTimeout(ctx, time.Hour)
-					defer cancel()
+			s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+			s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+				if c.Once {
+					return idempotency.Record{State: row.state, Attempt: c.Attempt}, nil
 				}
-				handler := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
-					store.Fail("Acquire", errors.New("down"))
-					time.Sleep(time.Minute) // the lease ends, and nobody listens
-					require.ErrorIs(t, r.Context().Err(), context.Canceled)
-					require.ErrorIs(t, context.Cause(r.Context()), idempotency.ErrLeaseLost)
-					<-r.Context().Done()
-					derived, cancel := context.WithCancel(r.Context())
-					defer cancel()
-					require.ErrorIs(t, context.Cause(derived), idempotency.ErrLeaseLost)
-				})
-				handler.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx))
-				require.Equal(t, 1, handler.Runs())
+				return s.MemoryStore.Acquire(ctx, key, c)
+			}
+			var err error
+			c := idemtest.NewClient(s, &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
+				err = idemtest.Execution(r).Commit(r.Context())
 			})
+			c.Do(c.Request(idemtest.Exchange{Key: "a"}))
+			require.ErrorIs(t, err, row.want)
+			require.Equal(t, row.asked, s.Acquired.Load())
 		})
 	}
 }
 
-// Why a context ended is why it ended first.
-func TestHandlerContextKeepsItsFirstCause(t *testing.T) {
-	for name, listens := range map[string]bool{"somebody listens": true, "nobody listens": false} {
+// An execution that has ended asks the store for nothing.
+func TestCommitAfterTheEnd(t *testing.T) {
+	for name, end := range map[string]func(w http.ResponseWriter){
+		"by panic":  func(http.ResponseWriter) { panic("boom") },
+		"by return": func(w http.ResponseWriter) { w.WriteHeader(http.StatusInternalServerError) },
+	} {
 		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				opts := idempotency.Options{MaxExecution: 40 * time.Second}
-				var inside context.Context
-				c := idemtest.NewClient(idempotency.NewMemoryStore(), &opts, func(w http.ResponseWriter, r *http.Request) {
-					inside = r.Context()
-					if listens {
-						<-inside.Done()
-					}
-					time.Sleep(5 * time.Minute) // longer than the lease as well
-				})
-				c.Do(c.Request(idemtest.Exchange{Key: "a"}))
-				require.ErrorIs(t, context.Cause(inside), context.DeadlineExceeded)
-				require.ErrorIs(t, inside.Err(), context.Canceled)
+			s := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+			var leaked *idempotency.Execution
+			c := idemtest.NewClient(s, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+				leaked = idemtest.Execution(r)
+				end(w)
 			})
-		})
-	}
-}
-
-// The cause reaches contexts that the handler has derived, whether the request
-// has a deadline or not.
-func TestHandlerContextPassesItsCauseOn(t *testing.T) {
-	for name, timeout := range map[string]time.Duration{"with a deadline": time.Hour, "without one": 0} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				ctx := t.Context()
-				if timeout > 0 {
-					var cancel context.CancelFunc
-					ctx, cancel = context.WithTimeout(ctx, timeout)
-					defer cancel()
-				}
-				c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxExecution: time.Minute},
-					func(w http.ResponseWriter, r *http.Request) {
-						derived, cancel := context.WithCancel(r.Context())
-						defer cancel()
-						start := time.Now()
-						<-derived.Done()
-						require.Equal(t, time.Minute, time.Since(start))
-						require.ErrorIs(t, context.Cause(derived), context.DeadlineExceeded)
-						require.ErrorIs(t, derived.Err(), context.Canceled)
-					})
-				c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx))
-				require.Equal(t, 1, c.Runs())
-			})
+			c.Do(c.Request(idemtest.Exchange{Key: "a"}))
+			require.Error(t, leaked.Commit(t.Context()))
+			require.Equal(t, 1, s.Count("Acquire"))
 		})
 	}
 }

@@ -16,7 +16,10 @@ const (
 	opSetList = 3 // in the stored form: replaces, with another number of values than one
 )
 
-// headerField is one difference that the handler made to the header.
+// A headerField is one difference that the handler made to the header.
+// Differences are recorded, and not the header as a whole: on a replay, what
+// outer middleware has set (a request id, CORS, Vary) is that of the current
+// request, neither doubled nor stale.
 type headerField struct {
 	op     byte
 	name   string // as it stands in the map, canonical or not
@@ -25,7 +28,8 @@ type headerField struct {
 	transient bool // sent, but not kept for replay
 }
 
-// apply makes the difference to h.
+// apply makes the difference to h. An opAdd gets a slice of its own: two
+// headers that outer middleware has set may share a backing array.
 func (f *headerField) apply(h http.Header) {
 	switch f.op {
 	case opSet:
@@ -37,8 +41,8 @@ func (f *headerField) apply(h http.Header) {
 	}
 }
 
-// cloneFields copies the values too, for maps in which they may be changed in
-// place.
+// cloneFields copies the values too. Its result goes into maps whose users may
+// change values in place, and the original is still to be stored.
 func cloneFields(fields []headerField) []headerField {
 	fields = slices.Clone(fields)
 	for i := range fields {
@@ -47,6 +51,7 @@ func cloneFields(fields []headerField) []headerField {
 	return fields
 }
 
+// applyFields makes all differences to h.
 func applyFields(h http.Header, fields []headerField) {
 	for i := range fields {
 		fields[i].apply(h)
@@ -54,8 +59,9 @@ func applyFields(h http.Header, fields []headerField) {
 }
 
 // isConnectionLevel reports whether a header belongs to the connection (RFC
-// 9110, section 7.6.1) and not to the response; connection are the values of
-// the Connection header.
+// 9110, section 7.6.1) and not to the response. connection are the values of
+// the Connection header, which may name further ones. A replay goes over
+// another connection, perhaps of another version of HTTP.
 func isConnectionLevel(name string, connection []string) bool {
 	switch http.CanonicalHeaderKey(name) {
 	case "Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-Authentication-Info",
@@ -73,7 +79,8 @@ func isConnectionLevel(name string, connection []string) bool {
 }
 
 // markTransient marks the fields that are not kept for replay. size is that of
-// the body: a Content-Length that is not the body's would break the replay.
+// the body. A Content-Length of another size would break the replay: net/http
+// cuts a longer body, and a client waits for the rest of a shorter one.
 func markTransient(fields []headerField, keep func(string) bool, connection []string, size int64) {
 	for i := range fields {
 		f := &fields[i]

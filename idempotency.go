@@ -3,59 +3,72 @@
 // A client that times out does not know whether its POST /charge happened, so
 // it sends the request again with the same Idempotency-Key header. The
 // middleware of this package runs the handler once, stores its complete
-// response, and answers every retry with that:
+// response, and answers every retry with that response:
 //
 //	store := idempotency.NewMemoryStore() // NewRedisStore for many replicas
 //	mux.Handle("POST /charge", idempotency.Middleware(store, nil)(charge))
 //
 // # The promise
 //
-// While the store keeps its records: for each scope, method, path and key there
-// is at most one running execution that holds the lease, at most one stored
-// response, every replay equals that response, and a different request under
-// the same key is neither executed nor answered with it.
+// While the store keeps its records, for each scope, method, path and key: at
+// most one running execution holds the lease, at most one response is stored,
+// every replay equals that response, and a different request under the same key
+// is neither executed nor answered with it.
 //
 // The handler can run again only when
 //
 //   - the process died, panicked or lost its lease in the middle of it, and the
 //     key is not at-most-once ([Options.AtMostOnce], [Execution.Commit]);
-//   - the store lost the record, or could not take it for as long as the lease
-//     ran after the handler had finished;
-//   - the handler answered with something that says that nothing was done
-//     ([Options.ShouldStore]), asked for it ([Execution.Discard]), met a large
-//     body that broke off and did not answer that it was done
-//     ([Options.MaxBufferedBody]), or gave up what it had attached
+//   - the store lost the record;
+//   - the store did not take the response before the lease ended, a retry came
+//     after that, and the key is not at-most-once;
+//   - the handler's answer is not final, as a 5xx or a 429 is not
+//     ([Options.ShouldStore]), or the handler asked for it
+//     ([Execution.Discard]);
+//   - the handler met a large body that broke off, and answered with an error
+//     or not at all ([Options.MaxBufferedBody]);
+//   - a transaction that the handler had attached was rolled back
 //     ([Execution.Attach]);
+//   - the store is down and [Options.FailOpen] is set;
 //   - the TTL passed.
 //
-// Exactly-once effects outside of the process need the help of whoever has the
-// effect: [Execution.DownstreamKey] is a key to hand on, [Execution.Attempt]
-// tells a handler that an earlier run may have got somewhere, and
+// Exactly-once effects in another system need the help of that system.
+// [Execution.DownstreamKey] is a key for a call to it, [Execution.Attempt]
+// tells a handler that an earlier run may have reached it, and
 // [Execution.Attach] makes the effect and the record one transaction.
 //
 // # Rules
 //
 // Stored before sent: a client never sees an answer that a retry could not
-// reproduce. The exceptions are a response that is streamed ([http.Flusher], or
-// larger than [Options.MaxResponseBytes]) and a store that fails after the
-// handler ran.
+// reproduce. There are two exceptions: a response that is streamed
+// ([http.Flusher], or larger than [Options.MaxResponseBytes]), and a store that
+// fails after the handler ran. In the second case the response is sent, and
+// storing it goes on in the background for the rest of the lease and
+// [Options.MaxExecution] more.
 //
 // A finished handler never runs again by accident: when its answer cannot be
-// kept, retries are told so.
+// kept, retries are answered with [ErrResponseNotStored].
 //
-// When in doubt, refuse: when the store is down the answer is 503, before the
-// handler runs; a record that cannot be read is an error, not a second run.
+// When in doubt, refuse: when the store is down, the middleware answers 503
+// before the handler runs. When a record cannot be read, it answers 500.
 //
 // # What a handler notices
 //
-// The context of its request is not cancelled when the client hangs up, but
-// when the lease is lost ([context.Cause] is [ErrLeaseLost]) or after
-// [Options.MaxExecution]. A handler that gives up then says so, with a 5xx or
-// [Execution.Discard]: when it returns without a word, nobody knows how far it
-// got, so that retries are answered [ErrOutcomeUnknown] and do not run.
+// The context of its request is not cancelled when the client hangs up. It is
+// cancelled when the lease is lost ([context.Cause] is [ErrLeaseLost]) and
+// after [Options.MaxExecution] ([context.Cause] is [context.DeadlineExceeded]).
+// A handler that gives up then answers with a 5xx, or calls
+// [Execution.Discard]. When it returns without an answer, its effect is
+// unknown: retries are answered [ErrOutcomeUnknown] and do not run.
 //
 // The response is held back until the handler returns or flushes. Connections
 // cannot be hijacked.
+//
+// # Cost
+//
+// A first execution is two calls of the [Store], a replay is one. Each renewal
+// of the lease is one more, and so is [Execution.Commit]. With
+// [Options.AtMostOnce] one more call marks the key before the handler starts.
 package idempotency
 
 import (
@@ -74,16 +87,20 @@ import (
 //	mux.Handle("POST /charge", idempotency.Middleware(store, nil)(charge))
 //	r.Use(idempotency.Middleware(store, nil)) // chi, gorilla/mux
 //
-// A request without a key passes through untouched. The store may be shared by
-// several middlewares, and by several processes if it is that kind of store.
+// A request without a key passes through untouched. Several middlewares may
+// share a store, and so may several processes if the store can be reached from
+// all of them.
 //
-// Put it inside of whatever authenticates, limits, compresses, recovers or adds
-// CORS headers, and of http.TimeoutHandler, whose 503 would free the key while
-// the handler that it gave up on is still running. Put it outside of whatever
-// reads the body. Of two nested ones that a request meets under one key, the
-// outer one counts.
+// The order of middleware matters. Put this one inside of middleware that
+// authenticates, limits, compresses, recovers or adds CORS headers. Put it
+// inside of http.TimeoutHandler too: further out, it would see the 503 of the
+// TimeoutHandler and free the key while the handler is still running. Put it
+// outside of middleware that reads the body. When a request meets two of these
+// middlewares under one scope, method, path and key, the outer one protects it
+// and the inner one passes it on.
 //
-// Middleware panics if store is nil or opts is nonsense.
+// Middleware panics if store is nil or an option is invalid. What it returns
+// panics if the next handler is nil, and is safe for concurrent use.
 func Middleware(store Store, opts *Options) func(http.Handler) http.Handler {
 	if store == nil {
 		panic("idempotency: store is nil; use NewMemoryStore() for a single process")
@@ -102,19 +119,20 @@ func Middleware(store Store, opts *Options) func(http.Handler) http.Handler {
 // A middleware is what all requests through it share.
 type middleware struct {
 	store    Store
-	watcher  Watcher      // the same store, or nil
-	memory   *MemoryStore // the same store, or nil
+	watcher  Watcher      // the same store; nil if it cannot watch
+	memory   *MemoryStore // the same store; nil if it is another kind
 	opts     Options
 	releases releases
 }
 
+// A handler is the middleware around one next handler.
 type handler struct {
 	*middleware
 	next http.Handler
 }
 
-// ServeHTTP implements http.Handler. A request without a key costs one look at
-// the header map.
+// ServeHTTP implements http.Handler. A request without a key costs one lookup
+// in the header map, and gets the ResponseWriter and the Request as they came.
 func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	lines, ok := r.Header[h.opts.Header]
 	if !ok && !h.opts.RequireKey || !slices.Contains(h.opts.Methods, r.Method) {
@@ -131,7 +149,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // A call takes one request with a key to its answer. It holds, in one
-// allocation, what the steps make, in their order. Each of them knows only those
+// allocation, what the steps make, in their order. Each step knows only those
 // before it.
 type call struct {
 	request
@@ -148,7 +166,8 @@ type call struct {
 	started time.Time // only if there is an OnEvent
 }
 
-// serve is the way of every request with a key.
+// serve is the way of every request with a key. The steps that need neither the
+// body nor the store come first, so that a request that is refused is cheap.
 func (c *call) serve(lines []string) {
 	defer c.body.free()
 	if err := c.identify(lines); err != nil {
@@ -164,7 +183,7 @@ func (c *call) serve(lines []string) {
 		c.refuse(err)
 		return
 	}
-	c.claim.middleware, c.claim.storeKey, c.claim.token, c.claim.fingerprint = c.middleware, c.storeKey, c.token, c.fingerprint
+	c.claim.owner, c.claim.fingerprint = owner{c.middleware, c.storeKey, c.token}, c.fingerprint
 	rec, err := c.claim.get(c.r.Context())
 	switch {
 	case err == nil && rec.State == Acquired:
@@ -180,6 +199,9 @@ func (c *call) serve(lines []string) {
 }
 
 // run runs the handler under the claim, and answers with what the run comes to.
+//
+// Each part gets what it needs here, and none points back at the call: what
+// goes on in the background after the answer must not keep the request alive.
 func (c *call) run(attempt int, outer *Execution) {
 	c.execution = Execution{key: c.key, storeKey: c.storeKey, attempt: attempt, claim: &c.claim, outer: outer}
 	c.cancellation = cancellation{request: c.r.Context(), keepCancel: c.opts.CancelOnDisconnect}
@@ -197,12 +219,21 @@ func (c *call) run(attempt int, outer *Execution) {
 }
 
 // mayRunUnprotected reports whether the handler may run although the store
-// failed. Not when another execution may be running, which FailOpen is not for.
-// A claim that was made unnoticed protects the run for a while.
+// failed. It may not when the store has told this request of another execution:
+// FailOpen accepts that a handler is not protected, not that it runs beside one
+// that is known. Too few replicas are a store that works and refuses, so
+// FailOpen does not apply either.
+//
+// A claim may have been written although its answer was lost. It is left in the
+// store: the handler runs, so the claim is true and keeps duplicates away for
+// one lease.
 func (c *call) mayRunUnprotected(err error) bool {
 	return c.opts.FailOpen && !c.claim.heldByOther && !errors.Is(err, ErrTooFewReplicas)
 }
 
+// runUnprotected runs the handler without a claim. Its Execution has no claim,
+// so Commit fails and says why; the client's own context and ResponseWriter are
+// passed on, because no answer is kept for a retry.
 func (c *call) runUnprotected(err error, outer *Execution) {
 	c.warn(c.r.Context(), c.storeKey, "store unavailable, running unprotected", err)
 	c.execution = Execution{key: c.key, storeKey: c.storeKey, attempt: 1, outer: outer}
@@ -212,14 +243,15 @@ func (c *call) runUnprotected(err error, outer *Execution) {
 }
 
 // callHandler calls the next handler with a copy of the request. The server
-// cleans up after the request it made; what the handler opened through the copy
-// is ours.
+// removes the multipart files of the request that it made; callHandler removes
+// those that the handler opened through the copy.
 //
-// Leaving the handler by panic or runtime.Goexit is a crash: nothing is released,
-// the claim ends with its lease, and the panic goes on untouched. Freeing the key
-// instead would be worse than it looks: Go's Transport sends a request with this
-// header again by itself when its connection breaks without an answer, so the
-// handler would run, and panic, several times at once.
+// A handler that leaves by panic or runtime.Goexit is a crash: nothing is
+// released, the claim ends with its lease, and the panic goes on untouched.
+// Freeing the key instead would be worse than it looks. Go's Transport sends a
+// request with this header again by itself when its connection breaks without
+// an answer, so the handler would run, and panic, several times at once. That
+// was measured: up to five times.
 func (c *call) callHandler(w http.ResponseWriter, ctx context.Context) {
 	r := c.r.WithContext(ctx)
 	c.body.handOver(r)
@@ -236,7 +268,9 @@ func (c *call) callHandler(w http.ResponseWriter, ctx context.Context) {
 	returned = true
 }
 
-// crashed ends a run whose handler does not return.
+// crashed ends a run whose handler does not return. It only stops: the
+// renewals, so that the claim ends, and the recorder, so that a goroutine that
+// the handler left behind writes nothing.
 func (c *call) crashed() {
 	c.execution.end()
 	if c.execution.claim != nil {
@@ -246,7 +280,11 @@ func (c *call) crashed() {
 	c.report(OutcomePanicked, 0, nil)
 }
 
-// replay answers with the stored response, if this is the request it is for.
+// replay answers with the stored response, if the request is the one that the
+// response belongs to. The store has compared the fingerprints; replay compares
+// them again, because a store may not know one of them, and a wrong replay
+// would show the response of another request. A large body is not in the
+// fingerprint, so its digest is compared here.
 func (c *call) replay(rec Record) {
 	resp, err := decodeResponse(c.opts.AEAD, c.storeKey, rec, &c.text, c.recorder.scratch.fields[:0])
 	if err != nil {
@@ -288,12 +326,14 @@ func (c *call) refusal(state State, err error) *Error {
 	case state == Abandoned:
 		return c.problem(ErrOutcomeUnknown, nil)
 	}
-	return c.problem(ErrStoreUnavailable, nil) // Lost: our claim came after we gave it up
+	return c.problem(ErrStoreUnavailable, nil) // Lost: a release of this token came before its claim
 }
 
 // refuse answers with an error of the middleware's own.
 func (c *call) refuse(err *Error) { c.refuseAs(Outcome(err.Code), err) }
 
+// refuseAs is refuse under another outcome than the error's own. A refusal that
+// an operator has to know of is logged; one that is the client's doing is not.
 func (c *call) refuseAs(outcome Outcome, err *Error) {
 	if err.Status >= 500 || outcome == OutcomeLeaseLost {
 		c.warn(c.r.Context(), c.storeKey, "request refused", err)
@@ -303,9 +343,9 @@ func (c *call) refuseAs(outcome Outcome, err *Error) {
 	c.report(outcome, err.Status, err)
 }
 
-// deliver lets the handler's response go out, or answers in its place. What was
-// already streamed cannot be taken back, but the client can be kept from taking
-// it for a whole response.
+// deliver sends the handler's response, or answers in its place. What was
+// already streamed cannot be taken back. Then deliver aborts the connection, so
+// that the client does not take a part of the response for all of it.
 func (c *call) deliver(a answer) {
 	switch {
 	case a.problem == nil:
@@ -320,11 +360,14 @@ func (c *call) deliver(a answer) {
 	}
 }
 
-// calls are for reuse.
+// calls are calls for reuse.
 var calls = sync.Pool{New: func() any { return new(call) }}
 
-// recycle keeps a call for reuse that no handler can hold: one that was answered
-// from memory, without running the handler. It halves the time of a replay.
+// recycle keeps a call for reuse if no handler can hold it: one that was
+// answered from memory, without running the handler. A handler may leave
+// goroutines behind that use the recorder or the context, and another store may
+// still read the fingerprint of a claim whose call timed out. Reuse halves the
+// time of a replay.
 func (c *call) recycle() {
 	if c.memory != nil && c.execution.attempt == 0 {
 		c.request, c.claim = request{}, claim{}
@@ -333,6 +376,7 @@ func (c *call) recycle() {
 	}
 }
 
+// problem returns the Error for a sentinel, with the DocsURL of the options.
 func (m *middleware) problem(sentinel, cause error) *Error {
 	return newError(sentinel, cause, m.opts.DocsURL)
 }

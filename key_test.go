@@ -23,6 +23,7 @@ func TestKeyForms(t *testing.T) {
 		`"a";v=1; w="x,\"y";z`:                 "a",
 		`"a";v=:aGk=:`:                         "a",
 		`"a";v=?1`:                             "a",
+		`"a";v=%"b c"`:                         "a",
 		long:                                   long,
 		`"` + long + `"`:                       long,
 
@@ -41,6 +42,7 @@ func TestKeyForms(t *testing.T) {
 		`"a";=1`:          "",
 		`"a";x=`:          "",
 		`"a";x="b`:        "",
+		`"a";x=%"b`:       "",
 		`"a\x"`:           "",
 		`"a\`:             "",
 		"a,b":             "",

@@ -8,11 +8,15 @@ import (
 
 // A lease keeps a claim while its handler runs. A timer renews the claim every
 // third of its lease, and cancels the handler when the claim is lost.
+//
+// A third leaves time to repeat a renewal that failed before the lease ends. It
+// is a timer and not a goroutine, because most handlers return before the first
+// tick: for them a lease is a timer that is set and stopped.
 type lease struct {
 	claim   *claim
 	ctx     context.Context // of the handler, for its values
 	handler *cancellation
-	limit   time.Time // from here on the claim is not renewed: MaxExecution
+	limit   time.Time // the end of MaxExecution, from which the claim is not renewed
 
 	mu       sync.Mutex // guards what follows
 	timer    *time.Timer
@@ -20,7 +24,8 @@ type lease struct {
 	stopped  bool
 }
 
-// start begins to keep the claim.
+// start begins to keep the claim. Its time counts from claim.answered, so it
+// need not read the clock again.
 func (l *lease) start() {
 	now := l.claim.answered
 	l.limit = now.Add(l.claim.opts.MaxExecution)
@@ -36,23 +41,31 @@ func (l *lease) until(now, leaseEnd time.Time, next time.Duration) time.Duration
 	return max(0, min(next, l.limit.Sub(now), leaseEnd.Sub(now)))
 }
 
-// tick renews the claim, or cancels the handler when that is no longer possible.
-// While the store is asked the timer goes on towards the end of the lease, so
-// that a store that hangs cannot hide it.
+// tick renews the claim, or cancels the handler when that is no longer
+// possible. While a renewal is on its way, the timer goes on towards the end of
+// the lease. A store that hangs then cannot keep the handler from being
+// cancelled in time.
+//
+// The lock is not held during the renewal: stop waits for the lock when the
+// handler has returned, and a slow store must not hold up its response.
 func (l *lease) tick() {
-	now := time.Now()
-	end, lost := l.claim.standing()
 	l.mu.Lock()
+	now := time.Now()
+	end, lost := l.claim.standing() // under the lock: renew may have extended it just now
 	switch {
 	case l.stopped:
 	case lost: // a Commit found that out, and has cancelled the handler
 		l.stopped = true
 	case !now.Before(end):
 		l.stopped = true
+		// Another owner may take the key from now on. The handler is told at
+		// once, so that the two overlap as little as possible.
 		l.handler.cancel(ErrLeaseLost)
 		l.claim.warn(l.ctx, l.claim.storeKey, "a lease could not be renewed in time", ErrLeaseLost)
 	case !now.Before(l.limit):
 		l.stopped = true
+		// The claim goes on until the end of its lease, which is the time that
+		// the handler has to return.
 		l.handler.cancel(context.DeadlineExceeded)
 	case l.renewing:
 		l.timer.Reset(l.until(now, end, l.claim.opts.Lease))
@@ -67,16 +80,14 @@ func (l *lease) tick() {
 }
 
 // renew renews the claim once and sets the timer for the next time. After a
-// failure that is soon, so that there are a few more tries before the lease ends.
+// failure that is a twelfth of the lease later, so that there are a few more
+// tries before the lease ends.
 func (l *lease) renew() {
-	rec, err := l.claim.renew(l.ctx, false)
+	_, err := l.claim.renew(l.ctx, false)
 	next := l.claim.opts.Lease / 3
-	switch {
-	case err != nil:
+	if err != nil {
 		l.claim.warn(l.ctx, l.claim.storeKey, "renewing a lease failed", err)
 		next = l.claim.opts.Lease / 12
-	case rec.State != Acquired:
-		l.claim.warn(l.ctx, l.claim.storeKey, "a lease was taken over", ErrLeaseLost)
 	}
 	end, lost := l.claim.standing()
 	l.mu.Lock()
@@ -88,13 +99,15 @@ func (l *lease) renew() {
 	if lost {
 		l.stopped = true
 		l.timer.Stop()
+		l.claim.warn(l.ctx, l.claim.storeKey, "a lease was taken over", ErrLeaseLost)
 		return
 	}
 	l.timer.Reset(l.until(time.Now(), end, next))
 }
 
-// stop ends the renewals. One that is on its way may still extend the claim, or
-// find that the key is lost; claim.standing tells.
+// stop ends the renewals. It does not wait for a renewal that is on its way.
+// That renewal may still extend the claim, or find that the key is lost;
+// claim.standing tells.
 func (l *lease) stop() {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -273,3 +273,79 @@ func TestRenewalRepeatsOnce(t *testing.T) {
 		})
 	}
 }
+
+// A run may end between two renewals.
+func TestMaxExecutionBetweenRenewals(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxExecution: 25 * time.Second}, givesUp)
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "409 outcome_unknown", Took: 25 * time.Second})
+	})
+}
+
+// Renewals of a plain key do not mark it.
+func TestRenewedKeyRunsAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+			if time.Sleep(15 * time.Second); idemtest.Run(r) == 1 {
+				panic("boom")
+			}
+		})
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "panic"})
+		time.Sleep(time.Minute)
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "200 "})
+	})
+}
+
+// Nothing is renewed once the answer is there.
+func TestRenewalsEndWithTheRun(t *testing.T) {
+	for _, status := range []int{http.StatusCreated, http.StatusTooManyRequests} {
+		synctest.Test(t, func(t *testing.T) {
+			s := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+			c := idemtest.NewClient(s, &idempotency.Options{}, idemtest.Answering(status))
+			require.NotNil(t, c.Do(c.Request(idemtest.Exchange{Key: "a"})))
+			time.Sleep(time.Hour)
+			require.Equal(t, 1, s.Count("Acquire"))
+		})
+	}
+}
+
+// A Commit during a renewal extends the lease by itself.
+func TestCommitDuringARenewal(t *testing.T) {
+	for name, row := range map[string]struct {
+		hangs, end time.Duration
+	}{
+		"that never ends":        {time.Hour, 50 * time.Second},
+		"that is answered later": {10*time.Second + 10*time.Millisecond, 50 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+				s.OnAcquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+					if n > 3 {
+						return idempotency.Record{}, idemtest.ErrDown
+					}
+					rec, err := s.MemoryStore.Acquire(ctx, key, c)
+					if n == 2 {
+						time.Sleep(row.hangs)
+					}
+					return rec, err
+				}
+				var took time.Duration
+				c := idemtest.NewClient(s, &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
+					start := time.Now()
+					time.Sleep(20 * time.Second)
+					idemtest.Must(idemtest.Execution(r).Commit(r.Context()))
+					select {
+					case <-r.Context().Done():
+						require.ErrorIs(t, context.Cause(r.Context()), idempotency.ErrLeaseLost)
+					case <-time.After(5 * time.Minute):
+					}
+					took = time.Since(start)
+				})
+				c.Do(c.Request(idemtest.Exchange{Key: "a"}))
+				require.Equal(t, row.end, took)
+				time.Sleep(2 * time.Hour)
+			})
+		})
+	}
+}

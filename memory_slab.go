@@ -7,16 +7,17 @@ import (
 )
 
 // A memoryQueue holds what a shard keeps for one TTL. Cells of one TTL expire
-// in the order they came, so the oldest are always in front and nothing ever
-// has to be searched or swept. A program has few TTLs: those of its options, and
-// its leases.
+// in the order they came, so the oldest are always in front: the store never
+// searches or sweeps. A program has few TTLs: those of its options, and its
+// leases.
 type memoryQueue struct {
 	ttl         time.Duration
 	first, last *memoryCell // linked, as a renewal takes a cell from the middle
 	slabs       []*slab     // of packed records, which stay until they expire
 }
 
-// empty reports whether the queue can go: the next cell of its TTL makes it anew.
+// empty reports whether the queue can go: the next cell of its TTL makes it
+// anew.
 func (q *memoryQueue) empty() bool { return q.first == nil && len(q.slabs) == 0 }
 
 // queue returns the queue of ttl, and makes it if there is none. A search of a
@@ -212,6 +213,7 @@ const (
 // Attempt and Once are not in it: they end with the claim.
 const packedHeader = 26
 
+// packedSize returns the length of a packed record.
 func packedSize(key, token string, r Result) int {
 	return packedHeader + len(key) + len(token) + len(r.Fingerprint) + len(r.Value)
 }
@@ -235,6 +237,7 @@ func (r *packedRecords) record(ref recordRef) packedRecord {
 // writes records, and they never leave the process.
 type packedRecord []byte
 
+// The first two fields of a record. An expiry is in the time of memoryNow.
 func (b packedRecord) expiry() int64 { return int64(binary.LittleEndian.Uint64(b)) }
 func (b packedRecord) hash() uint64  { return binary.LittleEndian.Uint64(b[8:]) }
 
@@ -262,9 +265,9 @@ func (r *packedRecords) lookup(hash uint64, key string, now int64) (packedRecord
 	return b, string(k) == key // which does not allocate
 }
 
-// add packs a record behind the others of its queue. It returns false when the
-// record is too large or in parts, which are kept as they are, or when the index
-// has a live record of another key with this hash.
+// add packs a record behind the others of its queue. It returns false, and the
+// record becomes a memoryCell, when the record is too large for a slab or is in
+// parts, or when the index has a live record of another key with this hash.
 func (r *packedRecords) add(q *memoryQueue, hash uint64, key, token string, res Result, now int64) bool {
 	size := packedSize(key, token, res)
 	if size > maxPacked || len(res.parts) > 0 {

@@ -9,22 +9,24 @@ import (
 	"time"
 )
 
-// A MemoryStore keeps records in the memory of one process: they are gone when
-// it ends, and no other process sees them. That suits a service of one replica
-// which can do without protection across a restart.
+// A MemoryStore keeps records in the memory of one process. They are gone when
+// the process ends, and no other process sees them. That suits a service of one
+// replica which can do without protection across a restart.
 //
 // The zero value is ready to use. A MemoryStore is safe for concurrent use and
 // must not be copied. It has no goroutine: each operation frees a few expired
-// cells, and Len and Bytes free all of them. Time is monotonic, so a clock that
-// is set does not matter.
+// cells, and Len and Bytes free all of them. Time is monotonic, so a step of
+// the wall clock has no effect.
 //
-// A middleware that was given the MemoryStore itself stores large responses in
-// pieces, which only a Record as Acquire returned it holds together.
+// A middleware that was given the MemoryStore itself stores a large response in
+// pieces. Record.Value then has only the first of them, and the Record has the
+// others. So a Store that wraps a MemoryStore passes on each Record as it is.
 type MemoryStore struct {
-	// MaxBytes bounds the memory of all cells. Default 256 MiB. When the store
-	// is full new keys get [ErrStoreFull]; nothing is evicted, since a lost
-	// record is a handler that runs twice. Completing or releasing a key may
-	// exceed the bound. It must be set before the first use.
+	// MaxBytes bounds the memory of all cells, in bytes. Zero or less means 256
+	// MiB. When the store is full, new keys get [ErrStoreFull]. Nothing is
+	// evicted, since a lost record is a handler that runs twice. Completing or
+	// releasing a key may exceed the bound. MaxBytes must be set before the
+	// first use.
 	MaxBytes int64
 
 	bytes  atomic.Int64 // what the cells and packed records of all shards cost
@@ -113,8 +115,9 @@ func sizeOf(parts [][]byte) (n int) {
 	return n
 }
 
-// All stores of a process share a seed, which makes hashes that no client can
-// foresee, and an epoch, from which their times count.
+// All stores of a process share a seed and an epoch. The seed makes hashes that
+// no client can foresee, so that a client cannot choose keys that collide.
+// Times count from the epoch.
 var (
 	memorySeed  = maphash.MakeSeed()
 	memoryEpoch = time.Now()
@@ -135,14 +138,15 @@ func (s *MemoryStore) lock(key string, now int64) (sh *memoryShard, hash uint64)
 	return sh, hash
 }
 
-// Acquire implements [Store]. Its only error is [ErrStoreFull].
+// Acquire implements [Store]. Its only error is [ErrStoreFull]. It ignores its
+// context: it waits for nothing but a lock that is held for microseconds.
 func (s *MemoryStore) Acquire(_ context.Context, key string, c Claim) (Record, error) {
 	return s.acquireAt(memoryNow(), key, c)
 }
 
-// acquireAt is Acquire for the middleware, which has read the clock just before:
-// that takes as long as to find a record. A claim that waited for the lock ends
-// early by as much.
+// acquireAt is Acquire for the middleware, which has read the clock just
+// before: reading it takes as long as finding a record. A claim that waited for
+// the lock ends early by as much.
 func (s *MemoryStore) acquireAt(now int64, key string, c Claim) (Record, error) {
 	rec, full := s.acquire(key, c, now)
 	if full {
@@ -297,8 +301,8 @@ func (s *MemoryStore) Complete(_ context.Context, key, token string, r Result) e
 	return nil
 }
 
-// Release implements [Store]. It returns nil. The marker of a claim is the cell
-// itself, with all that it has: most markers are gone after a lease.
+// Release implements [Store]. It returns nil. It leaves a marker even when the
+// store is full.
 func (s *MemoryStore) Release(_ context.Context, key, token string, keep time.Duration) error {
 	now := memoryNow()
 	sh, hash := s.lock(key, now)
@@ -307,8 +311,12 @@ func (s *MemoryStore) Release(_ context.Context, key, token string, keep time.Du
 	if cell != nil && cell.expiry > now {
 		// Another state or token stays as it is: a marker keeps its time.
 		if cell.state == cellClaimed && cell.token == token {
+			// The marker is the cell itself, fingerprint included. Most markers
+			// are gone after a lease, so they are not worth making smaller.
 			cell.state = cellReleased
-			s.requeue(sh, cell, now, keep)
+			if cell.attempt == 1 || cell.expiry < expiry(now, keep) {
+				s.requeue(sh, cell, now, keep)
+			}
 			sh.notify(key)
 		}
 		return nil
@@ -341,13 +349,15 @@ func (s *MemoryStore) Len() int {
 	return n
 }
 
-// Bytes returns about how much memory the cells take, as MaxBytes counts it.
+// Bytes returns about how many bytes of memory the cells take, as MaxBytes
+// counts them. It visits every shard, one after the other.
 func (s *MemoryStore) Bytes() int64 {
 	s.retireAll(-1)
 	return s.bytes.Load()
 }
 
-// maxBytes is asked each time, as the zero MemoryStore is ready to use.
+// maxBytes returns the bound. It is not resolved in NewMemoryStore, as the zero
+// MemoryStore is ready to use.
 func (s *MemoryStore) maxBytes() int64 {
 	if s.MaxBytes > 0 {
 		return s.MaxBytes
@@ -361,8 +371,9 @@ type memoryWatch struct {
 	watchers int // whose context has not ended
 }
 
-// Watch implements [Watcher]. It does not fail, and tells of every Complete
-// and Release, whether or not an Acquire has found the cell InProgress.
+// Watch implements [Watcher]. It never returns an error. It tells of every
+// Complete and Release, whether or not an Acquire has found the cell
+// InProgress.
 func (s *MemoryStore) Watch(ctx context.Context, key string) (<-chan struct{}, error) {
 	sh, _ := s.lock(key, memoryNow())
 	defer sh.mu.Unlock()
@@ -386,8 +397,8 @@ func (s *MemoryStore) Watch(ctx context.Context, key string) (<-chan struct{}, e
 	return w.changed, nil
 }
 
-// notify closes the channel of those that watch key. The next call of Watch makes
-// a new one.
+// notify closes the channel of the callers that watch key. The next call of
+// Watch makes a new one.
 func (sh *memoryShard) notify(key string) {
 	if w := sh.watches[key]; w != nil {
 		close(w.changed)

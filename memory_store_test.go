@@ -313,7 +313,7 @@ func TestMemoryStoreCountsWhatAClaimOverwrites(t *testing.T) {
 				require.Equal(t, fresh.Bytes(), s.Bytes())
 				require.NoError(t, s.Release(t.Context(), key, test.after.Token, time.Minute))
 				require.Equal(t, fresh.Bytes(), s.Bytes(), "a marker")
-				time.Sleep(time.Minute)
+				time.Sleep(time.Hour)
 				require.Zero(t, s.Bytes())
 			})
 		})
@@ -479,4 +479,32 @@ func TestMemoryStoreKeepsClaimsWhenFull(t *testing.T) {
 	for _, key := range claimed {
 		require.Equal(t, idempotency.InProgress, acquire(t, s, key, "2").State)
 	}
+}
+
+// An expired claim is absent, even where it was not dropped yet.
+func TestMemoryStoreCompletesOverClaimsThatExpired(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := idempotency.NewMemoryStore()
+		const claims, last = 20_000, 20_000 - 100
+		for i := range claims {
+			acquire(t, s, fmt.Sprint(i), "1")
+		}
+		time.Sleep(time.Minute)
+		for i := last; i < claims; i++ {
+			require.NoError(t, s.Complete(t.Context(), fmt.Sprint(i), "2", idempotency.Result{TTL: time.Minute}))
+		}
+	})
+}
+
+// A marker of an absent cell has had no attempts, whatever was there before.
+func TestMemoryStoreMarkerForgetsWhatExpired(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := idempotency.NewMemoryStore()
+		acquire(t, s, "a", "1")
+		require.NoError(t, s.Release(t.Context(), "a", "1", time.Second))
+		require.Equal(t, 2, acquire(t, s, "a", "2").Attempt)
+		time.Sleep(time.Hour)
+		require.NoError(t, s.Release(t.Context(), "a", "3", time.Minute))
+		require.Equal(t, 1, acquire(t, s, "a", "4").Attempt)
+	})
 }

@@ -13,149 +13,200 @@ import (
 	"time"
 )
 
-// NoWait as [Options.Wait] answers a duplicate at once.
+// NoWait as [Options.Wait] answers a duplicate at once. It is the only negative
+// Wait that is valid.
 const NoWait time.Duration = -1
 
-// Options configure [Middleware]. A nil *Options and a zero field mean the
-// defaults. Middleware copies them; the functions in them must be safe for
+// Options configure [Middleware]. A nil *Options and the zero Options mean all
+// defaults, and a zero field means the default of that field. Options may be
+// copied. Middleware copies them, so a later change has no effect. Middleware
+// panics when a field is invalid. The functions in Options must be safe for
 // concurrent use.
 type Options struct {
 	// TTL is how long a stored response is replayed, from the end of the
 	// handler on. Default 24h; 100 years at most.
+	//
+	// TTL is also how long a key remembers that it was freed by a run that may
+	// have got somewhere: [Execution.Attempt] counts for TTL after a 5xx, a
+	// body that broke off or no answer. After a first run whose answer says that
+	// nothing was done it counts for one Lease only, so that a flood of refused
+	// requests does not fill the store. With AtMostOnce it counts for TTL.
 	TTL time.Duration
 
 	// Lease is how long a claim outlives a process that died: the time until a
-	// retry may run the handler again. It is renewed while the handler runs.
-	// Default 30s, or TTL if that is less. It must not exceed TTL.
+	// retry may run the handler again. While the handler runs, it is renewed
+	// every third of Lease. Default 30s, or TTL if that is less; 1ms at least.
+	// It must not exceed TTL.
+	//
+	// A command that reaches the store late, after its claim has ended, holds a
+	// key for one Lease at most, while the store keeps its records.
 	Lease time.Duration
 
 	// Wait is how long a duplicate waits for the running execution before it is
-	// answered 409. Default 5s. [NoWait] answers at once.
+	// answered 409 in_progress. Default 5s. [NoWait] answers at once.
 	Wait time.Duration
 
-	// MaxExecution is the time after which the lease of a running handler is
-	// no longer renewed and its context is cancelled. Default 10m.
+	// MaxExecution is the time after which the lease of a running handler is no
+	// longer renewed and its context is cancelled. A handler that goes on runs
+	// under the rest of its lease; after that a retry may run beside it.
+	// Default 10m.
+	//
+	// It is also how long, after the lease, the middleware goes on in the
+	// background with what the store did not answer: storing the response of a
+	// handler that has finished, and releasing a key whose at-most-once mark
+	// may have been set.
 	MaxExecution time.Duration
 
-	// StoreTimeout is the total time for a store operation, its retries
-	// included; the first try gets half of it. Default 1s, or a third of Lease
-	// if that is less. It must not exceed half of Lease, or a renewal could
-	// come too late.
+	// StoreTimeout is the total time for a store operation, its repetition
+	// included. The first try gets half of it, so that a try whose answer was
+	// lost leaves time for another. Default 1s, or a third of Lease if that is
+	// less. It must not exceed half of Lease, or a renewal could come too late.
 	StoreTimeout time.Duration
 
 	// Header is the request header that carries the key. Default
-	// "Idempotency-Key".
+	// "Idempotency-Key", the header of
+	// draft-ietf-httpapi-idempotency-key-header.
 	Header string
 
-	// Methods are the eligible methods; all others pass through. Default POST,
-	// PUT, PATCH, DELETE. Safe methods cannot be eligible.
+	// Methods are the eligible methods, in upper case; all others pass through.
+	// Default POST, PUT, PATCH, DELETE. GET, HEAD, OPTIONS, TRACE and CONNECT
+	// cannot be eligible: they need no key.
 	Methods []string
 
-	// RequireKey answers 400 to an eligible request without a key. Default
-	// false: such a request passes through unprotected.
+	// RequireKey answers 400 key_missing to an eligible request without a key.
+	// Default false: such a request passes through unprotected.
 	RequireKey bool
 
-	// ValidateKey is an extra rule for keys, UUIDs only, say. What its error
-	// says is shown to the client. Default nil: 1 to 255 bytes of printable
-	// ASCII.
+	// ValidateKey is an extra rule for keys, UUIDs only, say. It sees the key
+	// unquoted, after the rule that always holds: 1 to 255 bytes of printable
+	// ASCII. The text of its error is shown to the client, with 400
+	// key_invalid. Default nil: no extra rule.
 	ValidateKey func(key string) error
 
-	// Scope says who a key belongs to: a tenant or a user that an outer
+	// Scope says whose key it is: the tenant or the user that an outer
 	// middleware authenticated. Equal keys of different scopes are different
 	// keys.
 	//
-	// Default nil, and the same for a request for which it returns "": keys
-	// are shared by everyone, and the Authorization and Cookie headers are
-	// part of the fingerprint instead. Someone else who learns a key then gets
-	// 422 and never the stored response; but so does a client whose
-	// credentials changed between two tries. A service whose credentials
-	// change with every request (signed requests, rotating tokens, rolling
-	// cookies) needs a Scope, and so does one that tells its clients apart in
-	// another way (an API key in a header of its own, client certificates).
+	// Default nil. Then all clients share one space of keys, and the
+	// Authorization and Cookie headers are part of the fingerprint instead. The
+	// same holds for a request for which Scope returns "". A client that learns
+	// the key of another client then gets 422 and never the stored response.
+	// But a client whose credentials changed between two tries gets 422 too. So
+	// a service needs a Scope if its credentials change with every request
+	// (signed requests, rotating tokens, rolling cookies), or if it tells its
+	// clients apart in another way (an API key in a header of its own, client
+	// certificates).
 	//
-	// The host is not part of a key either: a service for which it matters
-	// puts r.Host into the scope.
+	// The host is not part of a key. A service for which it matters puts r.Host
+	// into the scope.
 	Scope func(r *http.Request) string
 
 	// Fingerprint replaces the query, the Content-Type and the body in what
 	// tells two requests under one key apart. It must not read r.Body, which
-	// was read into body, nor keep body. Default nil: all three count, byte by
-	// byte. With it, a body over MaxBufferedBody is answered 413.
+	// was read into body, and must not keep body. With it, a body over
+	// MaxBufferedBody is answered 413. Default nil: query, Content-Type and
+	// body count, byte by byte.
 	Fingerprint func(r *http.Request, body []byte) []byte
 
 	// MaxBufferedBody is the size in bytes up to which a request body is read
-	// before its key is claimed. A larger one is streamed to the handler and
-	// hashed on the way; until the handler has returned, two such requests
-	// that differ only in the body are not told apart. When the handler met one
-	// that broke off, the key is freed; but if it answered below 400 it has done
-	// something, and retries are answered 409 response_not_stored. Default 1 MiB.
-	// Where a change of this option makes a retry a large body that was none
-	// before, or the other way round, it is answered 422.
+	// before its key is claimed. Default 1 MiB; 1 TiB at most.
+	//
+	// A larger body is streamed to the handler and hashed on the way. Two such
+	// requests that differ only in the body are told apart when the handler has
+	// returned, not before. When the handler met a body that broke off, the key
+	// is freed. But a handler that answered below 400 has done something, so
+	// retries of it are answered 409 response_not_stored. With AtMostOnce, or
+	// after Commit, such a response is stored like any other.
+	//
+	// The limit decides what the fingerprint covers. When it is changed, a
+	// retry of a request between the old limit and the new one is answered 422.
 	MaxBufferedBody int64
 
 	// MaxResponseBytes is the size in bytes of the largest response body that
 	// is kept. A larger one is streamed, and a retry is answered 409
 	// response_not_stored. Headers and trailers together may add 64 KiB.
-	// Default 1 MiB.
+	// Default 1 MiB; 1 TiB at most.
 	MaxResponseBytes int64
 
-	// ShouldStore says which responses are final and kept. Any other frees the
-	// key. Default nil: all but 401, 403, 407, 408, 425, 429, 5xx, and 409 with
-	// Retry-After, which another instance of this middleware answers while a
-	// request is running; with AtMostOnce 5xx is final too. If it panics the
-	// response is kept.
+	// ShouldStore says which responses are final and stored. Any other frees
+	// the key, so that a retry runs. Commit and Discard decide before it. It
+	// gets the header as the handler left it, and is not called when the
+	// handler gave no answer. If it panics, the response is stored.
+	//
+	// Default nil: all responses are final but 401, 403, 407, 408, 425, 429,
+	// 5xx, and 409 with Retry-After, which another instance of this middleware
+	// answers while a request is running. With AtMostOnce a 5xx is final too.
 	ShouldStore func(status int, h http.Header) bool
 
 	// ReplayHeader says which of the headers and trailers that the handler set
-	// are kept for replay. Connection-level ones never are. What outer
-	// middleware sets is always that of the current request. Default nil: all
-	// but Set-Cookie.
+	// are kept for replay. Connection-level headers (RFC 9110, section 7.6.1)
+	// are never kept. What outer middleware sets is always that of the current
+	// request. If ReplayHeader panics, retries are answered 409
+	// response_not_stored. Default nil: all but Set-Cookie, which would give a
+	// retry the session of the first request.
 	ReplayHeader func(name string) bool
 
 	// AtMostOnce never runs a key again unless the handler's own answer said
-	// that nothing was done: one of the 4xx that ShouldStore names, or
-	// Discard. If a run dies or panics, retries are answered 409
-	// outcome_unknown until TTL, which should be much longer than Lease.
-	// Default false: they run again after Lease.
+	// that nothing was done: one of the 4xx that ShouldStore names, a response
+	// that a custom ShouldStore refuses, or Discard. If a run dies or panics,
+	// retries are answered 409 outcome_unknown until TTL, which should be much
+	// longer than Lease.
+	//
+	// It costs one more store call before the handler: the mark is set only
+	// after the answer to the claim was seen, so that a claim that arrives late
+	// marks nothing. A process that dies between the two leaves an ordinary
+	// claim, which ends with its lease. A key that was refused leaves a marker
+	// until TTL, so limit rates outside of the middleware. Default false: a run
+	// that died is repeated after Lease.
 	AtMostOnce bool
 
-	// FailOpen runs the handler unprotected when the store is down or full. Commit
-	// then fails and nobody ends an attached transaction. Default false: the
-	// answer is then 503, because a request that is refused is safer than one
-	// that is charged twice.
+	// FailOpen runs the handler unprotected when the store is down or full.
+	// Commit then fails, and an attached transaction is left to the handler. A
+	// request that waits for another execution when the store fails is refused
+	// all the same. Default false: the answer is 503, because a request that is
+	// refused is safer than one that is charged twice.
 	FailOpen bool
 
 	// CancelOnDisconnect keeps the client's cancellation on the handler's
-	// context. Default false: the client that hangs up is the one that will
-	// retry, so the handler finishes and its answer is stored. With it, retries of
-	// a handler that returns without a word are answered 409 outcome_unknown.
+	// context. When a handler then returns without an answer, retries are
+	// answered 409 outcome_unknown. Default false: a client that hangs up is
+	// the client that will retry, so the handler finishes and its answer is
+	// stored.
 	CancelOnDisconnect bool
 
-	// AEAD seals stored responses, with the store key as additional data.
-	// Nonces are random, so a 96-bit nonce allows 2^32 responses under one key.
-	// Default nil: they are stored in the clear.
+	// AEAD seals stored responses. The store key and the fingerprint are its
+	// additional data, so that a response that was moved to another key in the
+	// store is unreadable. Nonces are random, so a 96-bit nonce allows 2^32
+	// responses under one AEAD key (NIST SP 800-38D, section 8.3). After a
+	// change of the AEAD key, older responses are unreadable and answered 500.
+	// Default nil: responses are stored in the clear.
 	AEAD cipher.AEAD
 
-	// DocsURL is where this API documents its errors. It becomes their type
-	// and a Link header. Default "": about:blank and no Link.
+	// DocsURL is where this API documents its errors. It becomes the type of
+	// each error (RFC 9457) and a Link header with rel="describedby". Default
+	// "": about:blank and no Link.
 	DocsURL string
 
 	// ErrorHandler writes the middleware's own answers. Default [WriteError].
 	ErrorHandler func(http.ResponseWriter, *http.Request, *Error)
 
-	// OnEvent is called once for each request that has a key or should have,
-	// on the request's goroutine, when it was answered or its handler panicked;
-	// not when Scope, ValidateKey, Fingerprint or ErrorHandler panicked. A panic
-	// in it is contained. Default nil.
+	// OnEvent is called once for each request that has a key, or should have
+	// one. It runs on the request's goroutine, after the request was answered
+	// or its handler panicked, so it holds up the end of the request. It is not
+	// called when Scope, ValidateKey, Fingerprint or ErrorHandler panicked, nor
+	// by the inner of two middlewares that a request meets under one key. A
+	// panic in it is logged. Default nil.
 	OnEvent func(context.Context, Event)
 
-	// Logger receives warnings and errors; never a key, a token or a body.
-	// Default nil: slog.Default() at the time of logging.
+	// Logger receives warnings and errors. A log line has the store key, which
+	// is a hash, and never a client's key, a token or a body. Default nil:
+	// slog.Default() at the time of logging.
 	Logger *slog.Logger
 }
 
 // withDefaults returns a copy of o in which every field has its value. It
-// panics on nonsense.
+// panics on an invalid one. Defaults are resolved here alone, so that a request
+// never asks what a zero means.
 func (o *Options) withDefaults() Options {
 	var r Options
 	if o != nil {
@@ -186,6 +237,7 @@ func (o *Options) withDefaults() Options {
 	return r
 }
 
+// setDefault sets a field that is zero.
 func setDefault[T comparable](field *T, value T) {
 	var zero T
 	if *field == zero {
@@ -193,13 +245,14 @@ func setDefault[T comparable](field *T, value T) {
 	}
 }
 
-// Beyond these bounds sums would overflow.
+// Beyond these bounds, sums of a time and a TTL, or of a size and a limit,
+// would overflow.
 const (
 	maxTTL   = 100 * 365 * 24 * time.Hour
 	maxBytes = 1 << 40
 )
 
-// check returns an error that tells the fix.
+// check returns an error for the first invalid field. Its text tells the fix.
 func (o *Options) check() error {
 	switch {
 	case o.TTL < 0 || o.TTL > maxTTL:
@@ -250,11 +303,13 @@ func isToken(s string) bool {
 	return s != ""
 }
 
+// isAlphanumeric reports whether c is an ALPHA or a DIGIT of RFC 5234.
 func isAlphanumeric(c byte) bool {
 	return '0' <= c && c <= '9' || 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z'
 }
 
-// logger is where warnings and errors go.
+// logger returns where warnings and errors go. The default logger is looked up
+// each time, since a program may set it after it made the middleware.
 func (o *Options) logger() *slog.Logger {
 	if o.Logger != nil {
 		return o.Logger

@@ -31,6 +31,9 @@ import (
 //	token                8               TTL in ms           15  6
 //	                                     token, fingerprint  21
 //
+// Flag 1 is Once: the claim is never taken over. Flag 2 is watched: a caller was
+// answered InProgress, so that a change is published. Only the scripts set flags.
+//
 // The offsets are fixed, so that Lua reads them without a library: miniredis
 // has no struct.
 //
@@ -38,9 +41,9 @@ import (
 // a key. The time since the claim, or since its last renewal, is the TTL in the
 // cell less the PTTL of the key, by the server's clock alone.
 //
-// Completed cells are the many, so they hold only what is needed. Complete
-// compares the token when it was sent twice: eight bytes of a hash tell. The
-// TTL is Redis's own.
+// Most cells are completed, so a completed cell holds only what is needed. A
+// Complete that was sent twice needs the token only to compare it, and eight
+// bytes of a hash are enough for that. The TTL is Redis's own.
 //
 // Records outlive deployments, so a format that was ever released stays
 // readable. Another format has another first byte.
@@ -54,23 +57,21 @@ const (
 	redisCompletedHeader = 11
 	redisReleasedHeader  = 8
 	redisClaimedHeader   = 21
-
-	// Flags of a claimed cell.
-	redisOnce    = 1 // the claim is never taken over
-	redisWatched = 2 // a caller was told InProgress, so a change is published
 )
 
-// A redisCell is a cell. A completed one that was read has no token.
+// A redisCell is a cell as it is first written. A cell that was read has no
+// lease, TTL and attempt, which only the scripts use, and a completed one no
+// token.
 type redisCell struct {
 	state              byte
-	once               bool
-	lease, ttl         int64 // milliseconds; set in a claimed cell
+	lease, ttl         int64 // of a claim, in milliseconds
 	attempt            int
 	token              string
 	fingerprint, value []byte
 }
 
-// millis rounds up: no lease and no cell ends early.
+// millis returns whole milliseconds, the unit of Redis. It rounds up: no lease
+// and no cell ends early.
 func millis(d time.Duration) int64 {
 	ms := int64(d / time.Millisecond)
 	if d%time.Millisecond > 0 {
@@ -99,41 +100,36 @@ func (c *redisCell) encode() ([]byte, error) {
 	if c.state == redisReleased {
 		return append(b, c.token...), nil
 	}
-	flags := byte(0)
-	if c.once {
-		flags = redisOnce
-	}
-	b = append(b, flags)
+	b = append(b, 0) // flags
 	b = appendUint48(b, c.lease)
 	b = appendUint48(b, c.ttl)
 	b = append(b, c.token...)
 	return append(b, c.fingerprint...), nil
 }
 
+// appendUint48 appends a time in milliseconds. 48 bits are 8,900 years; Lua's
+// numbers are exact up to 53 bits.
 func appendUint48(b []byte, n int64) []byte {
 	b = binary.BigEndian.AppendUint16(b, uint16(n>>32))
 	return binary.BigEndian.AppendUint32(b, uint32(n))
 }
 
-func uint48(b []byte) int64 {
-	return int64(binary.BigEndian.Uint16(b))<<32 | int64(binary.BigEndian.Uint32(b[2:]))
-}
-
+// errForeignCell is the error for a key that another program uses, or a newer
+// release. The request is refused: to take such a key could run a handler
+// twice, or destroy what the other program keeps there.
 var errForeignCell = errors.New("idempotency: the Redis key holds something that is no record of this package, or of a newer release")
 
-// parseRedisCell reads b in place: fingerprint and value are parts of it. What
-// it does not understand is an error and never a free key.
+// parseRedisCell reads b in place: fingerprint and value are parts of it. Bytes
+// that it does not understand are an error and never a free key.
 func parseRedisCell(b []byte) (redisCell, error) {
 	if len(b) < redisReleasedHeader || b[0] != redisFormat {
 		return redisCell{}, errForeignCell
 	}
 	c := redisCell{state: b[1]}
-	start, token, fingerprint := redisCompletedHeader, 0, int(b[2])
-	if c.state != redisCompleted { // a completed cell has its digest there
-		token, c.attempt = int(b[3]), int(binary.BigEndian.Uint32(b[4:]))
-	}
+	start, token, fingerprint := 0, int(b[3]), int(b[2])
 	switch c.state {
 	case redisCompleted:
+		start, token = redisCompletedHeader, 0
 	case redisReleased:
 		start = redisReleasedHeader
 	case redisClaimed:
@@ -147,19 +143,16 @@ func parseRedisCell(b []byte) (redisCell, error) {
 	if end > len(b) || c.state != redisCompleted && end < len(b) {
 		return redisCell{}, errForeignCell
 	}
-	if c.state == redisClaimed {
-		c.once, c.lease, c.ttl = b[8]&redisOnce != 0, uint48(b[9:]), uint48(b[15:])
-	}
 	c.token = string(b[start : start+token])
 	c.fingerprint, c.value = b[start+token:end:end], b[end:]
 	return c, nil
 }
 
-// redisParse is the part of the scripts that reads a cell. Lua counts from 1, so
-// all offsets are one more than those of the table above.
+// redisParse is the part of the scripts that reads a cell. Lua counts from 1,
+// so all offsets are one more than those of the table above.
 //
 // parse returns the state, the token, the fingerprint and the flags, or nil for
-// what is no cell. The token of a completed cell is its digest.
+// a string that is no cell. The token of a completed cell is its digest.
 const redisParse = `
 local function parse(s)
   if #s < 8 or string.byte(s, 1) ~= 29 then return nil end
@@ -189,7 +182,7 @@ local foreign = {err = 'FOREIGN the key holds something else'}
 // It returns a State and two values that belong to it: for Acquired the attempt
 // and Once, for InProgress the milliseconds that are left of the lease and the
 // cell, for Lost nothing, and else 0 and the cell. InProgress also sets
-// redisWatched in the cell, so that Complete and Release publish the change.
+// the flag watched, so that Complete and Release publish the change.
 //
 // A lease is over when more milliseconds have begun than it has. Else it would
 // end up to one millisecond early.
@@ -278,16 +271,19 @@ return 1
 // KEYS[1] is the cell. ARGV[1] is the marker that an absent cell becomes. A claim
 // under the token becomes the same with its own attempt. ARGV[2] is the channel
 // to publish on when callers wait. ARGV[3] is the token, ARGV[4] how long the
-// marker is kept, in milliseconds. It returns 1.
+// marker is kept, in milliseconds. The marker of a later attempt than the first
+// is kept for what is left of the TTL, if that is longer. It returns 1.
 var releaseScript = newRedisScript(redisParse + `
-local cell, watched, marker = redis.call('GET', KEYS[1]), 2, ARGV[1]
+local cell, watched, marker, keep = redis.call('GET', KEYS[1]), 2, ARGV[1], tonumber(ARGV[4])
 if cell then
   local state, owner, _, flags = parse(cell)
   if not state then return foreign end
   if state ~= 'C' or owner ~= ARGV[3] then return 1 end
-  marker, watched = string.sub(marker, 1, 4) .. string.sub(cell, 5, 8) .. string.sub(marker, 9), flags
+  local attempt = string.sub(cell, 5, 8)
+  marker, watched = string.sub(marker, 1, 4) .. attempt .. string.sub(marker, 9), flags
+  if attempt ~= '\0\0\0\1' then keep = math.max(keep, redis.call('PTTL', KEYS[1])) end
 end
-redis.call('SET', KEYS[1], marker, 'PX', ARGV[4])
+redis.call('SET', KEYS[1], marker, 'PX', keep)
 if watched >= 2 then redis.pcall('PUBLISH', ARGV[2], '') end
 return 1
 `)
@@ -298,6 +294,7 @@ return 1
 // refused script has written nothing.
 type redisScript struct{ plain, full redisSource }
 
+// A redisSource is the text of a script and the hash that EVALSHA knows it by.
 type redisSource struct{ text, sha string }
 
 func newRedisScript(lua string) *redisScript {
@@ -312,8 +309,9 @@ func newRedisSource(text string) redisSource {
 	return redisSource{text, hex.EncodeToString(sum[:])}
 }
 
-// run runs a script on one key. What is there already goes on when Redis is
-// full, for it makes room or was let in before. claims is as for send.
+// run runs a script on one key. It goes on when Redis is full if the key has a
+// cell: such a command makes room, or its cell was let in before. claims is as
+// for send.
 func (s *RedisStore) run(ctx context.Context, script *redisScript, claims bool, name string, args ...any) (cmd *redis.Cmd, replicated bool, err error) {
 	cmd, replicated, err = s.eval(ctx, script.plain, claims, name, args)
 	if isRedisFull(err) {
@@ -340,4 +338,5 @@ func (s *RedisStore) eval(ctx context.Context, source redisSource, claims bool, 
 	return cmd, replicated, err
 }
 
+// isRedisFull reports whether Redis refused a command for lack of memory.
 func isRedisFull(err error) bool { return redis.HasErrorPrefix(err, "OOM") }

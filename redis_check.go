@@ -11,8 +11,10 @@ import (
 )
 
 // Check returns an error if Redis cannot be reached, is older than 7.0, or may
-// evict records. Of a Cluster it asks every master. It is for the start of a
-// program and for health checks. What the Redis user may not ask passes.
+// evict records. Of a Cluster it asks every master. Call it at the start of a
+// program and in health checks. It is safe for concurrent use, and changes
+// nothing in Redis. Where the Redis user may not ask, or the server does not
+// tell, that part of the check passes.
 func (s *RedisStore) Check(ctx context.Context) error {
 	if cluster, ok := s.client.(interface {
 		ForEachMaster(context.Context, func(context.Context, *redis.Client) error) error
@@ -27,14 +29,16 @@ func (s *RedisStore) Check(ctx context.Context) error {
 	return checkRedis(ctx, s.client)
 }
 
-// checkRedis checks one server. An answer that says nothing passes: many a
-// service of others hides CONFIG, and stand-ins do not know all of INFO.
+// checkRedis checks one server. An answer that says nothing passes: many hosted
+// services refuse CONFIG, and stand-ins such as miniredis do not know all of
+// INFO. An error there would keep programs from starting on a server that
+// works.
 func checkRedis(ctx context.Context, client redis.Cmdable) error {
 	info, err := client.Info(ctx, "server").Result()
 	if err != nil && !isRedisRefusal(err) {
 		return fmt.Errorf("idempotency: asking Redis for its version: %w", err)
 	}
-	_, version, found := strings.Cut(info, "redis_version:") // Valkey says which Redis it is like
+	_, version, found := strings.Cut(info, "redis_version:") // Valkey tells the Redis version that it is compatible with
 	version, _, _ = strings.Cut(version, "\r\n")
 	major, _, _ := strings.Cut(version, ".")
 	if n, err := strconv.Atoi(major); found && (err != nil || n < 7) {
@@ -51,9 +55,9 @@ func checkRedis(ctx context.Context, client redis.Cmdable) error {
 	return nil
 }
 
-// isRedisRefusal reports whether Redis is there and only does not tell: the
-// user may not ask, or the command is renamed, unknown, or (miniredis) known in
-// part.
+// isRedisRefusal reports whether Redis is there and only does not tell. The
+// user may not ask, or the command is renamed, unknown, or (in miniredis) known
+// in part.
 func isRedisRefusal(err error) bool {
 	var reply redis.Error
 	if !errors.As(err, &reply) {

@@ -9,11 +9,11 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// A redisPipe sends commands to one server. As long as few are on their way,
-// each goes at once and by itself. Further commands wait for a reply to one of
-// those, and go together in one pipeline. That costs a third of the processor
-// time for each, on both sides, and hardly any delay: of eight commands on their
-// way, the first is answered after an eighth of a round trip.
+// A redisPipe sends commands to one server. While few commands are on their
+// way, each goes at once and by itself. Further commands wait for a reply to
+// one of those, and go together in one pipeline. That costs a third of the
+// processor time for each, on both sides, and hardly any delay: of eight
+// commands on their way, the first is answered after an eighth of a round trip.
 type redisPipe struct {
 	client *redis.Client
 
@@ -25,7 +25,8 @@ type redisPipe struct {
 
 const (
 	// maxLanes is how many commands and pipelines are on their way at a time.
-	// With fewer, eight callers would wait for each other for nothing.
+	// With fewer, eight callers would wait for each other although the server
+	// is idle.
 	maxLanes = 8
 
 	// maxBatch is how many commands go in a pipeline, so that none waits long
@@ -37,8 +38,8 @@ const (
 	unbatchedAfterLarge = 1000
 )
 
-// isLarge reports whether a command has a large value, or brought one back: one
-// that a MemoryStore would not pack either.
+// isLarge reports whether a command has a large value, or brought one back.
+// Large is what a MemoryStore would not pack either.
 func isLarge(cmd redis.Cmder) bool {
 	for _, arg := range cmd.Args() {
 		if b, ok := arg.([]byte); ok && len(b) > maxPacked {
@@ -49,23 +50,24 @@ func isLarge(cmd redis.Cmder) bool {
 	return ok && len(reply.Val()) > maxPacked
 }
 
-// A queuedCommand waits to be sent with others. Its caller returns when ctx
-// ends, and does not read cmd then. Else it reads cmd after done is closed, which
-// orders its read after the writes of the lane.
+// A queuedCommand waits to be sent with others. When ctx ends, its caller
+// returns and does not read cmd. Otherwise the caller reads cmd after done is
+// closed. The close orders that read after the writes of the lane.
 type queuedCommand struct {
 	ctx  context.Context
 	cmd  redis.Cmder
 	done chan struct{}
 }
 
-// process sends a command, as client.Process does. A command in the queue is
-// sent by a goroutine of a lane, so its caller can return at its own deadline.
+// process sends a command, as client.Process does. A goroutine of a lane sends
+// the commands in the queue, so their callers can return at their own
+// deadlines.
 func (p *redisPipe) process(ctx context.Context, cmd redis.Cmder) error {
 	p.mu.Lock()
 	if isLarge(cmd) {
 		p.unbatched = unbatchedAfterLarge
 	}
-	if p.unbatched > 0 { // and in no lane
+	if p.unbatched > 0 { // a large value came lately: past the lanes
 		p.unbatched--
 		p.mu.Unlock()
 		defer p.noteReply(cmd)
@@ -90,7 +92,8 @@ func (p *redisPipe) process(ctx context.Context, cmd redis.Cmder) error {
 	}
 }
 
-// noteReply sees whether a command brought back a large value.
+// noteReply sees whether a command brought back a large value. A replay does
+// not look large before its reply has come.
 func (p *redisPipe) noteReply(cmd redis.Cmder) {
 	if isLarge(cmd) {
 		p.mu.Lock()
@@ -99,8 +102,9 @@ func (p *redisPipe) noteReply(cmd redis.Cmder) {
 	}
 }
 
-// freeLane has a lane send what waits, or ends its use. Each use of a lane ends
-// with it, so the queue is empty when no lane is in use.
+// freeLane has a lane send what is queued, or ends its use. Each use of a lane
+// ends with freeLane, so the queue is empty when no lane is in use: no command
+// is left waiting.
 func (p *redisPipe) freeLane() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -116,9 +120,10 @@ func (p *redisPipe) freeLane() {
 	go p.send(batch)
 }
 
-// send sends a batch. Its deadline is the latest of its callers: an earlier one
-// would fail commands that have time left. Cancellation of one caller must not
-// end the commands of the others, so the context is only that of its values.
+// send sends a batch. Its deadline is the latest of its callers' deadlines: an
+// earlier one would fail commands that have time left. A caller that is
+// cancelled must not end the commands of the others, so only the values of its
+// context are used.
 func (p *redisPipe) send(batch []*queuedCommand) {
 	defer p.freeLane()
 	var deadline time.Time
@@ -145,8 +150,8 @@ func (p *redisPipe) send(batch []*queuedCommand) {
 	}
 }
 
-// exec leaves out commands whose callers have returned: their claims would
-// belong to no request.
+// exec sends the batch as one pipeline. It leaves out commands whose callers
+// have returned: their claims would belong to no request.
 func (p *redisPipe) exec(ctx context.Context, batch []*queuedCommand) (err error) {
 	defer containRedis(&err)
 	pipe := p.client.Pipeline()
@@ -160,16 +165,18 @@ func (p *redisPipe) exec(ctx context.Context, batch []*queuedCommand) (err error
 	return execPipeline(ctx, pipe)
 }
 
-// containRedis makes a panic in the client, in a hook or a dialer, an error. On
-// a goroutine of the store a panic would end the process. It is to be deferred.
+// containRedis is deferred around calls of the client. It makes a panic in a
+// hook or a dialer an error, because on a goroutine of the store a panic would
+// end the process.
 func containRedis(err *error) {
 	if p := recover(); p != nil {
 		*err = fmt.Errorf("idempotency: panic in the Redis client: %v", p)
 	}
 }
 
-// execPipeline returns an error that none of the commands has. The commands were
-// not sent then: a hook refused the pipeline, say, or Redis the connection.
+// execPipeline returns an error that none of the commands has. The commands
+// were not sent then: a hook refused the pipeline, say, or Redis refused the
+// connection.
 func execPipeline(ctx context.Context, pipe redis.Pipeliner) error {
 	cmds, err := pipe.Exec(ctx)
 	for _, cmd := range cmds {

@@ -11,45 +11,51 @@ import (
 )
 
 // ErrTooFewReplicas: fewer than RedisOptions.MinReplicas replicas acknowledged
-// a claim in time. A new claim was released, that of a running handler stands.
+// a claim in time. A new claim was released; the claim of a running handler
+// stands.
 var ErrTooFewReplicas = errors.New("idempotency: too few Redis replicas acknowledged the claim")
 
-// RedisOptions configure [NewRedisStore]. A nil *RedisOptions and a zero field
-// mean the defaults. NewRedisStore copies them.
+// RedisOptions configure [NewRedisStore]. A nil *RedisOptions and the zero
+// RedisOptions mean all defaults, and a zero field means the default of that
+// field. RedisOptions may be copied, and NewRedisStore copies them.
 type RedisOptions struct {
 	// Prefix is put before every key and every Pub/Sub channel. Default
-	// "idem:".
+	// "idem:". Services that share one Redis need a Prefix each, unless they
+	// are to share their keys.
 	Prefix string
 
 	// MinReplicas is how many replicas must acknowledge a claim before the
-	// handler may run; of a Cluster, replicas of the key's master. When fewer
-	// do, the claim is released and the request is refused with
-	// [ErrTooFewReplicas]; a renewal that they do not acknowledge fails too,
-	// so that a handler is cancelled at the end of its lease. They are asked
-	// in the same round trip, but as long as there are too few of them every
-	// answer, a replay as well, takes ReplicaTimeout. Default 0: claims are
-	// not waited for.
+	// handler may run; of a Cluster, replicas of the key's master. Default 0:
+	// no claim waits for replicas.
+	//
+	// When fewer replicas acknowledge it, the claim is released and the request
+	// is refused with [ErrTooFewReplicas]. A renewal that they do not
+	// acknowledge fails too, so that a handler is cancelled at the end of its
+	// lease. WAIT goes with the claim in the same round trip. But while too few
+	// replicas are there, every claim takes ReplicaTimeout, even one that is
+	// answered with a replay.
 	//
 	// A claim survives a failover only if a replica that acknowledged it is
-	// promoted, and Redis does not tell which ones did. So this should be the
-	// number of all replicas that a master has. With fewer, a key whose claim
-	// the promoted one had not received runs again, at-most-once or not:
-	// Sentinel and Cluster prefer the replica with the largest offset, but only
-	// among those they can reach, which is no guarantee.
+	// promoted, and Redis does not tell which ones did. So MinReplicas should
+	// be the number of all replicas that a master has. With fewer, the promoted
+	// replica may not have received the claim, and the key runs again,
+	// at-most-once or not. Sentinel and Cluster prefer the replica with the
+	// largest offset, but only among those they can reach, which is no
+	// guarantee.
 	//
-	// What is stored after the handler ran is not waited for: a failover that
-	// loses only that leaves the claim, and the handler runs again after its
-	// lease, or never if the key is at-most-once.
+	// Complete and Release do not wait for replicas. A failover that loses only
+	// the response leaves the claim: the handler runs again after its lease, or
+	// never if the key is at-most-once.
 	//
-	// These commands go to the master of a key directly. Hooks of a Cluster
-	// client do not see them, and redirections are not followed: while a
+	// A claim with WAIT goes to the master of its key directly. Hooks of a
+	// Cluster client do not see it, and redirections are not followed: while a
 	// Cluster moves slots, claims in them are refused.
 	MinReplicas int
 
 	// ReplicaTimeout is how long to wait for MinReplicas, in whole
-	// milliseconds. Default 500ms. It is shortened to half of what the
-	// deadline of a call leaves, so that there is time to release the claim.
-	// The client's ReadTimeout must be longer.
+	// milliseconds, 1ms at least. Default 500ms. It is shortened to half of the
+	// time that the deadline of a call leaves, so that there is time to release
+	// the claim. The client's ReadTimeout must be longer.
 	ReplicaTimeout time.Duration
 }
 
@@ -73,39 +79,43 @@ func (o *RedisOptions) withDefaults() RedisOptions {
 
 // A RedisStore keeps records in Redis 7.0 or newer, or in Valkey: one server,
 // Sentinel or Cluster, whatever the client reaches. It is what a service of
-// many replicas needs. A first execution costs two round trips, a replay one.
+// many replicas needs. A first execution costs two round trips, a replay one;
+// an at-most-once key costs one more.
+//
+// A RedisStore is made by [NewRedisStore]; the zero value is of no use. It is
+// safe for concurrent use and must not be copied. It needs no Close, and the
+// client is the caller's to close.
 //
 // Set ContextTimeoutEnabled in the options of the client. Without it go-redis
 // looks at its own ReadTimeout and MaxRetries only, so that a Redis that hangs
 // holds a request for many times Options.StoreTimeout.
 //
-// Redis must not evict: with another maxmemory-policy than noeviction it drops
-// records, and then handlers run twice. [RedisStore.Check] looks at that. When
-// Redis is full, new keys get [ErrStoreFull], and what runs is still completed.
-// What a restart without persistence or a failover loses is lost as well; see
-// RedisOptions.MinReplicas.
+// Redis must not evict. With another maxmemory-policy than noeviction it drops
+// records, and then handlers run twice; [RedisStore.Check] looks at that. When
+// Redis is full, new keys get [ErrStoreFull], and handlers that run are still
+// completed. A record that Redis loses in a restart without persistence or in a
+// failover is lost; see RedisOptions.MinReplicas.
 //
-// Under load, commands to one server go together in pipelines: hooks of the
+// Under load, commands to one server go together in pipelines. Hooks of the
 // client then see ProcessPipelineHook, with the context values of one caller.
 //
-// A RedisStore is safe for concurrent use and needs no Close; the client is the
-// caller's. Duplicates that wait share one Pub/Sub connection per store, which
-// is there only as long as one of them waits. Where the Redis user may not
-// subscribe or publish, they poll.
+// Duplicates that wait share one Pub/Sub connection per store, which is there
+// only while one of them waits. Where the Redis user may not subscribe or
+// publish, they poll.
 //
-// Leases and TTLs run by the clock of the server. It is a wall clock: have it
-// slewed, not stepped, and have those of masters and replicas agree to much
-// less than a lease, for a failover changes from one to the other.
+// Leases and TTLs run by the clock of the server, which is a wall clock. Have
+// it slewed, not stepped. The clocks of masters and replicas must differ by
+// much less than a lease, because a failover changes from one to the other.
 type RedisStore struct {
 	client redis.UniversalClient
 	pipe   *redisPipe // nil unless client is that of one server
 	opts   RedisOptions
 
 	mu            sync.Mutex                // guards what follows and what it points to
-	questions     map[string]*redisQuestion // on their way, by the name of the key
+	questions     map[string]*redisQuestion // that are on their way, by the name of the key
 	session       *redisSession             // nil while no caller watches
 	notBefore     time.Time                 // when the next session may be tried
-	slotsReloaded time.Time                 // when reloadSlotsAfter last did so
+	slotsReloaded time.Time                 // when reloadSlotsAfter last reloaded them
 }
 
 var (
@@ -113,11 +123,12 @@ var (
 	_ Watcher = (*RedisStore)(nil)
 )
 
-// NewRedisStore returns a store on client. It panics if client is nil or an
-// option is invalid. It panics for a [redis.Ring], which moves keys to another
-// server when one is down: their claims are not known there, and handlers run
-// twice. It panics for a [redis.AutoPipeliner], which does not keep to
-// deadlines. It does not connect; see [RedisStore.Check].
+// NewRedisStore returns a store on client. It does not connect; see
+// [RedisStore.Check]. It panics if client is nil or an option is invalid, and
+// for two kinds of client. A [redis.Ring] moves keys to another server when one
+// is down: claims are not known there, and handlers run twice. A
+// [redis.AutoPipeliner] does not keep to deadlines. With MinReplicas the client
+// must be a *redis.Client or a *redis.ClusterClient.
 func NewRedisStore(client redis.UniversalClient, opts *RedisOptions) *RedisStore {
 	s := &RedisStore{client: client, opts: opts.withDefaults(), questions: make(map[string]*redisQuestion)}
 	server, oneServer := client.(*redis.Client)
@@ -144,11 +155,12 @@ func NewRedisStore(client redis.UniversalClient, opts *RedisOptions) *RedisStore
 	return s
 }
 
-// Acquire implements [Store]. It returns an error that wraps [ErrStoreFull]
-// when Redis has no room for a new key, and [ErrTooFewReplicas]. A key that
-// holds something else than a record is an error as well.
+// Acquire implements [Store]. Its error wraps [ErrStoreFull] when Redis has no
+// room for a key that it does not have, and [ErrTooFewReplicas] when too few
+// replicas acknowledged. It is an error too when the key holds something else
+// than a record.
 //
-// Claims of one key through one store may share a question to Redis that was
+// Claims of one key through one store may share a command to Redis that was
 // sent after each of them began.
 func (s *RedisStore) Acquire(ctx context.Context, key string, c Claim) (Record, error) {
 	name := s.opts.Prefix + key
@@ -167,9 +179,9 @@ type redisAnswer struct {
 }
 
 // claim asks Redis for the key. SET alone is enough for a free key and for a
-// record, which are the usual ones: it is native, and takes half as long as a
-// script for a large record. About a claim or a marker the script decides. It
-// decides about all cells alike, so a key that is likely to be claimed
+// record, which are the usual ones. It is native, and takes half as long as a
+// script for a large record. About a claim or a marker the script decides. The
+// script decides about all cells alike, so a key that is likely to be claimed
 // (contended) goes to it at once.
 func (s *RedisStore) claim(ctx context.Context, name string, c Claim, contended bool) (answer redisAnswer, err error) {
 	if !contended {
@@ -229,8 +241,8 @@ func (s *RedisStore) claimFree(ctx context.Context, name string, c Claim) (answe
 }
 
 // decide has the script decide about a claim or a renewal. The script may make
-// a claim of a cell whose lease is over, so its reply waits for replicas as that
-// to SET does.
+// a claim of a cell whose lease is over, so its reply waits for replicas as the
+// reply to SET does.
 func (s *RedisStore) decide(ctx context.Context, name string, c Claim) (redisAnswer, error) {
 	claim, _, err := encodeClaim(c)
 	if err != nil {
@@ -275,8 +287,8 @@ func (s *RedisStore) decide(ctx context.Context, name string, c Claim) (redisAns
 }
 
 // acquired is the answer to a claim or a renewal that Redis took. When too few
-// replicas have it, a claim is released, so that the key is not blocked for a
-// lease by a request that is refused. That of a renewal is not: its handler is
+// replicas have a claim, it is released, so that a request that is refused does
+// not block the key for a lease. A renewal is not released: its handler is
 // running, and the key would be free for a second one.
 func (s *RedisStore) acquired(ctx context.Context, name string, c Claim, rec Record, replicated bool) (redisAnswer, error) {
 	switch {
@@ -291,7 +303,8 @@ func (s *RedisStore) acquired(ctx context.Context, name string, c Claim, rec Rec
 	return redisAnswer{}, ErrTooFewReplicas
 }
 
-// Complete implements [Store]. It gets through when Redis is full.
+// Complete implements [Store]. It succeeds when Redis is full, because its key
+// was let in before. It does not wait for replicas.
 func (s *RedisStore) Complete(ctx context.Context, key, token string, r Result) error {
 	cell := redisCell{state: redisCompleted, token: token, fingerprint: r.Fingerprint, value: r.Value}
 	ok, err := s.settle(ctx, completeScript, s.opts.Prefix+key, cell, r.TTL)
@@ -301,11 +314,13 @@ func (s *RedisStore) Complete(ctx context.Context, key, token string, r Result) 
 	return err
 }
 
-// Release implements [Store]. It gets through when Redis is full.
+// Release implements [Store]. It succeeds when Redis is full, because it makes
+// room. It does not wait for replicas.
 func (s *RedisStore) Release(ctx context.Context, key, token string, keep time.Duration) error {
 	return s.release(ctx, s.opts.Prefix+key, token, keep)
 }
 
+// release is Release for a name, which has the Prefix.
 func (s *RedisStore) release(ctx context.Context, name, token string, keep time.Duration) error {
 	_, err := s.settle(ctx, releaseScript, name, redisCell{state: redisReleased, token: token}, keep)
 	return err
@@ -327,9 +342,9 @@ func (s *RedisStore) settle(ctx context.Context, script *redisScript, name strin
 	return n == 1, err
 }
 
-// send sends a command. If claims is set it may make a claim, and replicated
-// tells whether enough replicas have what it wrote. A claim that waits for
-// replicas has a connection to itself, so it is not sent with others.
+// send sends a command. With claims the command may make a claim, and
+// replicated tells whether enough replicas have what it wrote. A claim that
+// waits for replicas has a connection to itself, so it is not sent with others.
 func (s *RedisStore) send(ctx context.Context, name string, cmd redis.Cmder, claims bool) (replicated bool, err error) {
 	defer containRedis(&err)
 	switch {
@@ -340,22 +355,23 @@ func (s *RedisStore) send(ctx context.Context, name string, cmd redis.Cmder, cla
 	default:
 		replicated, err = true, s.client.Process(ctx, cmd)
 	}
-	if err != nil && err != redis.Nil {
+	if err != nil && !errors.Is(err, redis.Nil) {
 		s.reloadSlotsAfter(ctx, err)
 	}
 	return replicated, err
 }
 
-// A masterFinder is a redis.ClusterClient.
+// A masterFinder is a redis.ClusterClient, or a client that wraps one.
 type masterFinder interface {
 	MasterForKey(ctx context.Context, key string) (*redis.Client, error)
 }
 
-// sendAndWait sends a command and WAIT, which is about the connection that it
-// comes on. WAIT has no key, so a ClusterClient would send it anywhere.
+// sendAndWait sends a command and then WAIT on the same connection: WAIT is
+// about what that connection has written. WAIT has no key, so a ClusterClient
+// would send it anywhere.
 func (s *RedisStore) sendAndWait(ctx context.Context, name string, cmd redis.Cmder) (replicated bool, err error) {
-	// Half of the time that is left is for the release of a claim that too few
-	// replicas have.
+	// Half of the time that is left is kept for the release of a claim that too
+	// few replicas have.
 	timeout := s.opts.ReplicaTimeout
 	if deadline, ok := ctx.Deadline(); ok {
 		timeout = min(timeout, time.Until(deadline)/2)

@@ -11,9 +11,9 @@ import (
 )
 
 // A redisWatch is one channel, shared by all callers that watch its key. Redis
-// publishes on it when Complete or Release finds that the cell was marked as
-// watched, which the script does for a claim that it answers InProgress. So a
-// caller watches first and claims then.
+// publishes on the channel when Complete or Release finds that the cell was
+// marked as watched. The script sets that mark for a claim that it answers
+// InProgress. So a caller watches first and claims then.
 type redisWatch struct {
 	channel string
 	users   int
@@ -21,8 +21,8 @@ type redisWatch struct {
 	changed chan struct{} // closed by a message; nil until the next Watch
 }
 
-// isWatched reports whether a caller watches the key and was not told yet that
-// it changed: the key is likely to be claimed.
+// isWatched reports whether a caller watches the key and has not been told that
+// it changed. Such a key is likely to be claimed.
 func (s *RedisStore) isWatched(name string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -33,9 +33,10 @@ func (s *RedisStore) isWatched(name string) bool {
 	return w != nil && w.changed != nil
 }
 
-// redisChannel returns the channel of a key: its name, at least 36 bytes long,
-// because older releases of go-redis wait for as many of a message. Two short
-// names may meet on one channel, which is a false alarm for one of them.
+// redisChannel returns the channel of a key. That is its name, made at least 36
+// bytes long: older releases of go-redis read at least so many bytes of a
+// message before they return it. Two short names may meet on one channel, which
+// is a false alarm for one of them.
 func redisChannel(name string) string {
 	const length = 36
 	if len(name) < length {
@@ -48,9 +49,9 @@ func redisChannel(name string) string {
 // ends with the last or when the connection breaks. Messages may be lost then,
 // so it tells all watches of a change: their callers ask Redis and watch again.
 //
-// run sends commands and receive takes what comes: a connection that is slow to
-// be made, or that hangs, holds up neither Watch nor the end of a watch. The lock
-// of the store guards the fields.
+// run sends commands and receive takes what comes. So a connection that is slow
+// to be made, or that hangs, holds up neither Watch nor the end of a watch. The
+// lock of the store guards the fields.
 type redisSession struct {
 	store       *RedisStore
 	watches     map[string]*redisWatch // by channel
@@ -62,26 +63,30 @@ type redisSession struct {
 	cancel      context.CancelFunc
 }
 
-// A redisSubscription is a command: to subscribe to the channel of a watch, or to
-// unsubscribe from it (end). Redis confirms both.
+// A redisSubscription is a command: to subscribe to the channel of a watch, or
+// with end to unsubscribe from it. Redis confirms both.
 type redisSubscription struct {
 	watch *redisWatch
 	end   bool
 }
 
+// Without these bounds, a server that is out of reach would cost each duplicate
+// its whole Wait. A connection that looks open but is dead, as after a NAT
+// table was cleared, would cost each of them the same.
 const (
 	watchPatience = 200 * time.Millisecond // how long Watch waits for Redis to confirm
 	watchRetry    = time.Second            // how long after a failure Watch does not try again
-	watchPing     = time.Second            // how long a connection may bring nothing
+	watchPing     = time.Second            // how long a connection may be silent before a PING
 )
 
+// errWatchDown has the caller poll.
 var errWatchDown = errors.New("idempotency: no Redis Pub/Sub connection")
 
 // Watch implements [Watcher]. It returns when Redis has confirmed the
-// subscription, since what is published before that is lost, and after 200 ms at
-// most. After a failure it returns an error
-// at once for a second. It needs permission to SUBSCRIBE to channels that begin
-// with Prefix, and the user of the completing process to PUBLISH to them.
+// subscription, since what is published before that is lost, and after 200ms at
+// most. After a failure it returns an error at once for a second. It needs
+// permission to SUBSCRIBE to channels that begin with Prefix, and the process
+// that completes needs permission to PUBLISH to them.
 func (s *RedisStore) Watch(ctx context.Context, key string) (<-chan struct{}, error) {
 	session, w, changed := s.join(s.opts.Prefix + key)
 	if session == nil {
@@ -113,7 +118,8 @@ func (s *RedisStore) Watch(ctx context.Context, key string) (<-chan struct{}, er
 }
 
 // join makes the caller a user of a watch, and begins the watch and the session
-// where they are missing. The session is nil soon after one that failed.
+// where they are missing. The session is nil for a second after one that
+// failed.
 func (s *RedisStore) join(name string) (*redisSession, *redisWatch, <-chan struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -140,8 +146,8 @@ func (s *RedisStore) join(name string) (*redisSession, *redisWatch, <-chan struc
 	return s.session, w, w.changed
 }
 
-// leave ends one use of a watch, with the last one the watch, and with the last
-// watch the session. That is why the store needs no Close.
+// leave ends one use of a watch. With the last use it ends the watch, and with
+// the last watch the session. That is why the store needs no Close.
 func (s *RedisStore) leave(session *redisSession, w *redisWatch) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -175,6 +181,7 @@ func (ss *redisSession) endUnlessUp() {
 	}
 }
 
+// end is endLocked for a caller without the lock.
 func (ss *redisSession) end() {
 	ss.store.mu.Lock()
 	defer ss.store.mu.Unlock()
@@ -182,8 +189,8 @@ func (ss *redisSession) end() {
 }
 
 // endLocked ends the session. A session that has watches and was never up has
-// failed. After a failure the callers poll for a while: each of them would wait
-// for a connection that is likely to fail again.
+// failed. After a failure the callers poll for watchRetry: each of them would
+// wait for a connection that is likely to fail again.
 func (ss *redisSession) endLocked() {
 	if ss.store.session != ss {
 		return
@@ -208,9 +215,10 @@ func (w *redisWatch) notifyLocked() {
 	}
 }
 
-// run sends what is pending. It is a goroutine of its own because connecting may
-// take longer than Watch waits. When it fails, the slots of a Cluster are loaded
-// again: the subscription may have gone to a server that is gone.
+// run sends what is pending. It is a goroutine of its own because connecting
+// may take longer than Watch waits. When it fails, the slots of a Cluster are
+// loaded again: the subscription may have gone to a server that has left the
+// Cluster.
 func (ss *redisSession) run() {
 	pubsub := ss.store.client.Subscribe(ss.ctx) // to nothing: this does not connect yet
 	defer func() { _ = pubsub.Close() }()
@@ -231,14 +239,15 @@ func (ss *redisSession) run() {
 	}
 }
 
-// send sends what is pending, with one command for subscriptions that follow
-// each other.
+// send sends what is pending. Subscriptions that follow each other go in one
+// command.
 func (ss *redisSession) send(pubsub *redis.PubSub) (err error) {
 	defer containRedis(&err)
 	ss.store.mu.Lock()
 	pending := ss.pending
 	ss.pending = nil
-	// Before they are sent, since receive may see the confirmation at once.
+	// The watches are noted before their commands are sent, since receive may
+	// see the confirmation at once.
 	for _, sub := range pending {
 		if !sub.end {
 			ss.unconfirmed = append(ss.unconfirmed, sub.watch)
@@ -265,9 +274,9 @@ func (ss *redisSession) send(pubsub *redis.PubSub) (err error) {
 // receive takes messages until the connection breaks. go-redis would connect
 // again by itself, but what was published meanwhile would be lost.
 //
-// A connection can be dead although no error tells so. When nothing has come for
-// watchPing it is asked for a sign of life, and when nothing comes for as long
-// again it counts as broken.
+// A connection can be dead although no error tells so. When nothing has come
+// for watchPing, receive sends a PING. When nothing comes for as long again,
+// the connection counts as broken.
 func (ss *redisSession) receive(pubsub *redis.PubSub) {
 	defer ss.end()
 	for idle := false; ; {
@@ -289,7 +298,7 @@ func (ss *redisSession) receive(pubsub *redis.PubSub) {
 }
 
 // next waits for a message for as long as watchPing. Before go-redis tells that
-// the connection broke it connects again, which may take as long as its
+// the connection broke, it connects again. That may take as long as its
 // DialTimeout unless the context is shorter.
 func (ss *redisSession) next(pubsub *redis.PubSub) (message any, err error) {
 	defer containRedis(&err)
@@ -299,7 +308,7 @@ func (ss *redisSession) next(pubsub *redis.PubSub) (message any, err error) {
 }
 
 // handle takes a message or a confirmation. A confirmation counts only for the
-// subscription that is next: a further one means that go-redis has connected
+// subscription that is next. A further one means that go-redis has connected
 // again and subscribed to everything anew, so messages may be lost.
 func (ss *redisSession) handle(message any) {
 	ss.store.mu.Lock()

@@ -24,15 +24,16 @@ type request struct {
 	key      string // the client's, unquoted
 	scope    string
 	storeKey string
-	token    string          // what the request claims the key under
-	text     strings.Builder // of storeKey and token, and of a replay's header
+	token    string          // names the request as an owner of the key
+	text     strings.Builder // backing of storeKey, token and the header of a replay
 
 	body        requestBody
 	fingerprint []byte
 	sum         [sha256.Size]byte // backing of fingerprint
 }
 
-// identify finds out which cell the request belongs to.
+// identify finds out which cell the request belongs to. The body is not read
+// yet, so a request with an invalid key is refused before it costs memory.
 func (q *request) identify(lines []string) *Error {
 	if len(lines) == 0 && q.opts.RequireKey {
 		return q.problem(ErrKeyMissing, nil)
@@ -61,12 +62,13 @@ const (
 	// storeKeyBytes is the length of a store key: 160 bits in base64url.
 	storeKeyBytes = 27
 
-	// textBytes has room for a store key, a token and the header of a usual
-	// replay.
+	// textBytes is enough for a store key, a token and the header of a usual
+	// replay, so that all three share one allocation.
 	textBytes = 224
 )
 
-// deriveStoreKey makes the store key, and the token in case that the key is free.
+// deriveStoreKey makes the store key, and the token in case that the key is
+// free. One string holds both, as both are needed until the request ends.
 func (q *request) deriveStoreKey() {
 	path, _ := target(q.r)
 	sum := hashKey((*q.body.buffer)[:0], q.scope, q.r.Method, path, q.key)
@@ -80,15 +82,16 @@ func (q *request) deriveStoreKey() {
 	q.storeKey, q.token = both[:storeKeyBytes], both[storeKeyBytes:]
 }
 
-// fingerprintBytes is the length of a fingerprint. Of the hash 128 bits are
-// enough: for a stranger to be answered with the response of another client
-// takes a second preimage under a key that the stranger has to know. A client
-// that looks for two bodies of its own with one fingerprint has to try 2^64, and
-// finds a request that is answered with its own response.
+// fingerprintBytes is the length of a fingerprint. 128 bits of the hash are
+// enough. To be answered with the response of another client, an attacker needs
+// a second preimage under a key that the attacker has to know. A client that
+// looks for two bodies of its own with one fingerprint has to try 2^64, and
+// gains its own response.
 const fingerprintBytes = 16
 
-// takeFingerprint reads the body, or the beginning of a large one, and makes the
-// fingerprint.
+// takeFingerprint reads the body, or the beginning of a large one, and makes
+// the fingerprint. That comes before the claim: a client whose body breaks off,
+// or never comes, must not hold a key.
 func (q *request) takeFingerprint() *Error {
 	custom := q.opts.Fingerprint != nil
 	identity := appendIdentity((*q.body.buffer)[:0], q.r, q.scope, q.key, custom)
@@ -107,7 +110,9 @@ func (q *request) takeFingerprint() *Error {
 	return nil
 }
 
-// bodyProblem is the answer to a body that cannot be read.
+// bodyProblem is the answer to a body that cannot be read. Every retry meets
+// the limit of an outer http.MaxBytesReader again, so such a client gets 413
+// and not a 400 that tells it to repeat the request.
 func (q *request) bodyProblem(err error) *Error {
 	var tooLarge *http.MaxBytesError
 	if errors.As(err, &tooLarge) {
@@ -116,12 +121,13 @@ func (q *request) bodyProblem(err error) *Error {
 	return q.problem(ErrBodyIncomplete, err)
 }
 
-// maxDrain is how much of a body is read that the handler did not ask for.
+// maxDrain is how many bytes drain reads of a body that the handler did not ask
+// for. net/http reads up to 256 KiB on its own before it closes a connection.
 const maxDrain = 1 << 20
 
 // drain reads on, so that a client of HTTP/1 sees the answer and not a
-// connection that is reset while it sends. A client that waits for 100 Continue
-// has sent nothing, and need not.
+// connection that is reset while it sends. HTTP/2 can end a stream without
+// that. A client that waits for 100 Continue has sent nothing, and need not.
 func (q *request) drain() {
 	waits := !q.body.hasStarted() && q.r.Header.Get("Expect") != ""
 	if q.r.Body == nil || q.body.whole || waits || q.r.ProtoMajor > 1 {
@@ -150,12 +156,14 @@ func target(r *http.Request) (path, query string) {
 	return path, query
 }
 
-// appendField appends the length of s and s, so that no two lists of fields
-// have the same bytes.
+// appendField appends the length of s and s. Without the length, the fields
+// "ab", "c" and "a", "bc" would have the same bytes, and two clients could
+// share a cell.
 func appendField[T []byte | string](b []byte, s T) []byte {
 	return append(binary.AppendUvarint(b, uint64(len(s))), s...)
 }
 
+// appendFields appends the number of fields and each of them.
 func appendFields(b []byte, list []string) []byte {
 	b = binary.AppendUvarint(b, uint64(len(list)))
 	for _, s := range list {
@@ -164,11 +172,12 @@ func appendFields(b []byte, list []string) []byte {
 	return b
 }
 
-// hashKey returns what the store key is made of: no choice of key reaches
+// hashKey returns what the store key is made of. No choice of a key reaches
 // another cell, and no client's key can be read in the store. To reach the cell
-// of another client takes a second preimage of 160 bits. The label is short so
-// that a usual path and a UUID fit into one block of SHA-256, 55 bytes, which
-// saves 60 ns.
+// of another client takes a second preimage of 160 bits.
+//
+// The label is short so that a usual path and a UUID fit into one block of
+// SHA-256, 55 bytes, which saves 60 ns.
 func hashKey(scratch []byte, scope, method, path, key string) (sum [20]byte) {
 	b := append(scratch, 'k')
 	b = appendField(b, scope)
@@ -181,8 +190,10 @@ func hashKey(scratch []byte, scope, method, path, key string) (sum [20]byte) {
 }
 
 // appendIdentity appends all that tells two requests under one key apart, but
-// for the body. The key itself is part of it, so that someone who reads a store
-// cannot confirm guesses of short payloads.
+// for the body. The key itself is part of it, so that a reader of a leaked
+// store cannot confirm guesses of short payloads. Credentials are part of it
+// only where there is no scope: a scope says whose request it is, and
+// credentials may change between two tries.
 func appendIdentity(b []byte, r *http.Request, scope, key string, custom bool) []byte {
 	b = append(b, 'f') // short, for a block of SHA-256 less: 50 ns
 	b = appendField(b, key)
@@ -201,20 +212,22 @@ func appendIdentity(b []byte, r *http.Request, scope, key string, custom bool) [
 	b = appendField(b, query)
 	b = appendFields(b, r.Header["Content-Type"])
 	if r.PostForm != nil {
-		// An outer middleware has read the body: what it made of it counts.
+		// An outer middleware has read the body, so the form that it parsed counts.
 		b = appendField(append(b, 'p'), r.PostForm.Encode())
 	}
 	return b
 }
 
-// maxPooledBuffer keeps one large request from pinning its memory for good.
+// maxPooledBuffer is the capacity up to which a buffer is used again. A larger
+// one would pin the memory of one large request for good.
 const maxPooledBuffer = 64 << 10
 
+// buffers are those of request bodies.
 var buffers = sync.Pool{New: func() any { return new([]byte) }}
 
-// requestBody is the body as the middleware and the handler read it. What
-// precedes the body in the fingerprint, and all or the beginning of the body,
-// lie in one pooled buffer, so that it takes one hash over one slice.
+// requestBody is the body as the middleware and the handler read it. The
+// identity, and after it all or the beginning of the body, lie in one pooled
+// buffer, so that the fingerprint takes one hash over one slice.
 type requestBody struct {
 	buffer   *[]byte       // the pooled slice that identity and ahead lie in
 	identity []byte        // what the fingerprint covers before the body
@@ -224,16 +237,19 @@ type requestBody struct {
 	copy     *http.Request // the handler's
 
 	mu      sync.Mutex
-	started bool      // reading has begun
-	off     int       // what the handler has read of ahead
-	read    int64     // what the handler has read in all
+	started bool      // reading has begun: the client was told to continue
+	off     int       // how many bytes of ahead the handler has read
+	read    int64     // how many bytes the handler has read in all
 	hash    hash.Hash // of identity and what the handler has read; nil if whole
 	eof     bool      // the handler has seen the end
 	broken  bool      // the handler has seen the body break off
 	closed  bool
 }
 
-// readAhead reads the body up to limit bytes. identity must lie in *b.buffer.
+// readAhead reads the body up to limit bytes. identity must lie in *b.buffer. A
+// body that declares more than limit is left alone: it is streamed in any case,
+// and a client that waits for 100 Continue is not asked to send before the
+// handler wants the body.
 func (b *requestBody) readAhead(r *http.Request, identity []byte, limit int64) error {
 	b.request = r
 	buf := identity
@@ -256,12 +272,12 @@ func (b *requestBody) readAhead(r *http.Request, identity []byte, limit int64) e
 		if len(buf) == cap(buf) {
 			buf = slices.Grow(buf, len(buf))
 		}
-		room := min(int64(cap(buf)-len(buf)), limit+1-int64(len(buf)-len(identity)))
-		n, err := r.Body.Read(buf[len(buf) : len(buf)+int(room)])
+		space := min(int64(cap(buf)-len(buf)), limit+1-int64(len(buf)-len(identity)))
+		n, err := r.Body.Read(buf[len(buf) : len(buf)+int(space)])
 		buf = buf[:len(buf)+n]
 		if err == io.EOF {
-			// One byte more than limit may have come together with the end. It would
-			// not be whole if the end came later.
+			// There is space for one byte over limit. A body that fills it is
+			// large, whether its end has come with that byte or comes later.
 			b.whole = int64(len(buf)-len(identity)) <= limit
 			return nil
 		}
@@ -272,9 +288,10 @@ func (b *requestBody) readAhead(r *http.Request, identity []byte, limit int64) e
 	return nil
 }
 
-// fingerprint returns what tells the request apart. That is all of it when the
-// body was read whole. Otherwise it is all but the body, whose digest is stored
-// with the response.
+// fingerprint returns what tells the request apart. When the body was read
+// whole, it covers all of the request. Otherwise it covers all but the body,
+// whose digest is stored with the response. The letter keeps a large body from
+// having the fingerprint of a small one.
 func (b *requestBody) fingerprint() [sha256.Size]byte {
 	if !b.whole {
 		return sha256.Sum256(append([]byte{'l'}, b.identity...))
@@ -289,7 +306,8 @@ func (b *requestBody) customFingerprint(print []byte) [sha256.Size]byte {
 }
 
 // handOver makes the body that of the handler's copy of the request. A body
-// that is not whole is hashed as it is read.
+// that is not whole is hashed as it is read. An empty one becomes http.NoBody,
+// which proxies and clients recognise.
 func (b *requestBody) handOver(r *http.Request) {
 	b.copy = r
 	if b.whole && len(b.ahead) == 0 {
@@ -335,6 +353,7 @@ func (b *requestBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// noteLocked notes what the handler has read, and how reading ended.
 func (b *requestBody) noteLocked(p []byte, err error) {
 	b.started = true
 	b.read += int64(len(p))
@@ -342,11 +361,11 @@ func (b *requestBody) noteLocked(p []byte, err error) {
 		b.hash.Write(p)
 	}
 	switch {
-	case err == io.EOF:
+	case errors.Is(err, io.EOF):
 		b.eof = true
-		// Undeclared trailers come with the end. Without them nothing is written:
-		// the handler may look at its request while another goroutine, such as
-		// the transport of a proxy, reads the body.
+		// Undeclared trailers come with the end. Without trailers the copy is not
+		// written to: the handler may look at its request while another
+		// goroutine, such as the transport of a proxy, reads the body.
 		if trailer := b.request.Trailer; trailer != nil && b.copy.Trailer == nil {
 			b.copy.Trailer = trailer
 		}
@@ -364,16 +383,17 @@ func (b *requestBody) Close() error {
 	return nil
 }
 
+// hasStarted reports whether the client may be sending the body by now.
 func (b *requestBody) hasStarted() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.started
 }
 
-// finish ends the handler's access. It reports whether the handler met a body
-// that broke off, and the digest of a body that was not whole: a hash over all
-// of it, or over its first n bytes together with n, when the handler stopped
-// there.
+// finish ends the handler's access. broken tells whether the handler met a body
+// that broke off. digest is that of a body that was not whole: a hash over all
+// of it, or, when the handler stopped after n bytes, over those together with
+// n.
 func (b *requestBody) finish() (digest []byte, broken bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -389,7 +409,7 @@ func (b *requestBody) finish() (digest []byte, broken bool) {
 }
 
 // matches reads as much of the body as digest covers and reports whether it is
-// the same. It is for a body that is not whole and was not handed over.
+// the same. It is called for a body that is not whole and was not handed over.
 func (b *requestBody) matches(digest []byte) (bool, error) {
 	h := sha256.New()
 	h.Write(b.identity)
@@ -403,7 +423,7 @@ func (b *requestBody) matches(digest []byte) (bool, error) {
 	case sha256.Size + 8:
 		n := binary.BigEndian.Uint64(digest[sha256.Size:])
 		b.started = b.started || n > 0
-		if _, err := io.CopyN(h, body, int64(n)); err == io.EOF {
+		if _, err := io.CopyN(h, body, int64(n)); errors.Is(err, io.EOF) {
 			return false, nil // shorter than that
 		} else if err != nil {
 			return false, err
@@ -413,7 +433,8 @@ func (b *requestBody) matches(digest []byte) (bool, error) {
 	return bytes.Equal(h.Sum(nil), digest), nil
 }
 
-// free returns the buffer to its pool. Nothing may read from b any more.
+// free returns the buffer to its pool. The lock waits for a Read that copies
+// from it; a later Read finds the body closed.
 func (b *requestBody) free() {
 	b.mu.Lock()
 	defer b.mu.Unlock()

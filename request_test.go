@@ -359,8 +359,13 @@ func TestCustomFingerprintSeesTheBody(t *testing.T) {
 		sum := sha256.Sum256(body)
 		return sum[:]
 	}}
-	c := idemtest.NewClient(idempotency.NewMemoryStore(), &opts, nil)
-	c.Check(t, 0, idemtest.Exchange{Key: "a", Body: "payload", Get: "201 charge 1"})
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &opts, func(w http.ResponseWriter, r *http.Request) {
+		w.WriteHeader(http.StatusCreated)
+		_, _ = io.Copy(w, r.Body)
+	})
+	for i := range 10 { // with and without a buffer that has room
+		c.Check(t, i, idemtest.Exchange{Key: fmt.Sprint(i), Body: "payload", Get: "201 payload"})
+	}
 	require.Equal(t, "payload", seen)
 }
 
@@ -589,4 +594,25 @@ func TestServerDrainsARefusedUpload(t *testing.T) {
 		require.Equal(t, http.StatusBadRequest, resp.StatusCode)
 		require.Contains(t, body, "key_invalid")
 	}
+}
+
+// What outer middleware has parsed is its own to remove.
+func TestMultipartFilesOfOuterMiddlewareStay(t *testing.T) {
+	t.Setenv("TMPDIR", t.TempDir())
+	var form bytes.Buffer
+	mw := multipart.NewWriter(&form)
+	part, err := mw.CreateFormFile("f", "f.bin")
+	require.NoError(t, err)
+	_, err = part.Write(bytes.Repeat([]byte("x"), 1000))
+	require.NoError(t, err)
+	require.NoError(t, mw.Close())
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), nilOptions(), nil)
+	r := c.Request(idemtest.Exchange{Key: "a", Body: form.String()})
+	r.Header.Set("Content-Type", mw.FormDataContentType())
+	require.NoError(t, r.ParseMultipartForm(0))
+	require.NotNil(t, c.Do(r))
+	f, err := r.MultipartForm.File["f"][0].Open()
+	require.NoError(t, err)
+	require.NoError(t, f.Close())
+	require.NoError(t, r.MultipartForm.RemoveAll())
 }

@@ -11,9 +11,9 @@ import (
 	"strings"
 )
 
-// A stored value begins with a byte for its version (the high half) and its kind
-// (the low half). What the kind says follows. Numbers are unsigned varints,
-// strings follow their length.
+// A stored value begins with a byte for its version (the high half) and its
+// kind (the low half). What the kind says follows. Numbers are unsigned
+// varints, strings follow their length.
 //
 //	response:  status, digest, length of head, head, length of body, body
 //	notStored: status, digest
@@ -28,11 +28,16 @@ import (
 //	values: opSet: a value; opSetList, opAdd: their number and the values; opDelete: nothing
 //
 // Records outlive deployments, so a version that was ever released stays
-// readable.
+// readable. The form is binary because headers may hold bytes that are not
+// UTF-8, which JSON would replace.
 const formVersion = 1
 
+// implicitStatus stands for a 200 that the handler did not write itself. The
+// replay does not write it either, so that outer middleware sees the same
+// calls.
 const implicitStatus = 0
 
+// The kinds of a stored value. Their numbers are part of the form.
 const (
 	kindResponse  = 1
 	kindNotStored = 2
@@ -44,22 +49,26 @@ const (
 func form(kind byte) byte { return formVersion<<4 | kind }
 
 // maxHeadBytes bounds what headers and trailers may add to a stored response.
+// The reader has the same bound, so that a damaged length costs no memory.
 const maxHeadBytes = 64 << 10
 
+// Why a record is unreadable. These are causes of ErrRecordUnreadable, and the
+// log shows them. A record in the clear is refused where an AEAD is set: an
+// attacker who can write to the store could forge one.
 var (
 	errMalformed = errors.New("malformed record")
 	errUnsealed  = errors.New("record is not sealed, but Options.AEAD is set")
 	errSealed    = errors.New("record is sealed, but Options.AEAD is not set")
 )
 
-// storedResponse is a stored value, read in place: body is part of it, or begins
-// there and goes on in parts.
+// A storedResponse is a stored value, read in place: body is part of the value,
+// or begins there and goes on in parts.
 type storedResponse struct {
 	status    int
 	implicit  bool // the handler did not call WriteHeader
 	digest    []byte
 	notStored bool
-	unknown   bool // what the handler came to
+	unknown   bool // the handler gave no answer
 	fields    []headerField
 	trailers  []headerField
 	body      []byte
@@ -70,6 +79,7 @@ type storedResponse struct {
 
 // encodeResponse appends the stored form of a response to scratch, with as much
 // of its body as is in chunks. It returns nil when the headers are too large.
+// The head is made first: its length stands before it.
 func encodeResponse(scratch []byte, status int, digest []byte, fields, trailers []headerField, size int64, chunks [][]byte) []byte {
 	var backing [512]byte
 	head := binary.AppendUvarint(backing[:0], countValues(fields)+countValues(trailers))
@@ -95,6 +105,8 @@ func encodeResponse(scratch []byte, status int, digest []byte, fields, trailers 
 	return value
 }
 
+// countValues returns how many values are kept. The number lets the reader
+// allocate them all at once.
 func countValues(fields []headerField) (n uint64) {
 	for i := range fields {
 		if !fields[i].transient {
@@ -104,6 +116,8 @@ func countValues(fields []headerField) (n uint64) {
 	return n
 }
 
+// appendHeaderFields appends the fields that are kept. Almost every header has
+// one value, so an op of its own saves the count for it.
 func appendHeaderFields(b []byte, fields []headerField) []byte {
 	var n uint64
 	for i := range fields {
@@ -133,8 +147,8 @@ func appendHeaderFields(b []byte, fields []headerField) []byte {
 	return b
 }
 
-// encodeNotStored returns the stored form of a response that is too large, or
-// otherwise not to be had again.
+// encodeNotStored returns the stored form of a response that cannot be kept: it
+// was too large or cut short, say.
 func encodeNotStored(status int, digest []byte) []byte {
 	return appendField(binary.AppendUvarint([]byte{form(kindNotStored)}, uint64(status)), digest)
 }
@@ -144,8 +158,8 @@ func encodeUnknown(digest []byte) []byte {
 	return appendField([]byte{form(kindUnknown)}, digest)
 }
 
-// seal encrypts the value of a result and binds it to its cell and its request,
-// so that a response that was moved in the store to another key, or given another
+// seal encrypts the value of a result and binds it to its cell and its request.
+// So a response that was moved in the store to another key, or given another
 // fingerprint, is unreadable.
 func seal(aead cipher.AEAD, storeKey string, r Result) []byte {
 	head := 1 + aead.NonceSize()
@@ -156,14 +170,19 @@ func seal(aead cipher.AEAD, storeKey string, r Result) []byte {
 	return aead.Seal(sealed, nonce, r.Value, sealedWith(storeKey, r.Fingerprint))
 }
 
-// sealedWith returns the additional data of an AEAD.
+// sealedWith returns the additional data of an AEAD. The length before the key
+// keeps a part of a fingerprint from passing as a part of the key.
 func sealedWith(storeKey string, fingerprint []byte) []byte {
 	return append(appendField(nil, storeKey), fingerprint...)
 }
 
-// decodeResponse reads a stored value. Everything that is not one is an error,
-// never a panic. Its strings are appended to text and its fields to the empty
-// fields.
+// decodeResponse reads a stored value. Any other bytes are an error, never a
+// panic and never a second run: they are evidence that the handler ran. The
+// strings are appended to text and the fields to fields, which is empty and may
+// have capacity.
+//
+// With an AEAD only a response must be sealed. The small records may be in the
+// clear: one is stored when sealing has failed.
 func decodeResponse(aead cipher.AEAD, storeKey string, rec Record, text *strings.Builder, fields []headerField) (storedResponse, error) {
 	value := rec.Value
 	kind, err := kindOf(value)
@@ -189,6 +208,7 @@ func decodeResponse(aead cipher.AEAD, storeKey string, rec Record, text *strings
 	return decodePayload(kind, value[1:], rec.parts, text, fields)
 }
 
+// kindOf returns the kind of a value whose version this release can read.
 func kindOf(value []byte) (kind byte, err error) {
 	if len(value) == 0 {
 		return 0, errMalformed
@@ -199,13 +219,15 @@ func kindOf(value []byte) (kind byte, err error) {
 	return value[0] & 0xf, nil
 }
 
+// decodePayload reads what follows the first byte. Every length is compared
+// with what is left before it is used.
 func decodePayload(kind byte, payload []byte, parts [][]byte, text *strings.Builder, fields []headerField) (storedResponse, error) {
 	resp := storedResponse{parts: parts, notStored: kind == kindNotStored, unknown: kind == kindUnknown}
 	if kind != kindResponse && !resp.notStored && !resp.unknown {
 		return storedResponse{}, fmt.Errorf("record has unknown kind %d", kind)
 	}
-	ok := true
 	if !resp.unknown {
+		var ok bool
 		if resp, payload, ok = decodeStatus(resp, payload); !ok {
 			return storedResponse{}, errMalformed
 		}
@@ -224,16 +246,20 @@ func decodePayload(kind byte, payload []byte, parts [][]byte, text *strings.Buil
 	return resp, nil
 }
 
+// decodeStatus reads the status. A damaged one must not reach WriteHeader,
+// which panics on it.
 func decodeStatus(resp storedResponse, payload []byte) (_ storedResponse, rest []byte, ok bool) {
 	status, rest, ok := cutUvarint(payload)
 	if status == implicitStatus && !resp.notStored {
 		resp.implicit, status = true, http.StatusOK
 	}
 	resp.status = int(status)
-	// The recorder never stores another 1xx, and WriteHeader panics beyond 999.
+	// Of the 1xx the recorder stores only 101. WriteHeader panics over 999.
 	return resp, rest, ok && (status == http.StatusSwitchingProtocols || status >= 200 && status <= 999)
 }
 
+// decodeParts reads the head and the body of a response. Its size must be that
+// of all parts, so that a record of which a part is missing is unreadable.
 func decodeParts(resp storedResponse, payload []byte, text *strings.Builder, fields []headerField) (storedResponse, error) {
 	size, payload, ok := cutUvarint(payload)
 	if !ok || size > uint64(len(payload)) || size > maxHeadBytes {
@@ -260,6 +286,7 @@ func decodeParts(resp storedResponse, payload []byte, text *strings.Builder, fie
 	return resp, nil
 }
 
+// partsSize returns the size of the body that is in parts.
 func (s *storedResponse) partsSize() (n uint64) {
 	for _, part := range s.parts {
 		n += uint64(len(part))
@@ -267,6 +294,7 @@ func (s *storedResponse) partsSize() (n uint64) {
 	return n
 }
 
+// cutUvarint takes a number from the front of b.
 func cutUvarint(b []byte) (n uint64, rest []byte, ok bool) {
 	n, size := binary.Uvarint(b)
 	if size <= 0 {
@@ -275,14 +303,17 @@ func cutUvarint(b []byte) (n uint64, rest []byte, ok bool) {
 	return n, b[size:], true
 }
 
-// headReader takes the head of a response apart. After a failure it returns
-// zeros. Its methods take the rest of the head and return what is left of it:
-// that stays in registers, which saves 60 ns of a replay.
+// A headReader takes the head of a response apart. After a failure it returns
+// zeros, so that its callers check failed once, at the end. Its methods take
+// the rest of the head and return what is left of it: that stays in registers,
+// which saves 60 ns of a replay.
 type headReader struct {
 	values []string // backing of all values
 	failed bool
 }
 
+// number takes a number. Most numbers take one byte; this half is small enough
+// for the compiler to inline.
 func (r *headReader) number(s string) (n uint64, rest string) {
 	if s != "" && s[0] < 0x80 {
 		return uint64(s[0]), s[1:]
@@ -290,6 +321,7 @@ func (r *headReader) number(s string) (n uint64, rest string) {
 	return r.longNumber(s)
 }
 
+// longNumber takes a number of more than one byte.
 func (r *headReader) longNumber(s string) (n uint64, rest string) {
 	for i := range min(len(s), 5) { // 35 bits hold any number here
 		n |= uint64(s[i]&0x7f) << (7 * i)
@@ -301,6 +333,7 @@ func (r *headReader) longNumber(s string) (n uint64, rest string) {
 	return 0, ""
 }
 
+// text takes a string and its length.
 func (r *headReader) text(s string) (text, rest string) {
 	n, s := r.number(s)
 	if n > uint64(len(s)) {
@@ -324,6 +357,7 @@ func (r *headReader) fields(s string, fields []headerField) (_ []headerField, re
 	return fields, s
 }
 
+// field takes one field into f.
 func (r *headReader) field(s string, f *headerField) (rest string) {
 	n, s := r.number(s)
 	f.op, n = byte(n&3), n>>2
@@ -383,9 +417,10 @@ func (s *storedResponse) replay(w http.ResponseWriter) {
 	applyFields(h, s.trailers)
 }
 
-// announceTrailers sets those trailers that nothing declares. Without them in
-// the header net/http would give a short body a Content-Length, and a body
-// that has one cannot have trailers.
+// announceTrailers sets those trailers that no Trailer header declares. Without
+// them in the header, net/http would give a short body a Content-Length. A body
+// that has one has no last chunk for trailers to follow (RFC 9112, section
+// 7.1.2).
 func announceTrailers(h http.Header, trailers []headerField) {
 	for i := range trailers {
 		if trailers[i].op == opSet && strings.HasPrefix(trailers[i].name, http.TrailerPrefix) {

@@ -12,12 +12,14 @@ import (
 	"time"
 )
 
-// errAfterReturn is what a write comes to once the handler has returned.
+// errAfterReturn is the error of a Write once the handler has returned. The
+// record is complete by then, and a write that the client got but the record
+// did not have would make the replay another response.
 var errAfterReturn = errors.New("idempotency: write after the handler returned")
 
 // A recorder is the ResponseWriter of a handler under a key. It holds the
-// response back until the store has it, or lets it through as it is written
-// once the handler flushes or writes more than is kept.
+// response back until the store has it. Once the handler flushes, or writes
+// more than is kept, the recorder lets the response through as it is written.
 //
 // net/http's own ResponseWriter is the reference for everything a handler can
 // observe. There is no Unwrap, which would let writes bypass the record, and no
@@ -25,26 +27,26 @@ var errAfterReturn = errors.New("idempotency: write after the handler returned")
 type recorder struct {
 	w       http.ResponseWriter
 	proto   int         // major version of HTTP
-	limit   int64       // how much of the body is kept
-	header  http.Header // the handler's; that of w is for outer middleware until it is sent
+	limit   int64       // how many bytes of the body are kept
+	header  http.Header // the handler's own, until it is sent to that of w
 	outer   http.Header // what outer middleware had set at the beginning
-	sent    atomic.Bool // the handler's header is no more than that of w
+	sent    atomic.Bool // Header returns that of w
 	scratch headerScratch
 
 	mu               sync.Mutex // guards what follows, against goroutines the handler leaves behind
 	wroteHeader      bool
 	implicit         bool // the handler did not call WriteHeader
-	wroteNothing     bool // it did not write at all
+	wroteNothing     bool // the handler did not write at all
 	status           int
 	length           int64         // declared by the handler, or -1
 	declared         []string      // names of trailers
 	connection       []string      // values of the Connection header
-	sniff            bool          // net/http will find out the Content-Type
+	sniff            bool          // net/http will sniff the Content-Type
 	fields           []headerField // what the handler changed
 	trailersInHeader http.Header   // values of trailers that the header has already
-	trailers         []headerField // what the handler changed of them since
+	trailers         []headerField // what the handler changed of its trailers since
 	body             recordedBody
-	written          int64 // asked to be written, refused or not
+	written          int64 // bytes that the handler wrote, refused or not
 	streaming        bool  // the header has gone out
 	overflow         bool  // the body is not kept any more
 	closed           bool
@@ -62,14 +64,16 @@ func (r *recorder) init(w http.ResponseWriter, proto int, limit int64) {
 	}
 }
 
-// headerScratch is where the usual header fits in without an allocation.
+// A headerScratch holds the usual header without an allocation.
 type headerScratch struct {
 	fields [4]headerField
 	values [4]string
 }
 
-// Header implements http.ResponseWriter. When the finished response goes out, who
-// asks is outer middleware that was handed this writer, to be called before that.
+// Header implements http.ResponseWriter. While the finished response goes out,
+// w may call hooks of outer middleware that was handed this writer, to be
+// called before the header is sent. What such a hook sets must reach w, so it
+// gets the header of w.
 func (r *recorder) Header() http.Header {
 	if r.sent.Load() {
 		return r.w.Header()
@@ -77,7 +81,9 @@ func (r *recorder) Header() http.Header {
 	return r.header
 }
 
-// WriteHeader implements http.ResponseWriter.
+// WriteHeader implements http.ResponseWriter. As in net/http, the first call
+// counts, and an impossible status panics: a program that is wrong without this
+// middleware is wrong in the same way with it.
 func (r *recorder) WriteHeader(status int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -94,8 +100,10 @@ func (r *recorder) WriteHeader(status int) {
 	r.writeHeaderLocked(status)
 }
 
-// informLocked sends a 1xx response with the header as it is now. What outer
-// middleware changes of the header on the way is not the handler's doing.
+// informLocked sends a 1xx response with the header as it is now. It is not
+// recorded: a replay has nothing to inform of. Outer middleware may change the
+// header on the way. Those changes go into all three headers, so that they do
+// not count as differences that the handler made.
 func (r *recorder) informLocked(status int) {
 	h := r.w.Header()
 	before := h.Clone()
@@ -103,6 +111,8 @@ func (r *recorder) informLocked(status int) {
 	sent := h.Clone()
 	r.w.WriteHeader(status)
 	changed := new(headerScratch).difference(sent, h)
+	// The handler may take back what it sent with the 1xx, so the header of w
+	// is again what it was before.
 	clear(h)
 	maps.Copy(h, before)
 	if r.outer == nil {
@@ -113,7 +123,8 @@ func (r *recorder) informLocked(status int) {
 	}
 }
 
-// writeHeaderLocked fixes the status and the header, as net/http does.
+// writeHeaderLocked fixes the status and the header, as net/http does: what the
+// handler changes afterwards, trailers excepted, has no effect.
 func (r *recorder) writeHeaderLocked(status int) {
 	r.wroteHeader, r.status = true, status
 	r.fields = r.scratch.difference(r.outer, r.header)
@@ -125,6 +136,7 @@ func (r *recorder) writeHeaderLocked(status int) {
 			r.length = n
 		}
 	}
+	// A header that is there without a value tells net/http not to sniff.
 	_, typed := r.header["Content-Type"]
 	r.sniff = !typed && r.header.Get("Content-Encoding") == "" && bodyAllowed(status)
 	r.connection = slices.Clone(r.header["Connection"])
@@ -154,7 +166,9 @@ func (r *recorder) needHeaderLocked() {
 }
 
 // difference returns what turns base into header. The values are copied: the
-// handler may go on changing them.
+// handler may go on changing them. A list that begins with the values of base
+// is an opAdd, so that a Vary of outer middleware is not stored and replayed
+// twice.
 func (s *headerScratch) difference(base, header http.Header) []headerField {
 	backing, fields := s.values[:0], s.fields[:0]
 	for name, values := range header {
@@ -184,8 +198,10 @@ func (r *recorder) sets(name string) bool {
 	return slices.ContainsFunc(r.fields, func(f headerField) bool { return f.name == name && len(f.values) > 0 })
 }
 
-// Write implements http.ResponseWriter. As long as the response is kept it does
-// not report that the client is gone: the client may come again for it.
+// Write implements http.ResponseWriter. While the response is kept, it does not
+// report that the client is gone: the client may come again for it, and a
+// handler that stopped at the error would leave half of its work. Past the
+// limit it reports the error, so that an endless stream ends.
 func (r *recorder) Write(p []byte) (int, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -199,6 +215,8 @@ func (r *recorder) WriteString(s string) (int, error) {
 	return recordLocked(r, s)
 }
 
+// recordLocked is Write under the lock. It refuses what net/http refuses, and
+// with the same errors, in the same order.
 func recordLocked[T []byte | string](r *recorder, p T) (int, error) {
 	if r.closed {
 		return 0, errAfterReturn
@@ -214,6 +232,8 @@ func recordLocked[T []byte | string](r *recorder, p T) (int, error) {
 	if r.length >= 0 && r.written > r.length {
 		return 0, http.ErrContentLength
 	}
+	// The kept part goes out and is then dropped: a part of a body is no
+	// replay, and a handler that streams gigabytes must not hold them.
 	if !r.overflow && r.body.size+int64(len(p)) > r.limit {
 		r.streamLocked()
 		r.overflow = true
@@ -229,6 +249,8 @@ func recordLocked[T []byte | string](r *recorder, p T) (int, error) {
 	return len(p), nil
 }
 
+// bodyAllowed reports whether a response with the status may have a body (RFC
+// 9110, section 6.4.1).
 func bodyAllowed(status int) bool {
 	return status >= 200 && status != http.StatusNoContent && status != http.StatusNotModified
 }
@@ -237,7 +259,9 @@ func bodyAllowed(status int) bool {
 func (r *recorder) Flush() { _ = r.FlushError() }
 
 // FlushError is what http.ResponseController calls. From here on the response
-// is sent as it is written, and still recorded.
+// is sent as it is written, and still recorded. A writer that cannot flush
+// changes nothing: the response would otherwise be streamed, and could not be
+// withheld, for no use.
 func (r *recorder) FlushError() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -259,7 +283,8 @@ func (r *recorder) FlushError() error {
 	return err
 }
 
-// canFlush reports whether http.ResponseController finds a Flush.
+// canFlush reports whether http.ResponseController finds a Flush. It looks
+// before the header is sent; asking the controller itself would flush.
 func canFlush(w http.ResponseWriter) bool {
 	for {
 		switch t := w.(type) {
@@ -288,8 +313,9 @@ func (r *recorder) EnableFullDuplex() error {
 	return http.NewResponseController(r.w).EnableFullDuplex()
 }
 
-// fixContentTypeLocked records what net/http finds out at a flush. It sniffs
-// what is there at the first flush; at a replay that would be the whole body.
+// fixContentTypeLocked records the Content-Type that net/http finds out at a
+// flush. net/http sniffs what is there at the first flush. A replay has the
+// whole body at once and could come to another type.
 func (r *recorder) fixContentTypeLocked() {
 	if !r.sniff {
 		return
@@ -301,8 +327,8 @@ func (r *recorder) fixContentTypeLocked() {
 	r.fields = append(r.fields, f)
 }
 
-// streamLocked sends what was held back. The fields are not stored yet, so outer
-// middleware, which may change values in place, gets copies.
+// streamLocked sends what was held back. The fields are not stored yet, so
+// outer middleware, which may change values in place, gets copies.
 func (r *recorder) streamLocked() {
 	if r.streaming {
 		return
@@ -312,8 +338,8 @@ func (r *recorder) streamLocked() {
 	r.sendLocked()
 }
 
-// sendLocked calls WriteHeader only if the handler did: outer middleware that
-// compresses, say, looks at a header that is implied later.
+// sendLocked calls WriteHeader only if the handler did: outer middleware, one
+// that compresses, say, treats an implied header in its own way.
 func (r *recorder) sendLocked() {
 	if !r.implicit {
 		r.w.WriteHeader(r.status)
@@ -327,7 +353,7 @@ func (r *recorder) sendLocked() {
 }
 
 // finish ends the handler's access: what is written from now on is neither sent
-// nor recorded.
+// nor recorded. The header is fixed here at the latest, and then the trailers.
 func (r *recorder) finish() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -352,17 +378,21 @@ func (r *recorder) trailersLocked() (trailers http.Header) {
 	return trailers
 }
 
+// isTrailer reports whether net/http would send a header as a trailer: one that
+// the handler declared, or one with http.TrailerPrefix.
 func (r *recorder) isTrailer(name string) bool {
 	return strings.HasPrefix(name, http.TrailerPrefix) || slices.Contains(r.declared, name)
 }
 
-// complete reports whether the recorder has the whole response: it was neither
-// too large nor cut short.
+// complete reports whether the recorder has the whole response. It has not when
+// the response was too large, or shorter than its Content-Length.
 func (r *recorder) complete() bool {
 	return !r.overflow && (r.length < 0 || !bodyAllowed(r.status) || r.body.size == r.length)
 }
 
-// send lets the finished response through.
+// send sends the finished response to the client. Its chunks are free
+// afterwards: encode has copied them, or a MemoryStore has taken the larger
+// ones.
 func (r *recorder) send() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -371,6 +401,7 @@ func (r *recorder) send() {
 		r.streaming = true
 		applyFields(h, r.fields)
 		announceTrailers(h, r.trailers)
+		// From here on a hook of outer middleware works on the header of w.
 		r.sent.Store(true)
 		r.sendLocked()
 		if r.implicit && !r.wroteNothing && r.body.size == 0 {
@@ -391,11 +422,14 @@ func (r *recorder) drop() (streaming bool) {
 	return r.streaming
 }
 
-// encode appends the stored form of the finished response to scratch: all of it
-// if whole is set or it is small, and otherwise only its beginning, which parts
-// follow. It returns nil when the headers are too large.
+// encode appends the stored form of the finished response to scratch. With
+// whole, or if the response is small, that is all of it. Otherwise value is
+// only its beginning, and parts follow, which spares a large body a copy.
+// encode returns nil when the headers are too large.
 func (r *recorder) encode(scratch, digest []byte, keep func(name string) bool, whole bool) (value []byte, parts [][]byte) {
 	markTransient(r.fields, keep, r.connection, r.body.size)
+	// A Content-Length among the trailers is not the length of anything, so
+	// none is kept: -1 is never equal to it.
 	markTransient(r.trailers, keep, r.connection, -1)
 	chunks := r.body.chunks
 	if !whole && r.body.size > maxPacked {

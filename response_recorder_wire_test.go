@@ -3,6 +3,7 @@ package idempotency_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
@@ -94,7 +95,7 @@ func (a *answer) read(resp *http.Response, client *progress) {
 		n, err = resp.Body.Read(buf)
 		body = append(body, buf[:n]...)
 		client.reach(len(body))
-		if err != nil && err != io.EOF {
+		if err != nil && !errors.Is(err, io.EOF) {
 			a.BodyErr = err.Error()
 		}
 	}

@@ -83,6 +83,11 @@ func TestDamagedRecords(t *testing.T) {
 		"a longer head":    {0x11, 0xc9, 1, 0, 4, 0, 0, 0, 9, 0},
 		"a longer name":    {0x11, 0xc9, 1, 0, 5, 0, 1, 3<<2 | 2, 'x', 0, 0},
 		"too few values":   {0x11, 0xc9, 1, 0, 6, 0, 1, 1 << 2, 'x', 0, 0, 0},
+		"a longer value":   {0x11, 0xc9, 1, 0, 5, 1, 1, 1 << 2, 'x', 9, 0},
+		"no kind it knows": {0x19, 0xc9, 1, 0},
+		"more than status": {0x12, 0xc9, 1, 0, 0},
+		"more than digest": {0x14, 0, 0},
+		"no status at all": {0x12, 0, 0},
 		"a list too long":  {0x11, 0xc9, 1, 0, 6, 1, 1, 1<<2 | 3, 'x', 2, 0, 0},
 	}
 	for n := range golden {
@@ -129,7 +134,8 @@ func TestAEAD(t *testing.T) {
 	require.NotContains(t, string(store.LastResult().Value), "charge")
 
 	// A value that was moved to another cell is as bad as one that was forged.
-	value := store.LastResult().Value
+	first := store.LastResult()
+	value := first.Value
 	sealed.Check(t, 2, idemtest.Exchange{Key: "b", Get: "201 charge 2"})
 	moved := idempotency.NewMemoryStore()
 	require.NoError(t, moved.Complete(t.Context(), store.LastKey(), "x", idempotency.Result{
@@ -148,6 +154,22 @@ func TestAEAD(t *testing.T) {
 	t.Run("moved to another cell", func(t *testing.T) {
 		c := idemtest.NewClient(moved, &idempotency.Options{AEAD: newAEAD(t, 1)}, nil)
 		c.Check(t, 0, idemtest.Exchange{Key: "b", Get: "500 record_unreadable"})
+	})
+	// Each of the two that a seal is bound to is enough.
+	t.Run("moved to a cell of the same fingerprint", func(t *testing.T) {
+		checkMoved(t, first, idemtest.Exchange{Key: "a", Target: "/refund"})
+	})
+	t.Run("given another fingerprint", func(t *testing.T) {
+		other := idemtest.Exchange{Key: "a", Body: "other"}
+		fingerprint := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+		c := idemtest.NewClient(fingerprint, &idempotency.Options{}, nil)
+		c.Do(c.Request(other))
+		checkMoved(t, idempotency.Result{Fingerprint: fingerprint.LastResult().Fingerprint, Value: value}, other)
+	})
+	t.Run("cut off", func(t *testing.T) {
+		for n := range value {
+			checkMoved(t, idempotency.Result{Fingerprint: first.Fingerprint, Value: value[:n]}, idemtest.Exchange{Key: "a"})
+		}
 	})
 	t.Run("not sealed, but AEAD", func(t *testing.T) {
 		plain := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
@@ -188,4 +210,66 @@ func TestSealedBodies(t *testing.T) {
 			})
 		})
 	}
+}
+
+// checkMoved checks that a sealed record is unreadable where x finds it.
+func checkMoved(t *testing.T, record idempotency.Result, x idemtest.Exchange) {
+	t.Helper()
+	probe := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+	c := idemtest.NewClient(probe, &idempotency.Options{}, nil)
+	c.Do(c.Request(x))
+	moved := idempotency.NewMemoryStore()
+	record.TTL = time.Hour
+	require.NoError(t, moved.Complete(t.Context(), probe.LastKey(), "x", record))
+	x.Get = "500 record_unreadable"
+	idemtest.NewClient(moved, &idempotency.Options{AEAD: newAEAD(t, 1)}, nil).Check(t, 0, x)
+}
+
+// Headers that are not kept leave no trace in the record.
+func TestManyTransientValues(t *testing.T) {
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, _ *http.Request) {
+		for range 500 {
+			w.Header().Add("Set-Cookie", "a=b")
+		}
+		w.WriteHeader(http.StatusCreated)
+	})
+	c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 "})
+	c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "replay 201 "})
+}
+
+// Outer middleware may append to what a replay has set.
+func TestReplayedValuesAreApart(t *testing.T) {
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("A", "a")
+		w.Header().Set("B", "b")
+		w.WriteHeader(http.StatusCreated)
+	})
+	inner := c.Handler
+	c.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { inner.ServeHTTP(addingWriter{w}, r) })
+	for range 2 {
+		resp := c.Do(c.Request(idemtest.Exchange{Key: "a"}))
+		require.Equal(t, []string{"a", "more"}, resp.Header["A"])
+		require.Equal(t, []string{"b", "more"}, resp.Header["B"])
+	}
+}
+
+// addingWriter is what an outer middleware may hand on.
+type addingWriter struct{ http.ResponseWriter }
+
+func (w addingWriter) WriteHeader(status int) {
+	w.Header().Add("A", "more")
+	w.Header().Add("B", "more")
+	w.ResponseWriter.WriteHeader(status)
+}
+
+// Of a response that is not stored nothing is kept in memory.
+func TestResponseThatIsNotStoredTakesNoMemory(t *testing.T) {
+	s := idempotency.NewMemoryStore()
+	c := idemtest.NewClient(s, &idempotency.Options{}, func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Huge", strings.Repeat("x", 100<<10))
+		_, _ = w.Write(make([]byte, 200<<10))
+	})
+	require.NotNil(t, c.Do(c.Request(idemtest.Exchange{Key: "a"})))
+	c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 response_not_stored", Original: 200})
+	require.Less(t, s.Bytes(), int64(1<<10))
 }

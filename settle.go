@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// facts are what a run came to. Two tables follow from them: what a retry is
-// to get (facts.verdict), and what the client gets (facts.answer).
+// facts are what a run came to. Two tables follow from them: what a retry is to
+// get (facts.verdict), and what the client gets (settlement.answer).
 type facts struct {
 	atMostOnce bool // Options.AtMostOnce
 	committed  bool // Execution.Commit succeeded
@@ -30,7 +30,13 @@ const (
 	retryLearnsNothing                // outcome_unknown
 )
 
-// verdict decides by the first rule that applies.
+// verdict decides by the first rule that applies. The handler's word comes
+// before what its response says: Commit before Discard, and both before
+// ShouldStore, of which AtMostOnce only changes the default.
+//
+// A run without an answer may have got anywhere. A retry of it runs only if its
+// transaction is rolled back, the handler called Discard, or the body had
+// broken off under the handler.
 func (f facts) verdict() verdict {
 	switch {
 	case f.committed && f.unanswered:
@@ -58,26 +64,33 @@ func (f facts) verdict() verdict {
 // A storeReport is what the store made of a verdict.
 type storeReport struct {
 	err  error // of Complete or Release
-	lost bool  // another owner was seen
+	lost bool  // a renewal found that the key is not ours any more
 	over bool  // the lease is over by our clock
 }
 
 // An answer is what the client gets.
 type answer struct {
 	outcome Outcome
-	problem *Error // in the place of the handler's response, if not nil
+	problem *Error // replaces the handler's response if not nil
 	err     error  // for the event
 	storing bool   // the response goes out before it is stored
 }
 
+// Details that replace that of ErrStoreUnavailable, which says that the handler
+// did not run.
 const (
 	unknownDetail = "Whether the request was processed is not known. Repeat it later with the same key to find out."
 	undoneDetail  = "This attempt was given up, and what it did was undone. Repeat it later with the same key."
 )
 
-// answer decides by the first rule that applies what the client gets. It never
-// gets a response that is not stored while another owner may store a different
-// one, nor the response of a transaction that was not committed.
+// answer decides by the first rule that applies what the client gets. While
+// another owner is known, who may store a different response, the client never
+// gets one that is not stored. Nor does it ever get the response of a
+// transaction that was not committed.
+//
+// A key that was freed under a lost or overdue lease may be running elsewhere,
+// so the client is sent to its new owner. Otherwise a response that the store
+// did not take is sent all the same: it is true, and storing it goes on.
 func (s *settlement) answer(v verdict, r storeReport) answer {
 	f := &s.facts
 	rolledBack := errors.Is(r.err, ErrRolledBack)
@@ -111,8 +124,8 @@ func (s *settlement) answer(v verdict, r storeReport) answer {
 	return answer{outcome: OutcomeExecuted, err: r.err, storing: true}
 }
 
-// withhold is an answer in the place of the handler's response. Its detail is
-// that of the problem unless there is one.
+// withhold makes an answer that replaces the handler's response. An empty
+// detail leaves that of the problem.
 func (s *settlement) withhold(outcome Outcome, sentinel, cause error, detail string) answer {
 	p := s.problem(sentinel, cause)
 	if detail != "" {
@@ -134,20 +147,21 @@ type settlement struct {
 	recorder  *recorder
 
 	facts     facts
-	digest    []byte // of a request body that the fingerprint does not cover
-	cause     error  // of the end of the handler's context
+	digest    []byte // of a request body that is not in the fingerprint
+	cause     error  // why the handler's context ended
 	notStored error  // why the stored form is not the response
 }
 
 // settle makes the facts from what the handler left behind, and settles them.
-// The claim is renewed until all is ready for the store.
+// The lease is renewed until the result is ready for the store: encoding and
+// sealing a large response takes time too.
 func (s *settlement) settle() answer {
 	s.gather()
 	v := s.facts.verdict()
 	if v == retryRuns {
 		return s.free(v)
 	}
-	if s.facts.unanswered { // a half of what is attached must not be kept
+	if s.facts.unanswered { // half a transaction must not be kept
 		s.facts.attached = false
 		s.execution.detach()
 		s.context.cancel(nil)
@@ -155,6 +169,10 @@ func (s *settlement) settle() answer {
 	return s.keep(v)
 }
 
+// gather makes the facts. It ends the handler's access to the execution, the
+// body and the recorder, so that nothing changes the facts afterwards. The 200
+// of a handler without an answer is the recorder's own, so ShouldStore is not
+// asked about it.
 func (s *settlement) gather() {
 	f := &s.facts
 	f.atMostOnce = s.opts.AtMostOnce
@@ -164,15 +182,16 @@ func (s *settlement) gather() {
 	s.digest, f.status = digest, s.recorder.status
 	f.cutOff = broken && !f.atMostOnce
 	f.unanswered = s.recorder.wroteNothing && (broken || s.context.hasEnded())
-	if f.unanswered {
+	switch {
+	case f.unanswered:
 		s.cause = context.Cause(s.context)
-		return
+	case !f.committed && !f.discarded: // which decide before ShouldStore
+		f.final = s.shouldStore()
 	}
-	f.final = s.shouldStore()
 }
 
-// shouldStore asks ShouldStore. The handler has finished: a panic in it must not
-// make the request run again.
+// shouldStore asks Options.ShouldStore. The handler has finished, so a panic in
+// ShouldStore must not make the request run again.
 func (s *settlement) shouldStore() (final bool) {
 	if s.opts.ShouldStore == nil {
 		return !s.saysNothingWasDone() && (s.facts.status < 500 || s.opts.AtMostOnce)
@@ -183,11 +202,14 @@ func (s *settlement) shouldStore() (final bool) {
 }
 
 // saysNothingWasDone reports whether the response says that the handler did
-// nothing yet, or not for this client.
+// nothing yet, or nothing for this client. A retry with other credentials, or
+// later, may succeed, so storing such a response would lock the client out of
+// its own key.
 //
 // A conflict with Retry-After is what this package answers while another
-// request is running, and the handler may be a proxy to a service that has it
-// too. When outer middleware has set the same header, the handler does not say so.
+// request is running, and the handler may be a proxy to a service that uses
+// this package too. When outer middleware has set that header, the handler has
+// not said so.
 func (s *settlement) saysNothingWasDone() bool {
 	switch s.facts.status {
 	case http.StatusUnauthorized, http.StatusForbidden, http.StatusProxyAuthRequired,
@@ -199,23 +221,24 @@ func (s *settlement) saysNothingWasDone() bool {
 	return false
 }
 
-// free frees the key. Its marker remembers the attempt: for one lease when
-// nothing was done, so that a flood of refused requests fills no store, and for
-// the TTL when the run may have got somewhere, so that the next one can tell.
+// free frees the key. Another owner counts only if it was seen before: a renewal
+// that is on its way may find that the key is free, which is our own doing.
 func (s *settlement) free(v verdict) answer {
 	s.lease.stop()
+	_, lost := s.claim.standing()
 	f := &s.facts
-	keep := s.opts.TTL
-	if f.discarded || !f.unanswered && !f.cutOff && s.saysNothingWasDone() {
-		keep = s.opts.Lease
-	}
-	err := s.claim.release(s.context, keep)
-	return s.answer(v, s.report(err))
+	nothingDone := f.discarded || !f.unanswered && !f.cutOff && s.saysNothingWasDone()
+	report := s.report(s.claim.release(s.context, s.claim.markerTime(nothingDone)))
+	report.lost = lost
+	return s.answer(v, report)
 }
 
 // keep stores what a retry is to get. When the store fails, the client gets the
 // response all the same: the handler has finished, and the claim stands while
 // storing goes on in the background.
+//
+// A transaction that was rolled back has done nothing, so its key is freed.
+// After Commit the handler has said otherwise, and the key stays claimed.
 func (s *settlement) keep(v verdict) answer {
 	result := s.encode(v)
 	s.lease.stop()
@@ -225,19 +248,26 @@ func (s *settlement) keep(v verdict) answer {
 	}
 	a := s.answer(v, s.report(err))
 	if a.storing {
-		s.claim.completeLater(s.context, result)
+		small := result
+		if !s.facts.unanswered {
+			small = s.encode(retryLearnsStatus)
+		}
+		s.claim.completeLater(s.context, result, small)
 	}
 	return a
 }
 
+// report is what the store made of the verdict. It reads the clock after the
+// call: when the lease ended meanwhile, another handler may be running,
+// whatever the store answered.
 func (s *settlement) report(err error) storeReport {
 	end, lost := s.claim.standing()
 	return storeReport{err: err, lost: lost, over: !time.Now().Before(end)}
 }
 
 // encode makes the result that says what the verdict is. A response that cannot
-// be kept, because a callback panics, say, becomes one that a retry learns the
-// status of: it must not make the handler run again.
+// be kept, because a callback panicked, say, becomes a record that tells a
+// retry only the status: it must not make the handler run again.
 func (s *settlement) encode(v verdict) Result {
 	r := Result{Fingerprint: s.claim.fingerprint, TTL: s.opts.TTL}
 	switch v {
@@ -272,8 +302,9 @@ func (s *settlement) encodeResponse(r *Result) {
 		r.Value, _ = s.recorder.encode(nil, s.digest, s.opts.ReplayHeader, true)
 		return
 	}
-	// A MemoryStore copies what is small before it returns, and the buffer of
-	// the request is free by now.
+	// A MemoryStore copies what is small before it returns, and the request no
+	// longer needs its buffer. Other stores may still hold Value in the
+	// background, or after a call that timed out.
 	buffer := s.request.body.buffer
 	r.Value, r.parts = s.recorder.encode((*buffer)[:0], s.digest, s.opts.ReplayHeader, false)
 	if r.Value != nil {
@@ -281,7 +312,8 @@ func (s *settlement) encodeResponse(r *Result) {
 	}
 }
 
-// seal returns nil if the AEAD panics.
+// seal returns nil if the AEAD panics. The response is then stored as one that
+// cannot be kept, and never in the clear.
 func (s *settlement) seal(r Result) (sealed []byte) {
 	defer s.contain(s.request.r.Context(), "AEAD")
 	return seal(s.opts.AEAD, s.claim.storeKey, r)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -479,4 +480,155 @@ func TestConflictIsFinal(t *testing.T) {
 			c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "replay 409 "})
 		})
 	}
+}
+
+// A renewal that arrives just behind the Release of its own run finds the key
+// freed. That is no other owner: the client gets the handler's answer.
+func TestRenewalBehindItsOwnRelease(t *testing.T) {
+	for name, flush := range map[string]bool{"held back": false, "streamed": true} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+				s.Late(2, 300*time.Millisecond) // the renewal after 10s
+				s.OnRelease = func(ctx context.Context, key, token string, keep time.Duration) error {
+					err := s.MemoryStore.Release(ctx, key, token, keep)
+					time.Sleep(400 * time.Millisecond) // until its answer comes
+					return err
+				}
+				log := new(idemtest.EventLog)
+				c := idemtest.NewClient(s, &idempotency.Options{OnEvent: log.Add}, func(w http.ResponseWriter, r *http.Request) {
+					time.Sleep(10100 * time.Millisecond)
+					w.WriteHeader(http.StatusServiceUnavailable)
+					if flush {
+						w.(http.Flusher).Flush()
+					}
+				})
+				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "503 "})
+				require.Equal(t, idempotency.OutcomeReleased, log.Last().Outcome)
+			})
+		})
+	}
+}
+
+// A run that says that nothing was done does not make the attempts begin anew: the
+// run before it may have got somewhere.
+func TestAttemptsAfterARefusal(t *testing.T) {
+	for name, first := range map[string]http.HandlerFunc{
+		"a run that failed":   idemtest.Answering(http.StatusServiceUnavailable),
+		"a run that panicked": func(http.ResponseWriter, *http.Request) { panic("in the middle of the payment") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			eachWay(t, func(t *testing.T, store idempotency.Store) {
+				var attempts []int
+				c := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+					attempts = append(attempts, idemtest.Execution(r).Attempt())
+					if idemtest.Run(r) == 1 {
+						first(w, r)
+						return
+					}
+					w.WriteHeader(http.StatusTooManyRequests)
+				})
+				for range 3 {
+					c.Do(c.Request(idemtest.Exchange{Key: "a"}))
+					time.Sleep(time.Minute)
+				}
+				require.Equal(t, []int{1, 2, 3}, attempts)
+			})
+		})
+	}
+}
+
+// ShouldStore is not asked when Commit, Discard or the end of the context has
+// decided.
+func TestShouldStoreDecidesLast(t *testing.T) {
+	for name, handler := range map[string]http.HandlerFunc{
+		"Commit":  func(_ http.ResponseWriter, r *http.Request) { idemtest.Must(idemtest.Execution(r).Commit(r.Context())) },
+		"Discard": func(_ http.ResponseWriter, r *http.Request) { idemtest.Execution(r).Discard() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			opts := &idempotency.Options{ShouldStore: func(int, http.Header) bool { panic("not to be called") }}
+			opts.Logger = slog.New(failingHandler{t})
+			c := idemtest.NewClient(idempotency.NewMemoryStore(), opts, handler)
+			c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "200 "})
+		})
+	}
+}
+
+// A failingHandler fails a test that logs.
+type failingHandler struct{ t *testing.T }
+
+func (failingHandler) Enabled(context.Context, slog.Level) bool { return true }
+func (h failingHandler) WithAttrs([]slog.Attr) slog.Handler     { return h }
+func (h failingHandler) WithGroup(string) slog.Handler          { return h }
+func (h failingHandler) Handle(_ context.Context, r slog.Record) error {
+	h.t.Error(r.Message)
+	return nil
+}
+
+// A handler that looks at its context, and finds that it goes on, has not given
+// up; one that only asks for Err has.
+func TestHandlerThatLooksAtItsContext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{MaxExecution: time.Minute}, func(_ http.ResponseWriter, r *http.Request) {
+			idemtest.Must(r.Context().Err())
+			if idemtest.Execution(r).Key() == "polls" {
+				for r.Context().Err() == nil {
+					time.Sleep(time.Second)
+				}
+			}
+		})
+		c.Check(t, 0, idemtest.Exchange{Key: "finishes", Get: "200 "})
+		c.Check(t, 1, idemtest.Exchange{Key: "polls", Get: "409 outcome_unknown"})
+	})
+}
+
+// A transaction that was left to its context is rolled back before the store is
+// asked, and storing that nothing is known goes on.
+func TestTransactionThatIsLeftToItsContext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var transaction context.Context
+		inner := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+		inner.Fail("Complete", idemtest.ErrDown)
+		store := &idemtest.ObservedStore{Store: inner, Look: func(_ context.Context, method string) {
+			if method == "Complete" {
+				require.Error(t, transaction.Err())
+			}
+		}}
+		c := idemtest.NewClient(store, &idempotency.Options{MaxBufferedBody: 64, AtMostOnce: true}, func(_ http.ResponseWriter, r *http.Request) {
+			transaction = r.Context()
+			idemtest.Execution(r).Attach("a transaction")
+			_, _ = io.Copy(io.Discard, r.Body)
+		})
+		r := c.Request(idemtest.Exchange{Key: "a", Body: upload(600, 'x')})
+		r.Body = &brokenBody{strings.NewReader(upload(500, 'x')), io.ErrUnexpectedEOF}
+		got, _ := idemtest.Describe(t, c.Do(r))
+		require.Equal(t, "409 outcome_unknown", got)
+		inner.Fail("Complete", nil)
+		time.Sleep(10 * time.Second) // less than the lease
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Body: upload(600, 'x'), Get: "409 outcome_unknown"})
+	})
+}
+
+// What a run may have got somewhere with is remembered for the TTL.
+func TestMarkerOfARunThatGotSomewhere(t *testing.T) {
+	var kept time.Duration
+	s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+	s.OnRelease = func(ctx context.Context, key, token string, keep time.Duration) error {
+		kept = keep
+		return s.MemoryStore.Release(ctx, key, token, keep)
+	}
+	c := idemtest.NewClient(s, &idempotency.Options{MaxBufferedBody: 64}, func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body)
+		w.WriteHeader(http.StatusUnauthorized)
+	})
+	r := c.Request(idemtest.Exchange{Key: "a", Body: upload(600, 'x')})
+	r.Body = &brokenBody{strings.NewReader(upload(500, 'x')), io.ErrUnexpectedEOF}
+	require.NotNil(t, c.Do(r))
+	require.Equal(t, 24*time.Hour, kept, "refused a part of its body")
+
+	s.OnComplete = func(context.Context, string, string, idempotency.Result) error { return idempotency.ErrRolledBack }
+	kept = 0
+	c = idemtest.NewClient(s, &idempotency.Options{}, nil)
+	c.Check(t, 0, idemtest.Exchange{Key: "b", Get: "503 store_unavailable"})
+	require.Equal(t, 24*time.Hour, kept, "rolled back")
 }

@@ -9,26 +9,27 @@ import (
 
 // A Store keeps one cell per key. A cell is absent, claimed (a handler is
 // running, or its process died), completed (a response is stored) or released
-// (free again; a marker remembers who freed it and how often it was claimed).
+// (the key is free again; a marker remembers the token that freed it and how
+// often it was claimed).
 //
 // All methods are atomic and safe for concurrent use. Durations are relative
 // and judged by the store's own clock, never by the caller's. An expired cell
 // is absent, and no cell expires before its lease. A returned error means that
-// the store failed, and says nothing about whether the operation took effect;
-// contention is not an error but a [State]. Methods must honour the deadline of
-// their context: it is the only thing that keeps a hanging store from hanging
-// the request.
+// the store failed, and does not tell whether the operation took effect.
+// Contention is not an error but a [State]. Methods must honour the deadline of
+// their context: nothing else keeps a hanging store from hanging the request.
 //
-// A store copies the slices it keeps; the slices it returns are read-only and
+// A store copies the slices it keeps. The slices it returns are read-only and
 // stay valid. Keys are compared byte by byte, case included. The keys of this
-// package are base64url text of 27 bytes; a store takes any visible ASCII of up
-// to 200 bytes, and a fingerprint of up to 255 bytes.
+// package are base64url text of 27 bytes. A store takes any visible ASCII of up
+// to 200 bytes as a key, and a fingerprint of up to 255 bytes.
 //
 // Package storetest checks an implementation against this contract.
 type Store interface {
 	// Acquire claims key for c.Token, or renews the claim of c.Token, or tells
-	// why it cannot. A Claim with Attempt 0 is a claim; any other is a renewal
-	// of the attempt that it names. Acquire decides by the first row that fits:
+	// why it cannot. A Claim with Attempt 0 is a claim; one with a positive
+	// Attempt renews the attempt that it names. Acquire decides by the first
+	// row that fits:
 	//
 	//	the cell                           a claim gets            a renewal gets
 	//	absent                             Acquired, Attempt 1     Acquired, c.Attempt
@@ -44,67 +45,81 @@ type Store interface {
 	//	claimed, lease over                Acquired, Attempt + 1   Lost
 	//
 	// Acquired is the only answer that changes the cell. Where the cell was
-	// claimed under this token already, the lease and the TTL start anew, and
-	// the fingerprint stays. Otherwise the cell becomes a claim: with the token,
-	// the fingerprint (even an empty one) and the attempt that is answered, and
-	// without Once. Either way it is kept for the longer of TTL and Lease. A
-	// fingerprint is known when it is not empty.
+	// claimed under this token already, the fingerprint stays, and the lease
+	// and the TTL start anew: from now, whether or not the lease was over, and
+	// be they longer or shorter than before. Otherwise the cell becomes a
+	// claim: with the token, the fingerprint (even an empty one) and the
+	// attempt that is answered, and without Once. Either way it is kept for the
+	// longer of TTL and Lease. A fingerprint is known when it is not empty.
 	//
 	// Only a renewal of a cell that is claimed under its token and attempt sets
-	// Once, if c.Once is set. Nothing unsets Once but the end of the claim. The
-	// Once of a claim is ignored. Record.Once tells what the cell has now. So a
-	// command that is sent twice is harmless, and one that arrives late holds a
-	// key for one lease at the most.
+	// Once, if c.Once is set. The Once of a claim is ignored. Nothing unsets
+	// Once but the end of the claim (Complete, Release, or its expiry).
+	// Record.Once tells what the cell has now. So a command that is sent twice
+	// is harmless, and one that arrives after its claim has ended holds a key
+	// for one lease at most.
 	Acquire(ctx context.Context, key string, c Claim) (Record, error)
 
 	// Complete stores r under token and keeps it for r.TTL. It writes when the
 	// cell is claimed under token, whether or not the lease is over, and when
-	// it is absent. When the cell was completed under token it changes nothing
-	// and returns nil. When the cell is another owner's or released it changes
-	// nothing and returns [ErrLeaseLost], the one error that is not a failure.
+	// it is absent. A cell that was completed under token stays: Complete
+	// returns nil and changes nothing, its TTL included. When the cell is
+	// released or belongs to another owner, Complete changes nothing and
+	// returns [ErrLeaseLost], the one error that is not a failure of the store.
 	Complete(ctx context.Context, key, token string, r Result) error
 
-	// Release frees the cell when it is claimed under token: it is then
-	// released under token, with its Attempt, and kept for keep. An absent cell
-	// becomes released under token with Attempt 0 and is kept for keep, so that
-	// a delayed Acquire finds the marker and not nothing. Every other cell
-	// stays as it is. All of these return nil.
+	// Release frees the cell when it is claimed under token, whether or not the
+	// lease is over or Once is set. The cell is then released under token, with
+	// its Attempt, for the time keep, which is more than zero. After a later
+	// attempt than the first it is kept for what is left of its TTL, if that is
+	// longer: the marker of an earlier attempt may stand for a run that got
+	// somewhere, or for a mark that is still on its way. An absent cell
+	// becomes released under token with Attempt 0, so that a delayed Acquire
+	// finds the marker and claims nothing. A marker that is there already keeps
+	// its time, whatever keep says. Every other cell stays as it is. In all
+	// these cases Release returns nil.
 	Release(ctx context.Context, key, token string, keep time.Duration) error
 }
 
 // A Watcher is a [Store] that can tell when a cell changes. It is optional and
-// found by type assertion: without it waiting duplicates poll.
+// found by type assertion. Without it, waiting duplicates poll: after 25ms at
+// first, then less often, up to once a second.
 type Watcher interface {
-	// Watch returns a channel that is closed when the cell of key may have
-	// been completed or released since the call. A store may tell only of
-	// cells that an Acquire since then has found InProgress. The channel may be
-	// closed for no reason, and correctness does not depend on it. The watch
-	// ends with ctx. Watch must return promptly; when it returns an error, the
-	// caller polls.
+	// Watch returns a channel that is closed when the cell of key may have been
+	// completed or released since the call. A store may tell only of cells that
+	// an Acquire since then has found InProgress. It may also close the channel
+	// when nothing has changed, and correctness does not depend on it. The
+	// watch ends with ctx. Watch must return promptly. When it returns an
+	// error, the caller polls.
 	Watch(ctx context.Context, key string) (<-chan struct{}, error)
 }
 
-// A Claim is what [Store.Acquire] writes.
+// A Claim is what [Store.Acquire] writes. It may be copied; the copies share
+// Fingerprint, which a store only reads. The zero Claim is invalid: it has no
+// Token and no Lease.
 type Claim struct {
-	// Token names the owner. Printable ASCII, random, and compared verbatim.
+	// Token names the owner. It is printable ASCII, random, and compared
+	// verbatim.
 	Token string
 
-	// Fingerprint identifies the request. Empty when it is not known yet.
+	// Fingerprint identifies the request. It is empty when it is not known yet.
 	Fingerprint []byte
 
 	// Lease is how long the claim holds unless it is renewed. TTL is how long
-	// the cell is kept.
+	// the cell is kept. Both count from when the store decides.
 	Lease, TTL time.Duration
 
-	// Attempt is 0 to claim the key, and the Attempt of the Record that was
-	// Acquired to renew that claim.
+	// Attempt is 0 to claim the key. To renew a claim, it is the Attempt of the
+	// Record that answered the claim.
 	Attempt int
 
-	// Once marks the claim: it is never taken over. Only renewals set it.
+	// Once marks the claim as at-most-once: it is never taken over. Only a
+	// renewal sets it.
 	Once bool
 }
 
-// A Result is what [Store.Complete] writes.
+// A Result is what [Store.Complete] writes. It may be copied; the copies share
+// their slices, which a store only reads.
 type Result struct {
 	// Fingerprint replaces that of the claim, known or not.
 	Fingerprint []byte
@@ -112,19 +127,22 @@ type Result struct {
 	// Value is opaque to the store.
 	Value []byte
 
-	// TTL is how long the cell is kept from now.
+	// TTL is how long the cell is kept, from the call of Complete on.
 	TTL time.Duration
 
-	// parts follow Value, for a MemoryStore, which keeps them as they are.
+	// parts follow Value. Only a MemoryStore gets them. It keeps them as they
+	// are, which spares a large response one copy.
 	parts [][]byte
 }
 
-// A Record is what [Store.Acquire] found.
+// A Record is what [Store.Acquire] found. A field means something only in the
+// State that its comment names. A Record may be copied; the copies share their
+// slices, which are read-only. The zero Record is invalid.
 type Record struct {
 	State State
 
-	// Attempt counts the claims of the key that were not renewals, from 1, for
-	// as long as the cell was never absent in between. Once says that the claim
+	// Attempt counts the claims of the key, renewals not included, from 1. It
+	// starts anew when the cell was absent in between. Once says that the claim
 	// is never taken over. Both are set when State is Acquired.
 	Attempt int
 	Once    bool
@@ -138,7 +156,8 @@ type Record struct {
 	Remaining time.Duration
 }
 
-// A State is the answer of [Store.Acquire]. The zero State is invalid.
+// A State is the answer of [Store.Acquire]. The zero State is invalid, so a
+// store that forgets to set it is found out.
 type State uint8
 
 const (
@@ -147,7 +166,7 @@ const (
 	InProgress       // another owner's lease is running
 	Completed        // a result is stored
 	Mismatch         // the cell belongs to a request with another fingerprint
-	Abandoned        // the owner of a Once claim was never heard of again
+	Abandoned        // the lease of a claim with Once is over
 	Lost             // the token does not own the key any more
 )
 
@@ -170,17 +189,20 @@ func (s State) String() string {
 	return "State(" + strconv.Itoa(int(s)) + ")"
 }
 
-// Errors that stores return.
+// Errors that stores return. They are matched with errors.Is, so a store may
+// wrap them. Every other error is a failure of the store.
 var (
-	// ErrLeaseLost: the key belongs to someone else by now. It is also the
-	// cause of a handler's cancelled context when that is why.
+	// ErrLeaseLost: the token does not own the key any more. It is also the
+	// cause ([context.Cause]) of a handler's context that was cancelled for it.
 	ErrLeaseLost = errors.New("idempotency: lease lost")
 
-	// ErrRolledBack: Complete could not commit the transaction that the
-	// handler attached, and nothing of it took effect. The handler's response
-	// is then dropped and the key freed.
+	// ErrRolledBack: Complete could not commit the transaction that the handler
+	// attached, and nothing of it took effect. The handler's response is
+	// dropped, and the key is freed unless Commit has marked it.
 	ErrRolledBack = errors.New("idempotency: attached transaction rolled back")
 
-	// ErrStoreFull: the store has no room for a new key.
+	// ErrStoreFull: the store has no room for a key that the store does not
+	// have, claimed or renewed. Acquire returns it, and has then written
+	// nothing.
 	ErrStoreFull = errors.New("idempotency: store is full")
 )

@@ -13,11 +13,11 @@ import (
 	"github.com/go-idempotency/idempotency/internal/idemtest"
 )
 
-// A floor that does less than its job would make every ratio a lie.
+// A floor that does less than its job would make every ratio wrong.
 func TestFloorsAnswer(t *testing.T) {
 	rows := []struct {
 		contender
-		size, keys int // so many that a slab does not have all
+		size, keys int // too many for one slab
 	}{
 		{contender{"map", newMapFloor}, smallBody, 500},
 		{contender{"slab", newSlabFloor}, smallBody, 12_000},

@@ -28,8 +28,8 @@ func (f *passFloor) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	f.next.ServeHTTP(w, r)
 }
 
-// A floorRequest is what a request is told apart by: name is the method, the
-// path and the key, and sum is over that, all else that counts, and the body.
+// A floorRequest is what tells a request apart: name is the method, the path and
+// the key, and sum is the hash of name, of all else that counts, and of the body.
 // It is also the body that the handler reads.
 type floorRequest struct {
 	bodyReader
@@ -121,7 +121,7 @@ func (c *capture) Write(p []byte) (int, error) {
 	return n, nil
 }
 
-// send lets the answer go out.
+// send writes the answer to the client.
 func (c *capture) send(w http.ResponseWriter) {
 	h := w.Header()
 	for name, values := range c.header {
@@ -154,7 +154,7 @@ type mapFloor struct {
 }
 
 type mapShard struct {
-	mu      sync.Mutex // guards records, and those that are not done
+	mu      sync.Mutex // guards records, and each record that is not done
 	records map[string]*mapRecord
 	_       [64]byte
 }
@@ -367,7 +367,7 @@ func (c *capture) appendTo(b []byte) []byte {
 	return b
 }
 
-// replayBytes writes an answer, which nobody may change any more.
+// replayBytes writes an answer. Its bytes never change.
 func replayBytes(w http.ResponseWriter, b []byte) {
 	h := w.Header()
 	status, fields := binary.LittleEndian.Uint16(b), int(b[2])

@@ -17,10 +17,10 @@ import (
 	"github.com/go-idempotency/idempotency/internal/idemtest"
 )
 
-// Every row of benchmarks has the bare handler, one or several floors, and the
-// library, in one process: what counts is the ratio. A floor
-// is the least code that does the job; see floor_test.go. .ci/bench runs
-// them all and compares the ratios with the goals.
+// Most benchmarks run the bare handler, one or several floors, and the library in
+// one process: what counts is the ratio. A floor is the least code that does the
+// job; see floor_test.go. The script .ci/bench runs all benchmarks and compares
+// the ratios with the goals.
 //
 // The workload is a request with 100 bytes of JSON and a key of 36 bytes, and a
 // response with three headers and 200 bytes.
@@ -35,7 +35,7 @@ const (
 // chargeHandler reads its request and answers 201.
 type chargeHandler struct {
 	body   []byte
-	closed bool // it must not be run
+	closed bool // the handler must not run any more
 }
 
 var (
@@ -44,8 +44,8 @@ var (
 	chargeVersion  = []string{"2"}
 )
 
-// ServeHTTP implements http.Handler. It does not write a large body at once:
-// io.Copy and templates do not either.
+// ServeHTTP implements http.Handler. It writes a large body in pieces, as io.Copy
+// and templates do.
 func (h *chargeHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if h.closed {
 		panic("the handler runs, and nothing should make it")
@@ -102,8 +102,8 @@ func (b *bodyReader) Read(p []byte) (int, error) {
 
 func (b *bodyReader) Close() error { return nil }
 
-// A benchClient sends one request again and again, with whatever key, and
-// allocates nothing for it.
+// A benchClient sends one request again and again, with a key that the caller
+// chooses, and allocates nothing for it.
 type benchClient struct {
 	request *http.Request
 	body    bodyReader
@@ -126,7 +126,7 @@ func newBenchClient(keyed bool) *benchClient {
 	return c
 }
 
-// do sends the request with a key. What came back is in c.w until the next.
+// do sends the request with a key. The answer is in c.w until the next call.
 func (c *benchClient) do(h http.Handler, key string) {
 	clear(c.w.header)
 	c.w.status, c.w.written = 0, 0
@@ -146,7 +146,7 @@ func (c *benchClient) check(t testing.TB, size int, replayed bool) {
 	}
 }
 
-// checkAny is check for one of many clients, which may have had nothing to do.
+// checkAny is check for one of many clients, which may have sent nothing.
 func (c *benchClient) checkAny(t testing.TB, size int) {
 	t.Helper()
 	if c.lines[0] != "" {
@@ -192,13 +192,13 @@ func memoryContenders() []contender {
 	}
 }
 
-// largeContenders are those that keep a large body as it was captured.
+// largeContenders are the contenders that keep a large body as it was captured.
 func largeContenders() []contender {
 	return []contender{{"bare", bare}, {"floor", newMapFloor}, {"idempotency", inMemory}}
 }
 
-// each runs a benchmark for each contender, in an order that differs from run to
-// run: who comes first may find the machine in another state than who comes last.
+// each runs a benchmark for each contender. The order differs from run to run: the
+// first may find the machine in another state than the last.
 func each(b *testing.B, list []contender, run func(b *testing.B, c contender)) {
 	for _, n := range rand.Perm(len(list)) {
 		c := list[n]

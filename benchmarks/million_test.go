@@ -78,8 +78,8 @@ func marking() (ms float64) {
 	return ms
 }
 
-// BenchmarkMillionRecords tells what a million records cost while nothing
-// happens. Run it with -benchtime=1x.
+// BenchmarkMillionRecords reports what a million records cost while no request
+// comes. Run it with -benchtime=1x.
 func BenchmarkMillionRecords(b *testing.B) {
 	list := []contender{{"floor", newSlabFloor}, {"idempotency", inMemory}}
 	each(b, list, func(b *testing.B, c contender) {
@@ -99,10 +99,10 @@ func BenchmarkMillionRecords(b *testing.B) {
 }
 
 // BenchmarkMillionExpiring has a million records expire while other keys are in
-// use. It tells the worst request, on the clock and in processor time: for bare
-// the clock tells what else the machine is busy with. And it tells the memory
-// that is left, as a multiple of what as many records cost that never had
-// others beside them. Run it with -benchtime=1x.
+// use. It reports the worst request, on the clock and in processor time; the clock
+// of bare shows how busy the machine is with other things. It also reports the
+// memory that is left, as a multiple of what the remaining records alone would
+// cost. Run it with -benchtime=1x.
 func BenchmarkMillionExpiring(b *testing.B) {
 	list := []contender{{name: "bare", wrap: bare}, {name: "idempotency"}}
 	each(b, list, func(b *testing.B, c contender) {
@@ -127,7 +127,7 @@ func expireMillion(b *testing.B, wrap func(http.Handler) http.Handler) {
 	runtime.KeepAlive(few)
 
 	var store *idempotency.MemoryStore
-	for before = heapInUse(); ; ttl *= 2 { // until none expires before the last is there
+	for before = heapInUse(); ; ttl *= 2 { // until no record expires before the last is stored
 		store = &idempotency.MemoryStore{MaxBytes: 4 << 30}
 		h := idempotency.Middleware(store, &idempotency.Options{TTL: ttl})(charge)
 		if fill(b, h, million); store.Len() == million {
@@ -144,9 +144,9 @@ func expireMillion(b *testing.B, wrap func(http.Handler) http.Handler) {
 	require.Equal(b, millionInUse, store.Len())
 }
 
-// useWhile uses other keys until all has expired that was there, and then until
-// every shard has been asked often enough to free what it has. It reports the
-// worst request.
+// useWhile uses other keys until all records from before have expired, and then
+// until every shard has had enough requests to free them. It reports the worst
+// request.
 func useWhile(b *testing.B, h http.Handler, ttl time.Duration) {
 	client := newBenchClient(true)
 	runtime.LockOSThread()

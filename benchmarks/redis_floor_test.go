@@ -24,10 +24,10 @@ import (
 )
 
 // redisFloor is the least code that does the job on Redis, with the kinds of
-// commands that the contract of a Store takes: SET NX GET PX for the claim,
-// which is a replay as well, and a script that compares the token for the
-// answer. A claim is a C, the token and the fingerprint; an answer is a D, the
-// fingerprint and the answer.
+// commands that RedisStore sends: SET NX GET PX for the claim, whose reply is the
+// replay, and a script that compares the token and stores the answer. A claim is
+// a C, the token and the fingerprint. A stored answer is a D, the fingerprint and
+// the answer.
 type redisFloor struct {
 	next   http.Handler
 	prefix string
@@ -123,8 +123,8 @@ func (c goRedisClient) complete(key, token, value []byte) error {
 	return err
 }
 
-// rawCommands makes a floorClient of whatever takes a command in the form that
-// goes over the wire.
+// rawCommands makes a floorClient of a function that takes a command in the form
+// that goes over the wire.
 type rawCommands struct{ rawExchange }
 
 type rawExchange interface {
@@ -232,7 +232,7 @@ func (c *pipelinedConn) exchange(build func([]byte) []byte) ([]byte, error) {
 	return answer.value, answer.err
 }
 
-// serve sends and receives until the connection is closed and nobody waits.
+// serve sends and receives until the connection is closed and no caller waits.
 func (c *pipelinedConn) serve() {
 	var out []byte
 	var waiting []chan rawReply

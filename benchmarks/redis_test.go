@@ -17,8 +17,8 @@ import (
 	"github.com/go-idempotency/idempotency/internal/idemtest"
 )
 
-// redisContenders returns those that are named, on one server. Each begins with
-// an empty one. The benchmark is skipped where there is no redis-server.
+// redisContenders returns the named contenders, on one server that each finds
+// empty. The benchmark is skipped where there is no redis-server.
 func redisContenders(t testing.TB, names ...string) (list []contender, admin *redis.Client) {
 	addr := idemtest.StartRedis(t).Addr
 	admin = idemtest.DialRedis(t, addr)
@@ -75,7 +75,7 @@ func trips(t testing.TB) (first, replayed float64) {
 	client := idemtest.DialRedis(t, idemtest.StartRedis(t).Addr)
 	h := idempotency.Middleware(idempotency.NewRedisStore(client, nil), nil)(newCharge(smallBody))
 	asking := newBenchClient(true)
-	asking.do(h, keyAt(requests)) // the connection and the scripts are there
+	asking.do(h, keyAt(requests)) // the connection is open and the scripts are loaded
 	counter := new(tripCounter)
 	client.AddHook(counter)
 	for _, n := range []*float64{&first, &replayed} {
@@ -153,7 +153,7 @@ func BenchmarkRedisMemory(b *testing.B) {
 			whole := charge.body
 			h := c.wrap(charge)
 			client := newBenchClient(true)
-			client.do(h, keyAt(records)) // buffers are there
+			client.do(h, keyAt(records)) // buffers are allocated
 			before := redisMemory(b, admin)
 			for i := range records {
 				charge.body = whole[:100+i%201]

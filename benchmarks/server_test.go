@@ -67,7 +67,7 @@ func startBenchServer(t testing.TB, redisAddr string) string {
 	cmd := exec.Command(binary, "-test.run=^TestBenchServer$")
 	cmd.Env = append(os.Environ(), benchVariable+"="+redisAddr)
 	cmd.Stderr = os.Stderr
-	_, err = cmd.StdinPipe() // ends with us
+	_, err = cmd.StdinPipe() // the server ends when this process does
 	require.NoError(t, err)
 	stdout, err := cmd.StdoutPipe()
 	require.NoError(t, err)
@@ -81,8 +81,8 @@ func startBenchServer(t testing.TB, redisAddr string) string {
 	return strings.TrimPrefix(strings.TrimSpace(line), "serving on ")
 }
 
-// A wireClient sends one request again and again over one connection. It does
-// little, as it shares the processors with the server that is measured.
+// A wireClient sends one request again and again over one connection. It does as
+// little as possible, because it shares the processors with the server.
 type wireClient struct {
 	conn    net.Conn
 	in      *bufio.Reader

@@ -15,10 +15,10 @@ import (
 )
 
 // BenchmarkStorm sends a hundred requests with one key at once to two processes
-// on one Redis, whose handler takes 50 ms. It reports the time from the start of
-// the handler to the last answer, and what Redis was sent. For bare every
-// request has a handler of its own: what the machine takes for a hundred answers
-// at once.
+// on one Redis. The handler takes 50 ms. The benchmark reports the time from the
+// start of the handler to the last answer, and how many commands Redis got. For
+// bare, every request runs the handler, which shows what a hundred answers at once
+// cost the machine.
 func BenchmarkStorm(b *testing.B) {
 	addr := idemtest.StartRedis(b).Addr
 	admin := idemtest.DialRedis(b, addr)
@@ -30,7 +30,7 @@ func BenchmarkStorm(b *testing.B) {
 			for i := range clients {
 				clients[i] = newWireClient(b, servers[i%2], row.path)
 			}
-			storm(b, clients, row.path) // connections and scripts are there from now on
+			storm(b, clients, row.path) // opens connections and loads scripts
 			var last, most time.Duration
 			var sent, storms int64
 			for b.Loop() {

@@ -161,8 +161,8 @@ func FuzzHeaderDifference(f *testing.F) {
 	f.Add(byte(1), []byte("\x02\x13\x43\x03\x41\x13"), []byte("\x00\x03"))
 	f.Add(byte(2), []byte("\x44\x05\x80\x09\x85\x0a\x80\x0b"), []byte(""))
 	f.Add(byte(5), []byte("\x0a\x00\x47\x00\x00\x09\xc3\x09"), []byte("\x08\x09"))
-	f.Add(byte(0), []byte("\x78\x04\x78\x2c\x78\x19"), []byte("\x38\x04")) // three that are stored as numbers
-	f.Add(byte(0), []byte("\x08\x03\x51\x03"), []byte("\x08\x03"))         // and one that is added to
+	f.Add(byte(0), []byte("\x78\x04\x78\x2c\x78\x19"), []byte("\x38\x04"))
+	f.Add(byte(0), []byte("\x08\x03\x51\x03"), []byte("\x08\x03")) // and one that is added to
 	f.Add(byte('N'), []byte("92292\x83\x83\x83"), []byte("0"))
 	f.Fuzz(func(t *testing.T, flags byte, data, other []byte) {
 		checkHeaders(t, idempotency.NewMemoryStore(), flags, data, other)

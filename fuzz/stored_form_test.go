@@ -124,7 +124,7 @@ type replayedRecord struct {
 func readRecord(value []byte, outer http.Header) (got replayedRecord) {
 	defer func() {
 		if p := recover(); p != nil {
-			if p != errRecord {
+			if err, ok := p.(error); !ok || !errors.Is(err, errRecord) {
 				panic(p)
 			}
 			got = replayedRecord{refused: "record_unreadable"}

@@ -7,8 +7,8 @@ import (
 	"github.com/go-idempotency/idempotency"
 )
 
-// acquireRules are what a claim gets, in the order of the table of Acquire.
-// Token A comes first, B asks next, and C looks at what B's call has left.
+// acquireRules check what a claim gets, in the order of the table of Acquire.
+// Token A claims first, then B, and C finds out what the call of B has left.
 var acquireRules = []rule{
 	{name: "an absent cell is claimed", check: func(e *env) {
 		e.acquire(claim{token: "A", fp: "one"}).acquired(1)

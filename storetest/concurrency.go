@@ -10,7 +10,7 @@ import (
 	"github.com/go-idempotency/idempotency"
 )
 
-// Which call wins a race is luck, so each rule runs many, with a key for each.
+// Chance decides a race, so each rule runs many races, with a key for each.
 const (
 	races  = 16
 	racers = 16
@@ -228,7 +228,7 @@ func completeOrRelease(e *env) {
 	}
 }
 
-// tryComplete stores a result under token A, whatever the store says to it.
+// tryComplete calls Complete under token A and returns its error.
 func (e *env) tryComplete() error {
 	return e.store.Complete(e.ctx, e.key, e.token("A"), e.result(result{value: "done"}))
 }
@@ -358,8 +358,8 @@ func (e *env) claimAll(claims []claim, also func()) []idempotency.Record {
 	return recs
 }
 
-// oneOfTwo fails unless one of two calls has acquired the key, and the other got
-// its state of a loser.
+// oneOfTwo fails unless one of two calls has acquired the key. The other must
+// have got the state that it gets when it loses: first or second.
 func (e *env) oneOfTwo(recs []idempotency.Record, first, second idempotency.State) {
 	switch {
 	case e.err != nil:

@@ -33,7 +33,7 @@ func newEnv(ctx context.Context, store idempotency.Store, tm timing) *env {
 	return &env{timing: tm, ctx: ctx, store: store, clock: clock, key: randomKey(), salt: rand.Text()}
 }
 
-// randomKey looks like the keys of the middleware.
+// randomKey returns a key in base64url, like those of the middleware and longer.
 func randomKey() string {
 	b := make([]byte, 32)
 	_, _ = rand.Read(b) // never fails, says its documentation
@@ -46,15 +46,15 @@ func (e *env) use(key string) {
 	e.note("with the key %s", show([]byte(key)))
 }
 
-// token returns the token that the rules call name. Salt first: the tokens "A"
-// and "AA" then have a prefix in common, and "A" and "a" differ in case only.
+// token returns the token that the rules call name. The salt comes first, so that
+// "A" is a prefix of "AA", and "A" and "a" differ in case only.
 func (e *env) token(name string) string { return e.salt + name }
 
 func (e *env) note(format string, args ...any) {
 	e.log = append(e.log, fmt.Sprintf(format, args...))
 }
 
-// fail sets err to the steps so far and what the last one should have been.
+// fail sets err to the steps so far and to what the last one should have returned.
 func (e *env) fail(format string, args ...any) {
 	if e.err == nil {
 		e.err = fmt.Errorf("after\n\t%s\nwant %s", strings.Join(e.log, "\n\t"), fmt.Sprintf(format, args...))
@@ -105,8 +105,9 @@ func orLong(d time.Duration) time.Duration {
 // acquire claims the key, or renews its claim.
 func (e *env) acquire(c claim) answer { return e.send(e.claim(c)) }
 
-// acquireOnce claims the key, and marks the claim with a renewal. Only that one
-// has a TTL which may be short, so the claim cannot expire before it is marked.
+// acquireOnce claims the key, and marks the claim with a renewal. The claim has a
+// long TTL and only the renewal that of c, so the claim cannot expire before it is
+// marked.
 func (e *env) acquireOnce(c claim) answer {
 	ttl := c.ttl
 	c.ttl = long
@@ -169,7 +170,7 @@ func (e *env) finish(token string, r idempotency.Result, want error) (s span) {
 // release frees the key, and keeps the marker for long.
 func (e *env) release(token string) span { return e.releaseFor(token, long) }
 
-// releaseFor frees the key. Whatever the cell is, this is no error.
+// releaseFor frees the key. Release returns nil whatever the cell is.
 func (e *env) releaseFor(token string, keep time.Duration) (s span) {
 	if e.err != nil {
 		return s
@@ -224,7 +225,7 @@ func (a answer) completed(fp, value string) answer {
 	return a
 }
 
-// is: the answer must have this state, which says all.
+// is: the answer must have this state. Its other fields do not matter.
 func (a answer) is(s idempotency.State) answer {
 	if a.State != s {
 		a.e.fail("%v", s)

@@ -7,8 +7,8 @@ import (
 	"github.com/go-idempotency/idempotency"
 )
 
-// expiryRules are about the end of cells. Attempt tells whether a cell is still
-// there: it is 1 where the cell has expired.
+// expiryRules are about the end of cells. The Attempt of a new claim tells whether
+// the cell was still there: it is 1 when the cell had expired.
 var expiryRules = slices.Concat(
 	everyWay("starts the TTL anew", startsTTL),
 	everyWay("does not expire before its lease", keepsLease),
@@ -78,6 +78,30 @@ var markerRules = []rule{
 		e.pass(ttl + 2*e.tolerance)
 		e.acquire(claim{token: "A"}).is(idempotency.Lost)
 		e.acquire(claim{token: "B"}).acquired(2)
+	}},
+
+	{name: "a release of a later attempt does not shorten the TTL", check: func(e *env) {
+		start, ttl := e.within(func(ttl time.Duration) span {
+			e.acquire(claim{token: "A"}).acquired(1)
+			e.release("A")
+			b := e.acquire(claim{token: "B", lease: ttl, ttl: ttl}).acquired(2)
+			e.releaseFor("B", ttl/4)
+			return b.span
+		})
+		e.changesAfter(start, ttl, claim{token: "B"}, idempotency.Lost).acquired(1)
+	}},
+
+	{name: "a release of a later attempt is kept for longer than the TTL", check: func(e *env) {
+		_, ttl := e.within(func(ttl time.Duration) span {
+			e.acquire(claim{token: "B", lease: ttl, ttl: ttl}).acquired(1)
+			e.release("B")
+			c := e.acquire(claim{token: "C", lease: ttl, ttl: ttl}).acquired(2)
+			e.release("C")
+			return c.span
+		})
+		e.pass(ttl + 2*e.tolerance)
+		e.acquire(claim{token: "C"}).is(idempotency.Lost)
+		e.acquire(claim{token: "D"}).acquired(3)
 	}},
 
 	{name: "an absent cell that was released expires", check: func(e *env) {

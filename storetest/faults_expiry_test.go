@@ -6,7 +6,7 @@ import (
 	"github.com/go-idempotency/idempotency"
 )
 
-// wayFaults are those that each way to acquire a cell can have.
+// wayFaults are the faults that each way to acquire a cell can have.
 func wayFaults() (faults []brokenStore) {
 	for _, way := range []struct {
 		name string
@@ -165,6 +165,20 @@ var expiryFaults = []brokenStore{
 		}
 	}}, []string{
 		"Expiry/a renewal that is refused does not prolong a completed cell",
+	}},
+	{"Release keeps the marker of a later attempt for keep alone", fault{after: func(c *call) {
+		if c.release() && c.old.status == claimed && c.owner() {
+			c.cell.expires = c.now + c.keep
+		}
+	}}, []string{
+		"Expiry/a release of a later attempt does not shorten the TTL",
+	}},
+	{"Release keeps the marker of a later attempt for what is left of the TTL alone", fault{after: func(c *call) {
+		if c.release() && c.old.status == claimed && c.owner() && c.cell.attempt > 1 {
+			c.cell.expires = c.old.expires
+		}
+	}}, []string{
+		"Expiry/a release of a later attempt is kept for longer than the TTL",
 	}},
 	{"the Release of another prolongs a claim", fault{after: func(c *call) {
 		if c.release() && c.old.status == claimed && !c.owner() {

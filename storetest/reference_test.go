@@ -19,7 +19,7 @@ type reference struct {
 	mu      sync.Mutex
 	cells   map[string]cell
 	watches map[string][]chan struct{}
-	watcher map[string][]context.Context // whose the watches were
+	watcher map[string][]context.Context // the contexts of the watches
 	buffers map[string][]byte
 	calls   int
 
@@ -29,7 +29,7 @@ type reference struct {
 	start time.Time
 }
 
-// A fault is what a broken store does differently. Its zero value is nothing.
+// A fault is what a broken store does differently. The zero fault breaks nothing.
 type fault struct {
 	key    func(string) string // folds keys
 	before func(*call)         // changes a cell before the decision
@@ -253,5 +253,8 @@ func release(c *call) {
 		c.cell = cell{status: released, token: c.token, expires: c.now + c.keep}
 	case c.cell.status == claimed && c.cell.token == c.token:
 		c.cell.status, c.cell.expires = released, c.now+c.keep
+		if c.cell.attempt > 1 {
+			c.cell.expires = max(c.cell.expires, c.old.expires)
+		}
 	}
 }

@@ -33,7 +33,7 @@ var resendRules = []rule{
 	}},
 }
 
-// renewRules are what a renewal gets, in the order of the table of Acquire.
+// renewRules check what a renewal gets, in the order of the table of Acquire.
 var renewRules = []rule{
 	// The store has lost the record of a handler that is still running.
 	{name: "an absent cell becomes a claim of the attempt", check: func(e *env) {

@@ -21,18 +21,18 @@ import (
 // Run checks the stores that newStore returns, one rule of the contract per
 // subtest. Each rule has a store of its own; one more is made to see its type.
 // All keys and tokens are random, so the stores may share one database, which
-// need not be empty. The cells that are left in it expire within five minutes.
+// need not be empty. The cells that Run leaves in it expire within five minutes.
 //
 // Some rules wait for a lease or a TTL to end. How depends on the store:
 //
 //   - If it has a method Advance(time.Duration), its clock is virtual. Advance
-//     moves it on, and the rules run one after the other, so that stores may
+//     moves it on. The rules then run one after the other, so that stores may
 //     share the clock as well. The clock may also run by itself.
 //   - Otherwise the rules wait in real time, a fraction of a second each, and
 //     several run at a time. The store's clock may then be 10 ms coarse, not
 //     more: a store with a coarser one needs Advance.
 //
-// The rules about [idempotency.Watcher] are skipped for a store that is none.
+// Run skips the rules about [idempotency.Watcher] for a store that is not one.
 func Run(t *testing.T, newStore func(t *testing.T) idempotency.Store) {
 	_, virtual := newStore(t).(advancer)
 	limit := 1
@@ -55,8 +55,8 @@ func Run(t *testing.T, newStore func(t *testing.T) idempotency.Store) {
 	}
 }
 
-// realTimeRules is how many rules run at a time in real time. Most of them wait,
-// so there are more of them than the processors that t.Parallel would count.
+// realTimeRules is how many rules run at a time in real time. t.Parallel would
+// run as many as there are processors; most rules only wait, so more can run.
 const realTimeRules = 8
 
 // An advancer is a store with a virtual clock.
@@ -68,7 +68,7 @@ type rule struct {
 	name  string
 	check func(*env)
 
-	// needsWatcher: the rule is for a Watcher only.
+	// needsWatcher says that the rule is for a Watcher only.
 	needsWatcher bool
 }
 

@@ -10,7 +10,7 @@ import (
 	"github.com/go-idempotency/idempotency"
 )
 
-// These three are all that Run tells apart.
+// These three are the kinds of store that Run tells apart.
 type (
 	virtualStore interface {
 		idempotency.Watcher
@@ -153,7 +153,7 @@ func TestBrokenStoresAreFoundInRealTime(t *testing.T) {
 	all.Wait()
 }
 
-// TestReport shows what the author of a store gets to read.
+// TestReport shows the report that the author of a broken store reads.
 func TestReport(t *testing.T) {
 	t.Parallel()
 	store := newReference(fault{after: func(c *call) {

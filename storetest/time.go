@@ -15,16 +15,16 @@ const (
 	long        = 5 * time.Minute
 )
 
-// A timing says how short is short.
+// A timing is the durations that a rule works with.
 type timing struct {
 	// short is a lease or TTL that a rule waits out.
 	short time.Duration
 
-	// tolerance is by how much the store's clock may be coarse or off.
+	// tolerance is how coarse the store's clock may be, or how far off.
 	tolerance time.Duration
 
-	// patience is how long, in real time, a rule waits for an event that has no
-	// time of its own, as a notification.
+	// patience is how long, in real time, a rule waits for an event at no set
+	// time, such as a notification.
 	patience time.Duration
 }
 
@@ -93,7 +93,7 @@ func (e *env) within(steps func(d time.Duration) span) (start span, d time.Durat
 	}
 }
 
-// lapse lets pass what ends a short lease or TTL.
+// lapse lets enough time pass to end a short lease or TTL.
 func (e *env) lapse() { e.pass(e.short + 2*e.tolerance) }
 
 // changesAfter calls Acquire with c until the state is none of from, and returns

@@ -12,8 +12,8 @@ import (
 )
 
 // watchRules do what a waiting duplicate does: Watch, Acquire, wait. A store may
-// count on that call of Acquire, and notify only of cells that it has found
-// InProgress. A channel that is closed for no reason is never a mistake.
+// rely on this call of Acquire, and notify only of cells that the call has found
+// InProgress. A store may close a channel at any time.
 var watchRules = []rule{
 	{name: "Complete closes the channel", needsWatcher: true, check: func(e *env) {
 		e.acquire(claim{token: "A"}).acquired(1)
@@ -124,9 +124,9 @@ func (e *env) awaitClosed(changed <-chan struct{}) {
 	}
 }
 
-// abandonedWatches counts the goroutines that watches leave behind. Those that
-// Watch starts inherit its label, so no other goroutine counts. A store may keep
-// a few that serve all of its watches.
+// abandonedWatches counts the goroutines that watches leave behind. Goroutines
+// that Watch starts inherit its label, so no other goroutine counts. A store may
+// keep a few goroutines that serve all of its watches.
 func abandonedWatches(e *env) {
 	const watches, few = 64, 16
 	ctx, cancel := context.WithCancel(e.ctx)

@@ -6,7 +6,7 @@ import (
 	"github.com/go-idempotency/idempotency"
 )
 
-// A way is a row of the table of Acquire that answers Acquired. Its prepare
+// A way is a row of the table of Acquire whose answer is Acquired. Its prepare
 // makes a cell that fits the row, with lease and ttl where the row leaves a
 // choice. Its claim acquires that cell.
 type way struct {

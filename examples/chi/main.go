@@ -1,6 +1,7 @@
-// Command chi is a small payment API behind chi. It shows where the middleware
-// belongs, keys that belong to a user, and the two ways to make an effect
-// outside this process safe: a key for the next service, and Commit.
+// Command chi is a small payment API behind chi. It shows the order of
+// middleware, keys that belong to a user, and the two ways to make an effect
+// outside this process safe: DownstreamKey for a service that knows idempotency
+// keys, and Commit for one that does not.
 package main
 
 import (
@@ -28,22 +29,22 @@ type server struct {
 	provider string            // URL of a payment provider that knows idempotency keys
 	client   *http.Client      // for the provider
 
-	// post prints a letter and hands it to the mail. It cannot be undone, and
-	// it does not know a letter that it has posted before.
+	// post prints a letter and hands it to the mail. A letter cannot be taken
+	// back, and post does not know which letters it has posted before.
 	post func(ctx context.Context, address string) error
 }
 
 // newHandler puts the middleware in this order, from the outside in:
 //
-//  1. Recoverer, because a panic has to pass the idempotency middleware to be
-//     seen as the crash it is. The key then stays claimed for the rest of its
-//     lease, and the client gets a 500 rather than a broken connection.
-//  2. CORS, because its headers are about the current request. A replay gets
-//     those of the retry, not those of the first try.
-//  3. Authentication, because a request that is refused must not claim a key,
-//     and because Scope needs to know the user.
-//  4. Idempotency, right around the handlers. In a group, because a router as a
-//     whole would also keep its own 404 for a path that it does not know yet.
+//  1. Recoverer. A panic passes the idempotency middleware first, which treats
+//     it as a crash: the key stays claimed for the rest of its lease. The client
+//     gets a 500 rather than a broken connection.
+//  2. CORS. Its headers are about the current request, so a replay must have
+//     the CORS headers of the retry.
+//  3. Authentication. A request that is refused must not claim a key, and Scope
+//     needs the user.
+//  4. Idempotency, right around the handlers and in a group. Around the whole
+//     router it would also store the router's 404 for an unknown path.
 func newHandler(store idempotency.Store, s *server) http.Handler {
 	r := chi.NewRouter()
 	r.Use(middleware.Recoverer, cors)
@@ -65,8 +66,8 @@ type payment struct {
 	Charge string `json:"charge,omitempty"`
 }
 
-// pay has its effect at a provider that knows keys itself. So it needs no
-// Commit: whatever happens in the middle, the next attempt may run all of this
+// pay has its effect at a provider that knows idempotency keys. So pay needs no
+// Commit: when it fails or its process dies, the next attempt may run all of it
 // again, because the provider gets the same key again.
 func (s *server) pay(w http.ResponseWriter, r *http.Request) {
 	exec, ok := idempotency.FromContext(r.Context())
@@ -81,8 +82,8 @@ func (s *server) pay(w http.ResponseWriter, r *http.Request) {
 	}
 	charge, err := s.charge(r.Context(), exec.DownstreamKey("charge"), p.Amount)
 	if err != nil {
-		// Whether it was charged is not known here. A 5xx frees the key, and
-		// the client's next try asks the provider again.
+		// The provider may have charged. A 5xx frees the key, so that the
+		// client's next try asks the provider again.
 		log.Printf("charge, attempt %d: %v", exec.Attempt(), err)
 		http.Error(w, "payment provider unavailable", http.StatusBadGateway)
 		return
@@ -118,9 +119,9 @@ func (s *server) charge(ctx context.Context, key string, amount int) (string, er
 	return p.Charge, nil
 }
 
-// sendLetter has an effect that nobody else makes idempotent. It commits right
-// before: from there the key is at-most-once, so that a crash in the middle is
-// answered with 409 outcome_unknown rather than with a second letter.
+// sendLetter has an effect that a second call would repeat. It commits right
+// before the effect, which makes the key at-most-once: after a crash in the
+// middle, retries get 409 outcome_unknown, and no second letter is posted.
 func (s *server) sendLetter(w http.ResponseWriter, r *http.Request) {
 	exec, ok := idempotency.FromContext(r.Context())
 	if !ok {
@@ -141,7 +142,8 @@ func (s *server) sendLetter(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if err := s.post(r.Context(), letter.Address); err != nil {
-		// After Commit this answer is kept: a letter may be on its way.
+		// After Commit this 500 is stored and replayed: a letter may be on its
+		// way.
 		log.Print("post: ", err)
 		http.Error(w, "the letter may not have been posted", http.StatusInternalServerError)
 		return
@@ -151,7 +153,8 @@ func (s *server) sendLetter(w http.ResponseWriter, r *http.Request) {
 
 type userKey struct{}
 
-// user returns who is asking; empty if authenticate did not run.
+// user returns the name of the authenticated user. It is empty if authenticate
+// did not run.
 func user(ctx context.Context) string {
 	name, _ := ctx.Value(userKey{}).(string)
 	return name
@@ -169,8 +172,8 @@ func (s *server) authenticate(next http.Handler) http.Handler {
 	})
 }
 
-// cors stands for the CORS middleware of your choice. What matters here: a page
-// may send the key, and may see that an answer is a replay.
+// cors stands for the CORS middleware of your choice. It lets a page send the
+// key, and lets the page see that an answer is a replay.
 func cors(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()

@@ -9,8 +9,8 @@ import (
 	"github.com/go-idempotency/idempotency"
 )
 
-// newProvider stands for a payment provider of the outside world, one that
-// requires idempotency keys, as the large ones offer them.
+// newProvider stands for a payment provider that requires idempotency keys. The
+// large providers offer them.
 func newProvider() http.Handler {
 	var charges atomic.Int64
 	mux := http.NewServeMux()

@@ -17,7 +17,7 @@ import (
 )
 
 // NewKey returns a random UUID (version 4). Make one per operation, before the
-// first try, and keep it as long as the operation is not settled.
+// first try, and keep it until the operation has a final answer.
 func NewKey() string {
 	var b [16]byte
 	_, _ = rand.Read(b[:])     // never fails
@@ -36,9 +36,8 @@ type Operation struct {
 
 	Method, URL string
 
-	// Header needs the Content-Type and the credentials, if any. A server that
-	// has no other way to tell its users apart also compares the credentials
-	// of two tries.
+	// Header needs the Content-Type and the credentials, if any. Some servers
+	// compare the credentials of two tries too, so they must stay the same.
 	Header http.Header
 
 	// Body must not be changed while Do runs.
@@ -53,7 +52,7 @@ type Response struct {
 	Tries  int // how many tries this call of Do made
 }
 
-// Replayed reports whether the answer is that of an earlier try.
+// Replayed reports whether the answer is the stored answer to an earlier try.
 func (r *Response) Replayed() bool { return r.Header.Get("Idempotent-Replayed") == "true" }
 
 // A Client repeats an operation until it knows the answer. The zero value is
@@ -123,7 +122,7 @@ func (e *UnsettledError) Unwrap() error { return e.Err }
 func (c *Client) Do(ctx context.Context, op Operation) (*Response, error) {
 	client := c.withDefaults()
 	if op.Key == "" {
-		// Not made up here: the caller could not repeat the operation.
+		// Do makes none up: the caller could not repeat the operation with it.
 		return nil, errors.New("operation has no key")
 	}
 	if _, err := newRequest(ctx, op); err != nil {
@@ -183,15 +182,15 @@ func newRequest(ctx context.Context, op Operation) (*http.Request, error) {
 	return req, nil
 }
 
-// retryable reports whether the same request may get another answer later.
-// The key makes a further try safe, so what is left to ask is whether it is of
-// any use.
+// retryable reports whether the same request may get another answer later. The
+// key makes a further try safe, so retryable only has to say whether a further
+// try is useful.
 func retryable(res *Response) bool {
 	if res.Status < 400 || res.Replayed() {
 		return false // a stored answer stays as it is, even a 500
 	}
 	if says := parseProblem(res).Retryable; says != nil {
-		return *says // the server knows best: not every 409 is like the next
+		return *says // the server knows: one 409 may be worth a retry, another not
 	}
 	switch res.Status {
 	case http.StatusRequestTimeout, // the request did not arrive whole
@@ -249,8 +248,8 @@ func (c *Client) waitAfter(ctx context.Context, tries int, asked time.Duration, 
 	if asked > c.MaxRetryAfter {
 		return fmt.Errorf("told to wait for %v: %w", asked, cause)
 	}
-	// On top of what the server asked for, so that not everyone it asked
-	// comes at the same moment.
+	// The backoff comes on top of what the server asked for, so that clients
+	// that were told the same do not come back at the same moment.
 	wait := asked + c.backoff(tries)
 	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) <= wait {
 		return fmt.Errorf("%w before the next try; last try: %w", context.DeadlineExceeded, cause)

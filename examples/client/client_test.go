@@ -29,7 +29,7 @@ type bank struct {
 	seen    []seen
 }
 
-// seen is what two tries of one operation must have in common.
+// seen is the part of a try that must be the same in all tries of an operation.
 type seen struct{ key, contentType, body string }
 
 // newBank starts a bank. Requests pass through outer, if any, then through the

@@ -1,8 +1,8 @@
 // Command client sends one operation and repeats it until it knows the answer.
-// Interrupted or out of tries, it says how to resume the operation: with the
-// same key. The part to copy is client.go, which needs nothing else.
+// When it is interrupted or out of tries, it says how to resume the operation:
+// with the same key. The part to copy is client.go, which needs nothing else.
 //
-// Try it against the quickstart example, and stop that one in between.
+// Run the quickstart example as the server, and stop it in between.
 package main
 
 import (
@@ -37,9 +37,9 @@ func run(ctx context.Context, url, key, data string, stdout, stderr io.Writer) i
 	if key == "" {
 		key = NewKey()
 	}
-	// Known before the first try: a program that is killed now can still be
-	// asked to finish what it began. One that runs unattended saves the whole
-	// Operation.
+	// The user sees the key before the first try, and can resume the operation
+	// even if this program is killed. A program that runs unattended saves the
+	// whole Operation instead.
 	fmt.Fprintln(stderr, "key", key)
 
 	res, err := new(Client).Do(ctx, Operation{

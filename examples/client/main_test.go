@@ -61,7 +61,7 @@ func TestProgramThatIsKilledCanBeResumed(t *testing.T) {
 	require.NoError(t, cmd.Process.Kill())
 	require.Error(t, cmd.Wait())
 	require.Empty(t, stdout.String())
-	finishOnce() // the server finishes for a client that is no more
+	finishOnce() // the handler finishes after its client has gone
 
 	cmd, stdout, resumed := program(t, "-url", b.URL, "-key", keyOf(t, stderr))
 	require.NoError(t, cmd.Run(), resumed)

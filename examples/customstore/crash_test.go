@@ -21,7 +21,7 @@ import (
 const crashLease = 3 * time.Second
 
 // doomed serves the API in a process that kills itself, with SIGKILL, at the
-// step of that number; never at step 0.
+// step of the given number. With 0 it does not kill itself.
 func doomed() {
 	last, err := strconv.ParseInt(os.Getenv(killAt), 10, 64)
 	if err != nil {
@@ -55,7 +55,7 @@ func launch(t *testing.T, path string, step int) (url string, cmd *exec.Cmd, std
 	return start(t, cmd), cmd, stderr
 }
 
-// The steps of the first request, and what a process leaves that dies there.
+// The steps of the first request, and what a process that dies there has left.
 var steps = []struct {
 	name   string
 	leaves string

@@ -10,11 +10,11 @@ import (
 	"modernc.org/sqlite"
 )
 
-// A watchedDriver is SQLite's. It calls at with each step of a transaction:
-// "before begin", "before INSERT INTO orders", "after commit" and so on. An
-// error from there is what the step returns, and it is not taken if it was
-// still to come. So tests can do harm at every step, and the code that they
-// test knows nothing of it.
+// A watchedDriver is SQLite's driver. It calls at with each step of a
+// transaction: "before begin", "before INSERT INTO orders", "after commit" and
+// so on. When at returns an error, the step returns that error, and a "before"
+// step is not executed. So tests can make any step fail, and the code under test
+// has no hook for it.
 type watchedDriver struct {
 	sqlite.Driver
 	at atomic.Pointer[func(step string) error]
@@ -24,7 +24,7 @@ var watched = new(watchedDriver)
 
 func init() { sql.Register("watched", watched) }
 
-// watch has f called from now on.
+// watch has the driver call f from now on.
 func (d *watchedDriver) watch(f func(step string) error) { d.at.Store(&f) }
 
 func (d *watchedDriver) step(name string) error {

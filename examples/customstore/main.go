@@ -51,11 +51,12 @@ func newHandler(ctx context.Context, db *sql.DB, lease time.Duration) (http.Hand
 	}
 	o := &orders{db}
 	idempotent := idempotency.Middleware(store, &idempotency.Options{
-		RequireKey: true, // an order without a key would have nobody to commit it
+		RequireKey: true, // without a key, the store would not commit the order
 		Lease:      lease,
 
-		// A handler that hangs in its transaction would keep everybody from
-		// writing. This cancels its context, which rolls the transaction back.
+		// A handler that hangs in its transaction keeps all other requests from
+		// writing. MaxExecution cancels its context, which rolls the transaction
+		// back.
 		MaxExecution: 10 * time.Second,
 	})
 	mux := http.NewServeMux()
@@ -79,8 +80,8 @@ func (o *orders) create(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 
-	// Slow work belongs here. From BeginTx on nobody else can write, not even
-	// the store that renews this request's lease.
+	// Slow work belongs here. From BeginTx on no other transaction can write,
+	// not even that of the store which renews this request's lease.
 	tx, err := o.db.BeginTx(r.Context(), nil)
 	if err != nil {
 		unavailable(w, err)
@@ -105,8 +106,9 @@ func (o *orders) create(w http.ResponseWriter, r *http.Request) {
 	handedOver = true
 }
 
-// list waits for the writer, as there is one connection. A service that reads
-// a lot opens the file a second time for that: with WAL readers need not wait.
+// list waits for the writer, because there is one connection. A service that
+// reads a lot opens the file a second time for reading: in WAL mode readers do
+// not wait.
 func (o *orders) list(w http.ResponseWriter, r *http.Request) {
 	rows, err := o.db.QueryContext(r.Context(), `SELECT id, item, quantity FROM orders ORDER BY id`)
 	if err != nil {

@@ -140,7 +140,7 @@ func start(t *testing.T, cmd *exec.Cmd) string {
 	stdout, err := cmd.StdoutPipe()
 	require.NoError(t, err)
 	require.NoError(t, cmd.Start())
-	t.Cleanup(func() { _ = cmd.Process.Kill() }) // it is gone already unless the test failed
+	t.Cleanup(func() { _ = cmd.Process.Kill() }) // without effect unless the test failed
 	for lines := bufio.NewScanner(stdout); lines.Scan(); {
 		if url := regexp.MustCompile(`http://[0-9.:]+`).FindString(lines.Text()); url != "" {
 			go func() { _, _ = io.Copy(io.Discard, stdout) }()

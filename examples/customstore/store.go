@@ -13,15 +13,15 @@ import (
 
 // Open opens a database for a Store and the handlers that share it.
 //
-// SQLite has one writer at a time. A single connection makes those of this
-// process queue for it in order, and no longer than their contexts allow; with
-// several they would poll for the lock. Other processes on this machine are
-// waited for as long as the busy timeout says, which is less than half of the
-// default StoreTimeout. Every transaction takes the lock when it begins: what
-// it reads is then what it writes on.
+// SQLite has one writer at a time. With a single connection, the transactions of
+// this process queue for it in order, and wait no longer than their contexts
+// allow. With several connections they would poll for the lock. A transaction
+// waits for other processes on this machine for the busy timeout, which is less
+// than half of the default StoreTimeout. Every transaction takes the lock when it
+// begins, so no other writer changes what it has read.
 //
-// synchronous(FULL) syncs each commit to the disk, so that not even a power
-// failure takes back an answer that a client has seen.
+// synchronous(FULL) syncs each commit to the disk, so that a power failure does
+// not take back an answer that a client has seen.
 func Open(driver, path string) (*sql.DB, error) {
 	db, err := sql.Open(driver, "file:"+(&url.URL{Path: path}).EscapedPath()+"?_txlock=immediate"+
 		"&_pragma=busy_timeout(400)&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)")
@@ -33,8 +33,8 @@ func Open(driver, path string) (*sql.DB, error) {
 
 // A Store is an [idempotency.Store] in a table of an SQL database.
 //
-// A handler that attaches a transaction on that database gets its own rows and
-// the stored response committed together, or neither of them: see Complete.
+// When a handler attaches a transaction on that database, the handler's rows and
+// the stored response are committed together, or neither is: see Complete.
 type Store struct{ db *sql.DB }
 
 var _ idempotency.Store = (*Store)(nil)
@@ -65,7 +65,7 @@ const (
 	now = `CAST(round(1000 * unixepoch('subsec')) AS INTEGER)`
 
 	selectCell = `
-		SELECT state, token, attempt, once, fingerprint, value, lease_end - ` + now + `
+		SELECT state, token, attempt, once, fingerprint, value, lease_end - ` + now + `, expires - ` + now + `
 		FROM idempotency WHERE key = $1 AND expires > ` + now
 
 	upsertCell = `
@@ -75,8 +75,8 @@ const (
 			attempt = excluded.attempt, once = excluded.once, fingerprint = excluded.fingerprint,
 			value = excluded.value, lease_end = excluded.lease_end, expires = excluded.expires`
 
-	// A claim makes one cell at most and deletes up to four, so the table does
-	// not grow, and no request pays for the cleaning of a whole night.
+	// A claim makes one cell at most and deletes up to four expired ones. So
+	// expired cells do not pile up, and no single request deletes all of them.
 	deleteExpired = `
 		DELETE FROM idempotency WHERE key IN
 			(SELECT key FROM idempotency WHERE expires <= ` + now + ` ORDER BY expires LIMIT 4)`
@@ -95,12 +95,12 @@ type cell struct {
 	token              string
 	once               bool
 	fingerprint, value []byte
-	remaining          int64 // of the lease
+	remaining, left    int64 // of the lease and of the TTL, in milliseconds
 }
 
 func load(ctx context.Context, tx *sql.Tx, key string) (c cell, err error) {
 	err = tx.QueryRowContext(ctx, selectCell, key).Scan(
-		&c.state, &c.token, &c.attempt, &c.once, &c.fingerprint, &c.value, &c.remaining)
+		&c.state, &c.token, &c.attempt, &c.once, &c.fingerprint, &c.value, &c.remaining, &c.left)
 	if errors.Is(err, sql.ErrNoRows) {
 		return cell{}, nil
 	}
@@ -139,23 +139,24 @@ func (s *Store) Acquire(ctx context.Context, key string, c idempotency.Claim) (r
 	return rec, err
 }
 
-// acquire is the table in the documentation of [idempotency.Store]: the cases
-// that return are the rows that refuse, in its order. The others say what the
-// cell becomes.
+// acquire decides by the table in the documentation of [idempotency.Store], in
+// its order. The cases that return are the rows that refuse. The others say what
+// the cell becomes.
 func acquire(ctx context.Context, tx *sql.Tx, key string, c idempotency.Claim) (idempotency.Record, error) {
 	old, err := load(ctx, tx, key)
 	if err != nil {
 		return idempotency.Record{}, err
 	}
-	// Only a renewal sets Once: a claim that did could arrive late, and would hold
-	// the key until its TTL is over.
+	// next is an ordinary claim. Only a renewal sets Once: a claim that set it
+	// could arrive late, after its request has ended, and would hold the key until
+	// the TTL is over.
 	next := cell{
 		state: claimed, token: c.Token, attempt: old.attempt + 1,
 		fingerprint: c.Fingerprint, remaining: millis(c.Lease),
 	}
 	own, renewal := old.token == c.Token, c.Attempt > 0
 	switch {
-	case old.state == absent: // to a renewal as well: the record of a running handler was lost
+	case old.state == absent: // a renewal claims it as well: the store has lost the record of a running handler
 		next.attempt = max(c.Attempt, 1)
 	case old.state == released && (own || renewal):
 		return idempotency.Record{State: idempotency.Lost}, nil
@@ -167,7 +168,7 @@ func acquire(ctx context.Context, tx *sql.Tx, key string, c idempotency.Claim) (
 	case old.state == claimed && own && (!renewal || c.Attempt == old.attempt):
 		next.attempt, next.fingerprint = old.attempt, old.fingerprint
 		next.once = old.once || renewal && c.Once
-	case renewal: // of another attempt, or of what is another owner's by now
+	case renewal: // of another attempt, or of a cell that is not its own
 		return idempotency.Record{State: idempotency.Lost}, nil
 	case old.remaining > 0:
 		remaining := time.Duration(old.remaining) * time.Millisecond
@@ -183,20 +184,20 @@ func acquire(ctx context.Context, tx *sql.Tx, key string, c idempotency.Claim) (
 }
 
 // Complete implements [idempotency.Store]. When the handler attached a *sql.Tx,
-// the response is written on that transaction, and it is committed here: the
-// handler's rows and the response, or neither.
+// Complete writes the response on that transaction and commits it: the handler's
+// rows and the response, or neither.
 func (s *Store) Complete(ctx context.Context, key, token string, r idempotency.Result) error {
 	tx := attached(ctx)
 	if tx == nil {
 		return s.update(ctx, func(tx *sql.Tx) error { return complete(ctx, tx, key, token, r) })
 	}
 	if err := complete(ctx, tx, key, token, r); err != nil {
-		_ = tx.Rollback() // if even that fails: what was not committed never is
+		_ = tx.Rollback() // without a commit nothing is written, even if this fails
 		return errors.Join(idempotency.ErrRolledBack, err)
 	}
 	// A Commit that fails may have committed all the same, so its error is not
-	// ErrRolledBack: the claim stands until its lease ends, and the retry finds
-	// either the response or a lapsed claim.
+	// ErrRolledBack. The claim stands until its lease ends, and the retry finds
+	// either the response or a claim whose lease is over.
 	return tx.Commit()
 }
 
@@ -217,10 +218,10 @@ func complete(ctx context.Context, tx *sql.Tx, key, token string, r idempotency.
 	}, r.TTL)
 }
 
-// Release implements [idempotency.Store]. It rolls back what was attached.
+// Release implements [idempotency.Store]. It rolls an attached transaction back.
 func (s *Store) Release(ctx context.Context, key, token string, keep time.Duration) error {
 	if tx := attached(ctx); tx != nil {
-		_ = tx.Rollback() // an error says that it was over already, or its connection is
+		_ = tx.Rollback() // fails when the transaction or its connection has ended, which does no harm
 	}
 	return s.update(ctx, func(tx *sql.Tx) error {
 		old, err := load(ctx, tx, key)
@@ -228,6 +229,11 @@ func (s *Store) Release(ctx context.Context, key, token string, keep time.Durati
 			return err
 		}
 		marker := cell{state: released, token: token, attempt: old.attempt}
+		// The marker of an earlier attempt may stand for a run that had an effect,
+		// so this one is kept for at least as long as that one would have been.
+		if old.attempt > 1 {
+			keep = max(keep, time.Duration(old.left)*time.Millisecond)
+		}
 		return save(ctx, tx, key, marker, keep)
 	})
 }

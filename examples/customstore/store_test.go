@@ -14,7 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// openFile opens the database of a service that the test is a process of.
+// openFile opens a database as one process of a service does.
 func openFile(t *testing.T, driver, path string) *sql.DB {
 	t.Helper()
 	db, err := Open(driver, path)
@@ -41,8 +41,8 @@ func count(t *testing.T, db *sql.DB, what string, args ...any) (n int) {
 	return n
 }
 
-// A fleet is what several processes with one file are: its calls go to one
-// after the other. What holds for it holds for a store alone.
+// A fleet is the stores of several processes on one file. Its calls go to each
+// store in turn, so the contract has to hold across processes.
 type fleet struct {
 	stores []*Store
 	calls  atomic.Int64
@@ -72,7 +72,7 @@ func TestStore(t *testing.T) {
 	})
 }
 
-// unsynced makes commits cheap where no power failure is to be survived.
+// unsynced makes commits cheap. Tests need not survive a power failure.
 func unsynced(t *testing.T, db *sql.DB) *sql.DB {
 	t.Helper()
 	_, err := db.ExecContext(t.Context(), "PRAGMA synchronous = OFF")

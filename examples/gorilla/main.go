@@ -21,8 +21,8 @@ import (
 )
 
 // newHandler applies the middleware to the subrouter of orders only. The router
-// runs it for requests that match a route, so that a 404 or a 405 of its own
-// claims no key.
+// runs middleware only for requests that match a route, so its own 404 and 405
+// claim no key.
 func newHandler(store idempotency.Store) http.Handler {
 	s := &orders{byID: map[string]order{}}
 	r := mux.NewRouter()
@@ -41,8 +41,8 @@ func newHandler(store idempotency.Store) http.Handler {
 
 var uuid = regexp.MustCompile(`^[0-9a-fA-F]{8}-([0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}$`)
 
-// uuidOnly keeps out keys that are not random, an order number say: the next
-// client would use the same. Clients see what the error says.
+// uuidOnly refuses keys that are not random, such as an order number, which
+// another client may use as well. The client sees the text of the error.
 func uuidOnly(key string) error {
 	if !uuid.MatchString(key) {
 		return errors.New("the key must be a UUID")
@@ -80,7 +80,7 @@ func (s *orders) addItem(w http.ResponseWriter, r *http.Request) {
 	s.mu.Lock()
 	o, ok := s.byID[mux.Vars(r)["id"]]
 	if ok {
-		o.Items = append(slices.Clone(o.Items), item) // someone may be reading the old slice
+		o.Items = append(slices.Clone(o.Items), item) // another handler may be reading the old slice
 		s.byID[o.ID] = o
 	}
 	s.mu.Unlock()

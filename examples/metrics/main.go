@@ -1,5 +1,5 @@
-// Command metrics counts what becomes of requests with an idempotency key, for
-// Prometheus, and says which of the numbers are worth an alert.
+// Command metrics counts requests with an idempotency key by their outcome, for
+// Prometheus. The comment on newMetrics says which outcomes are worth an alert.
 package main
 
 import (
@@ -14,20 +14,22 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
-// newMetrics registers the metrics and returns what records an event in them.
+// newMetrics registers the metrics and returns a function for Options.OnEvent.
 //
-// Labels have few values: an outcome is one of sixteen. A key or a path with an
-// id in it would make a series for each request.
+// The label has few values: an outcome is one of sixteen. A label with a key, or
+// with a path that has an id in it, would make a series for each request.
 //
 // Worth an alert:
 //
 //   - store_unavailable: requests are refused because the store is down;
-//   - lease_lost and panicked: a handler may have been run in part, and the key
-//     may run again;
-//   - outcome_unknown: an at-most-once request needs a person to look at it;
-//   - record_unreadable: a deployment cannot read what another one wrote;
+//   - unprotected: handlers run without a claim because the store is down and
+//     Options.FailOpen is set;
+//   - lease_lost and panicked: a handler may have run in part, and the key may
+//     run again;
+//   - outcome_unknown: a person has to find out what the request came to;
+//   - record_unreadable: this deployment cannot read what another one stored;
 //   - a high share of replayed: clients time out too early, or the API is slow;
-//   - key_reused: a client has a bug, or needs Options.Scope.
+//   - key_reused: a client has a bug, or the service needs Options.Scope.
 func newMetrics(reg prometheus.Registerer) func(context.Context, idempotency.Event) {
 	requests := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "idempotency_requests_total",
@@ -70,7 +72,8 @@ func newHandler() http.Handler {
 	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{}))
 	mux.Handle("POST /charge", idempotent(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.PostFormValue("amount") == "" {
-			// Nothing was done, and the client may send it right next time.
+			// Nothing was done, so the client may use the key again for a
+			// request that is right.
 			if e, ok := idempotency.FromContext(r.Context()); ok {
 				e.Discard()
 			}

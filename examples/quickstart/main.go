@@ -42,7 +42,7 @@ func main() {
 	flag.Parse()
 	ln, err := net.Listen("tcp", *addr)
 	if err != nil {
-		log.Fatal(err) // the port is taken, say; exits with 1
+		log.Fatal(err) // the port may be in use
 	}
 	try := "\n  curl -i http://" + ln.Addr().String() + "/charge -H 'Idempotency-Key: order-17' -d amount="
 	fmt.Println("The first request is executed:" + try + "100")

@@ -105,7 +105,7 @@ func TestProgram(t *testing.T) {
 	stdout, err := cmd.StdoutPipe()
 	require.NoError(t, err)
 	require.NoError(t, cmd.Start())
-	t.Cleanup(func() { _ = cmd.Process.Kill() }) // it is gone already unless the test failed
+	t.Cleanup(func() { _ = cmd.Process.Kill() }) // without effect unless the test failed
 
 	var commands []string
 	for lines := bufio.NewScanner(stdout); len(commands) < 3 && lines.Scan(); {

@@ -74,7 +74,7 @@ func (f *fleet) send(ctx context.Context, key string) (answer, error) {
 		default:
 			return a, nil
 		}
-		// A client without any patience would keep the machine from recovering.
+		// Without a pause, the retries would keep the machine from recovering.
 		select {
 		case <-time.After(5 * time.Millisecond):
 		case <-ctx.Done():
@@ -82,7 +82,7 @@ func (f *fleet) send(ctx context.Context, key string) (answer, error) {
 	}
 }
 
-// An outcome is all that the clients of one key were answered.
+// An outcome is all answers that the clients of one key got.
 type outcome struct {
 	key     string
 	answers []answer
@@ -182,7 +182,7 @@ func TestKill(t *testing.T) {
 	sent, takeOvers := slices.Clone(calm), 0
 	for i := range replicas {
 		phase := keys(fmt.Sprint("kill-", i), perPhase)
-		// One request whose handler is known to run in the victim.
+		// The handler of this request runs in the replica that is killed.
 		victim := fmt.Sprint("victim-", i)
 		heard := make(chan error, 1)
 		f.mu.Lock()

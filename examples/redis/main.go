@@ -1,10 +1,10 @@
-// Command redis runs replicas of one service that share what they know about
-// idempotency keys through Redis: whichever of them gets a retry, the request
-// is executed once, and all give the same answer.
+// Command redis runs replicas of one service that share a store in Redis. A
+// request is executed once, and every replica answers a retry with the same
+// response.
 //
 // By default two replicas run in this process, each with a Redis client and a
-// store of its own, as if they were two machines. With -listen and one address
-// it is a single replica, to be started as often as you like.
+// store of its own, as on two machines. With one address in -listen the process
+// is a single replica; start as many of them as you like.
 package main
 
 import (
@@ -42,11 +42,12 @@ func newClient(addr string) *redis.Client {
 		// hangs would hold every request for seconds instead of StoreTimeout.
 		ContextTimeoutEnabled: true,
 
-		// This is the default, and enough for most. A request holds a
-		// connection for the one or two round trips of its own, not while the
-		// handler runs, and a waiting duplicate holds none. So requests per
-		// second times 2 times the round trip are in use: 10 for 5000 requests
-		// at 1 ms. Look at PoolStats().Timeouts before you raise it.
+		// This is the default, and enough for most services. A request holds a
+		// connection only during its round trips: two for a first execution,
+		// one for a replay. It holds none while the handler runs or while a
+		// duplicate waits. So 5000 first executions a second, with round trips
+		// of 1 ms, have 10 connections in use. Look at PoolStats().Timeouts
+		// before you raise it.
 		PoolSize: 10 * runtime.GOMAXPROCS(0),
 	})
 }
@@ -64,10 +65,9 @@ func newHandler(rep *replica, lease time.Duration) http.Handler {
 const ledger = "charges"
 
 // charge has its effect first and takes its time afterwards. A replica that is
-// killed in between has charged without an answer: then the key is taken over
-// when its lease is over, and attempt 2 charges again. That is the one case in
-// which a handler runs twice. To close it give [idempotency.Execution.Commit] or
-// DownstreamKey a look; the chi example shows both.
+// killed in between has charged and not answered. A retry takes the key over
+// when its lease is over, and attempt 2 charges again. To prevent that, use
+// [idempotency.Execution.Commit] or DownstreamKey; the chi example shows both.
 func (rep *replica) charge(w http.ResponseWriter, r *http.Request) {
 	exec, ok := idempotency.FromContext(r.Context())
 	if !ok {
@@ -88,7 +88,7 @@ func (rep *replica) charge(w http.ResponseWriter, r *http.Request) {
 	}
 	select {
 	case <-time.After(rep.work):
-	case <-r.Context().Done(): // the lease is lost, say: this answer will not go out
+	case <-r.Context().Done(): // after MaxExecution, or when the lease is lost
 	}
 	w.WriteHeader(http.StatusCreated)
 	if _, err := fmt.Fprintf(w, "charge %d: %d, by %s\n", number, amount, rep.name); err != nil {
@@ -96,7 +96,8 @@ func (rep *replica) charge(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// checkRedis tells what is wrong with Redis, and how to get one.
+// checkRedis returns an error if Redis cannot be reached or is not fit for a
+// store. The error says how to start a Redis.
 func checkRedis(ctx context.Context, addr string) error {
 	client := newClient(addr)
 	defer client.Close()
@@ -139,7 +140,7 @@ func run(ctx context.Context, redisAddr string, addrs []string, lease, work time
 	for _, addr := range addrs {
 		ln, err := net.Listen("tcp", addr)
 		if err != nil {
-			return err // ends the program, and with it what listens already
+			return err // the program ends, and its other listeners with it
 		}
 		client := newClient(redisAddr)
 		defer client.Close()
@@ -159,7 +160,7 @@ func run(ctx context.Context, redisAddr string, addrs []string, lease, work time
 	return err
 }
 
-// suggest prints what to try.
+// suggest prints commands to try.
 func suggest(urls []string) {
 	const data = " -H 'Idempotency-Key: order-17' -d amount="
 	first, last := "\n  curl -i "+urls[0]+data, "\n  curl -i "+urls[len(urls)-1]+data

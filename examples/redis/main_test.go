@@ -54,7 +54,7 @@ func start(t *testing.T, cmd *exec.Cmd, n int) (urls []string) {
 	stdout, err := cmd.StdoutPipe()
 	require.NoError(t, err)
 	require.NoError(t, cmd.Start())
-	t.Cleanup(func() { _ = cmd.Process.Kill() }) // it is gone already unless the test failed
+	t.Cleanup(func() { _ = cmd.Process.Kill() }) // without effect unless the test failed
 	for lines := bufio.NewScanner(stdout); len(urls) < n && lines.Scan(); {
 		if strings.Contains(lines.Text(), "curl") {
 			urls = append(urls, regexp.MustCompile(`http://\S+`).FindString(lines.Text()))
@@ -125,7 +125,7 @@ func startRedis(t *testing.T) (addr string) {
 		t.Skip("no redis-server on the PATH")
 	}
 	dir := t.TempDir()
-	for range 5 { // somebody else may take the port
+	for range 5 { // another process may take the port
 		addr = freeAddr(t)
 		_, port, err := net.SplitHostPort(addr)
 		require.NoError(t, err)

@@ -47,7 +47,7 @@ bit body[OWNERS + 1]; /* what a request is for */
 
 #include "store.pml"
 
-/* Commands that nobody waits for any more: how many, and the attempt that a
+/* Commands whose senders have stopped waiting: how many, and the attempt that a
  * renewal carries. A mark is a renewal that asks for Once. */
 byte late_claim[TOKENS + 1];
 byte late_renewal[TOKENS + 1];
@@ -83,7 +83,7 @@ bit excused[TOKENS + 2];
 #define RENEWS holder == t
 #endif
 
-/* What nobody is there to end, with a reason that README.md gives. */
+/* A mark that no handler stands behind, for a reason that README.md gives. */
 #ifdef SHOW_DEATH_WITH_A_MARK
 #define EXCUSED(t_) 0
 #else
@@ -108,7 +108,7 @@ bit in_time[TOKENS + 2];
 
 #define OR_CRASH :: d_step { crashes > 0; crashes-- }; goto crashed
 
-/* Nobody waits for the answer to a command any more. */
+/* The command will come after its sender has stopped waiting. */
 inline delay(a_, o_) {
 	if
 	:: a_ == 0 -> late_claim[t]++
@@ -504,7 +504,7 @@ end:	do
 /* Time passes. */
 proctype Clock() {
 	byte n;
-#if defined(LOSES_RECORDS) || defined(SHOW_LOSS_AND_LATE_MARKS) || defined(LOSES_UNUSED_CLAIMS)
+#if defined(LOSES_RECORDS) || defined(SHOW_LOSS_AND_LATE_MARKS) || defined(FORGETS_UNUSED_CLAIMS)
 	byte losses = 1;
 #endif
 
@@ -548,11 +548,11 @@ end:	do
 	}
 #endif
 #if defined(LOSES_RECORDS) || defined(SHOW_LOSS_AND_LATE_MARKS)
-	/* The store forgets, and nobody else does. */
+	/* The store forgets, and the owners do not. */
 	:: d_step { losses > 0 && state != absent -> losses--;
 		state = absent; tok = 0; attempt = 0; fingerprint = 0; once = 0; running = 0; lasting = 0 }
 #endif
-#ifdef LOSES_UNUSED_CLAIMS
+#ifdef FORGETS_UNUSED_CLAIMS
 	/* The store forgets a claim before its mark. */
 	:: d_step { losses > 0 && state == claimed && !once && !served -> losses--;
 		state = absent; tok = 0; attempt = 0; fingerprint = 0; running = 0;

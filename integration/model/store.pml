@@ -18,7 +18,7 @@ mtype:cell = { absent, claimed, completed, released };
 mtype:answer = { acquired, marked, in_progress, replay, mismatch, abandoned, lost, done, unknown };
 
 mtype:cell state = absent;
-byte tok;        /* who claimed, completed or released it */
+byte tok;        /* of the owner that claimed, completed or released it */
 byte attempt;
 bit fingerprint;
 bit once;
@@ -26,14 +26,14 @@ bit running;     /* the lease */
 bit lasting;     /* a released marker is kept for the TTL, not for one lease */
 
 /* Ghosts. The end of a TTL resets what is about the key. */
-byte holder;     /* who counts on the lease: its own clock says that it runs */
+byte holder;     /* the owner that counts on the lease: its own clock says that it runs */
 byte record;     /* the stored response */
-bit may_take = 1; /* nobody has taken the key, or something has happened since that lets another have it */
+bit may_take = 1; /* since the last claim, the key was released or an unmarked lease ended */
 bit pledge;      /* a handler was started at most once, or was told that it committed */
 bit served;      /* a handler was called for the present claim */
 bit bound;       /* the key belongs to a request: */
 bit request;     /* this one */
-byte marker;     /* who freed the key, while the released marker is kept */
+byte marker;     /* the token that released the key, while the marker is kept */
 bit charged;     /* a handler that runs at most once has had its effect */
 bit somewhere;   /* a handler has had its effect */
 
@@ -48,7 +48,7 @@ byte since[TOKENS + 2];  /* 1: the token has claimed; 2: before a TTL ended */
 #define ISSUE(t_)
 #endif
 #ifdef FAIL_OPEN
-bit open[TOKENS + 2];    /* the handler runs, and nothing is known of its claim */
+bit open[TOKENS + 2];    /* the handler runs, and the middleware knows nothing of its claim */
 #define OPEN(t_) open[t_]
 #else
 #define OPEN(t_) 0
@@ -60,10 +60,10 @@ bit started[TOKENS + 2];
 #define NOTE_START(t_)
 #endif
 
-/* Nobody else counts on the lease. */
+/* No other owner counts on the lease. */
 #define ALONE(t_) (holder == 0 || holder == t_)
 
-/* Writes a claim where none of this token was. */
+/* Writes a claim where this token had none. */
 inline claim(t_, f_, a_) {
 	assert(ALONE(t_));                /* a key is not taken while its owner counts on the lease */
 	assert(record == 0);              /* a key is not taken once its response is stored */
