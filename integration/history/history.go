@@ -49,7 +49,8 @@ const (
 	RowCommits  = "commits"  // Commit has returned nil
 	RowEnd      = "end"      // it is about to return, or to panic
 	RowRenew    = "renew"    // the store has renewed its claim
-	RowComplete = "complete" // the store was told to keep its answer
+	RowSmall    = "small"    // the store is about to be told to keep a small record in the place of its answer
+	RowComplete = "complete" // the store was told to keep its answer, or the small record
 	RowRelease  = "release"  // the store is about to be told to free the key
 	RowReleased = "released" // what it said
 )
@@ -77,6 +78,7 @@ type Row struct {
 	Once  bool          // of RowClaim: a mark, if it is a renewal; of its answer: the claim has Once
 	State string        // of RowClaimed, if there is no Err
 	Keep  time.Duration // of RowRelease: how long the marker is to be kept
+	Small bool          // of RowComplete: the small record and not the answer
 	Err   string        // of RowClaimed, RowReleased and RowComplete; ErrLeaseLost, or anything else
 
 	Panic     bool // of RowEnd, like what follows
@@ -142,7 +144,9 @@ func (r Row) String() string {
 	case r.Type == RowEnd:
 		s += fmt.Sprintf(", status %d body %s discard %t committed %t", r.Status, r.Hash, r.Discard, r.Committed)
 	case r.Err != "":
-		s += ", error: " + r.Err
+		s += fmt.Sprintf(", small %t, error: %s", r.Small, r.Err)
+	case r.Small:
+		s += ", small"
 	case r.Once:
 		s += ", once"
 	}
