@@ -73,14 +73,13 @@ func stateName(state idempotency.State) string {
 // came first.
 func (j *journal) Complete(ctx context.Context, key, token string, r idempotency.Result) error {
 	v := j.visitOf(token)
-	small := v.completesAnother(r.Value)
-	if small {
+	if v.completesAnother(r.Value) {
 		j.replica.note(v, history.RowSmall, nil)
 	}
 	sent := j.replica.now()
 	err := j.store.Complete(ctx, key, token, r)
 	j.replica.note(v, history.RowComplete, func(row *history.Row) {
-		row.Sent, row.Returned, row.Small = sent, j.replica.now(), small
+		row.Sent, row.Returned = sent, j.replica.now()
 		switch {
 		case errors.Is(err, idempotency.ErrLeaseLost):
 			row.Err = history.ErrLeaseLost

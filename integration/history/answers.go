@@ -123,17 +123,13 @@ func (c *checker) mayBeSmall(until time.Duration) bool {
 	return false
 }
 
-// shrunkRun returns the run that was to have a small record, if it is the only
-// one.
+// shrunkRun returns the last run that was to have a small record. When there are
+// several, those before it were overtaken, and have none.
 func (c *checker) shrunkRun() (shrunk *run) {
 	for _, r := range c.runs {
-		if len(r.smalls) == 0 {
-			continue
+		if len(r.smalls) > 0 {
+			shrunk = r
 		}
-		if shrunk != nil {
-			return nil
-		}
-		shrunk = r
 	}
 	return shrunk
 }

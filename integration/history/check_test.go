@@ -103,6 +103,9 @@ func TestLegalHistories(t *testing.T) {
 		"or either, as nobody knows": told(Plain, append(refused, completesSmall("a", 86, "down"), completes("a", 120, ""),
 			asks("b", 130, refuses(notStored)))...),
 		"or the process died": killed(87, told(Plain, append(refused, triesSmall("a", 86), asks("b", 90, refuses(notStored)))...)),
+		"or overtaken, and the next answer has one": told(Plain, append(refused, completesSmall("a", 86, "down"), runs("b", 2, 190),
+			ends("b", 191, 201), completes("b", 192, "full"), completes("b", 270, "full"), renews("b", 272), completes("b", 274, "full"),
+			triesSmall("b", 276), asks("c", 278, refuses(notStored)), completes("a", 1000, ErrLeaseLost), completes("b", 1000, "down"))...),
 		"the answer goes out when a small record is there": told(Plain, append(refused, completesSmall("a", 86, ""),
 			first("a", 100, 201), asks("b", 101, refuses(notStored)))...),
 		"a process died before it could tell of its store": told(Plain, runs("a", 1, 10), ends("a", 20, 201),
@@ -196,6 +199,8 @@ func TestRulesOfRuns(t *testing.T) {
 		// Payloads and attempts, when a release is no excuse.
 		"who was refused frees no key for others": {told(Plain, runs("a", 1, 10), asksStore("x", 112, "in progress", ""),
 			releases("x", 115), runsWith("another", "b", 2, 130)), []string{Payload}},
+		"nor does who frees it later": {told(Plain, runs("a", 1, 10), asksStore("x", 112, "", "down"), runsWith("another", "b", 3, 130),
+			releases("x", 140)), []string{Payload}},
 		"nor does who came before": {told(Plain, asksStoreAs("x", 1, 5, StateAcquired, ""), runs("a", 2, 10), releases("x", 115),
 			runsWith("another", "b", 3, 130)), []string{Payload}},
 		"nor restarts attempts": {told(Plain, runs("a", 1, 10), asksStore("x", 112, "in progress", ""), releases("x", 115),

@@ -144,37 +144,26 @@ func (c *checker) freedItself(r *run, until time.Duration) bool {
 // run, and has taken the key over before.
 func (c *checker) freed(from, until time.Duration) bool {
 	for _, r := range c.releases {
-		if r.sent <= until && c.mayFree(r, from, until) {
+		may := !r.known || r.returned >= from
+		if may && r.sent <= until && c.mayHold(r.visit, from, until) {
 			return true
 		}
 	}
 	return false
-}
-
-// mayFree reports whether r can have found a claim of its visit's that was made
-// between from and until.
-func (c *checker) mayFree(r *release, from, until time.Duration) bool {
-	return (!r.known || r.returned >= from) && c.mayHold(r.visit, from, until)
 }
 
 // absent reports whether the cell may have been absent between from, when a
-// visit claimed the key as attempt, and until: a marker was left in it, and is
-// over. While it is there, attempts go on counting and only a new claim gets the
-// key.
-//
-// Only the marker of a first attempt may be short. Those who came after the
-// visit were later attempts, whose markers are kept for what is left of the TTL.
+// visit claimed the key as attempt, and until. While a marker is there, attempts
+// go on counting and only a new claim gets the key. Only the marker of a first
+// attempt may be short. Those who came after the visit were later attempts, whose
+// markers are kept for what is left of the TTL.
 func (c *checker) absent(visit string, attempt int, from, until time.Duration) bool {
 	for _, r := range c.releases {
-		end := max(r.sent, from) + r.keep
-		if r.visit != visit || attempt > 1 {
-			end = max(end, from+c.TTL)
-		}
-		if end-tolerance <= until && c.mayFree(r, from, until) {
+		if r.visit == visit && attempt == 1 && r.sent+r.keep-tolerance <= until {
 			return true
 		}
 	}
-	return false
+	return until >= from+c.TTL-tolerance
 }
 
 // over reports whether b may have lost the key to a claim that was sent and

@@ -78,7 +78,6 @@ type Row struct {
 	Once  bool          // of RowClaim: a mark, if it is a renewal; of its answer: the claim has Once
 	State string        // of RowClaimed, if there is no Err
 	Keep  time.Duration // of RowRelease: how long the marker is to be kept
-	Small bool          // of RowComplete: the small record and not the answer
 	Err   string        // of RowClaimed, RowReleased and RowComplete; ErrLeaseLost, or anything else
 
 	Panic     bool // of RowEnd, like what follows
@@ -144,9 +143,7 @@ func (r Row) String() string {
 	case r.Type == RowEnd:
 		s += fmt.Sprintf(", status %d body %s discard %t committed %t", r.Status, r.Hash, r.Discard, r.Committed)
 	case r.Err != "":
-		s += fmt.Sprintf(", small %t, error: %s", r.Small, r.Err)
-	case r.Small:
-		s += ", small"
+		s += ", error: " + r.Err
 	case r.Once:
 		s += ", once"
 	}

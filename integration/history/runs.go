@@ -198,7 +198,7 @@ func (c *checker) mayShrink(r *run, at time.Duration) bool {
 	}
 	failed := func(from, until time.Duration) bool {
 		for _, row := range r.completes {
-			if !row.Small && row.Err != "" && row.Err != ErrLeaseLost && row.Sent >= from && row.Returned <= until {
+			if row.Err != "" && row.Err != ErrLeaseLost && row.Sent >= from && row.Returned <= until {
 				return true
 			}
 		}

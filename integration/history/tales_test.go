@@ -200,7 +200,6 @@ func completesSmall(run string, at time.Duration, err string) func(*tale) {
 	return func(t *tale) {
 		triesSmall(run, at-1)(t)
 		completes(run, at, err)(t)
-		t.h.Rows[len(t.h.Rows)-1].Small = true
 	}
 }
 
