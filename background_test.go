@@ -306,6 +306,30 @@ func TestStoreRefusesAResponse(t *testing.T) {
 	}
 }
 
+// So it is when there is no response: a retry learns that nothing is known, and
+// not that the handler has answered.
+func TestStoreRefusesAnUnknownOutcome(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, last, atOnce := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}, time.Time{}, 0
+		s.OnComplete = func(ctx context.Context, key, token string, r idempotency.Result) error {
+			if !time.Now().Equal(last) {
+				last, atOnce = time.Now(), 0
+			}
+			if atOnce++; atOnce < 3 { // the response, the response again, and what takes its place
+				return errors.New("not now")
+			}
+			return s.MemoryStore.Complete(ctx, key, token, r)
+		}
+		c := idemtest.NewClient(s, &idempotency.Options{MaxExecution: time.Second, Wait: idempotency.NoWait}, givesUp)
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "409 outcome_unknown"})
+		time.Sleep(15 * time.Second)
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
+		time.Sleep(time.Hour)
+		c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "409 outcome_unknown"})
+		require.Equal(t, 1, c.Runs())
+	})
+}
+
 // What goes on in the background knows its Execution, and nothing of the request.
 func TestBackgroundHoldsNoRequest(t *testing.T) {
 	type valueKey struct{}
