@@ -301,6 +301,7 @@ func TestStoreRefusesAResponse(t *testing.T) {
 				c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
 				time.Sleep(14 * time.Second)
 				c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "409 response_not_stored", Original: 201})
+				synctest.Wait()
 				require.Equal(t, 1, strings.Count(log.String(), "the store refuses a response"))
 				time.Sleep(time.Hour)
 				c.Check(t, 3, idemtest.Exchange{Key: "a", Get: "409 response_not_stored", Original: 201})
@@ -314,8 +315,12 @@ func TestStoreRefusesAResponse(t *testing.T) {
 // not that the handler has answered.
 func TestStoreRefusesAnUnknownOutcome(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s, last, atOnce := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}, time.Time{}, 0
+		var mu sync.Mutex // guards what follows
+		last, atOnce := time.Time{}, 0
+		s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
 		s.OnComplete = func(ctx context.Context, key, token string, r idempotency.Result) error {
+			mu.Lock()
+			defer mu.Unlock()
 			if !time.Now().Equal(last) {
 				last, atOnce = time.Now(), 0
 			}
@@ -348,15 +353,18 @@ func TestStoreComesBackWhileItIsAsked(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				s, up := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}, false
+				var up atomic.Bool
+				s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
 				s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
-					up = up || c.Attempt > 0
+					if c.Attempt > 0 {
+						up.Store(true)
+					}
 					return s.MemoryStore.Acquire(ctx, key, c)
 				}
 				s.OnComplete = func(ctx context.Context, key, token string, r idempotency.Result) error {
 					first, _ := idempotency.FromContext(ctx)
 					switch {
-					case !up:
+					case !up.Load():
 						return idemtest.ErrDown
 					case row.err != nil && first.Attempt() == 1:
 						return row.err
@@ -367,7 +375,8 @@ func TestStoreComesBackWhileItIsAsked(t *testing.T) {
 				c := idemtest.NewClient(s, &idempotency.Options{Logger: slog.New(slog.NewTextHandler(&log, nil))}, nil)
 				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
 				time.Sleep(time.Hour)
-				require.True(t, up)
+				synctest.Wait()
+				require.True(t, up.Load())
 				require.NotContains(t, log.String(), "the store refuses a response")
 				c.Check(t, 1, idemtest.Exchange{Key: "a", Get: row.then})
 				require.Equal(t, row.runs, c.Runs())
@@ -381,24 +390,27 @@ func TestStoreDecidesBeforeTheLeaseEnds(t *testing.T) {
 	for name, decision := range map[string]error{"stored": nil, "lost": idempotency.ErrLeaseLost} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				start, decided, asked := time.Now(), false, false
+				var decided, asked atomic.Bool
+				start := time.Now()
 				s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
 				s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
-					asked = asked || decided
+					if decided.Load() {
+						asked.Store(true)
+					}
 					return s.MemoryStore.Acquire(ctx, key, c)
 				}
 				s.OnComplete = func(context.Context, string, string, idempotency.Result) error {
 					if time.Since(start) < 21*time.Second {
 						return idemtest.ErrDown
 					}
-					decided = true
+					decided.Store(true)
 					return decision
 				}
 				c := idemtest.NewClient(s, &idempotency.Options{}, nil)
 				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
 				time.Sleep(time.Hour)
-				require.True(t, decided)
-				require.False(t, asked)
+				require.True(t, decided.Load())
+				require.False(t, asked.Load())
 			})
 		})
 	}
@@ -408,16 +420,17 @@ func TestStoreDecidesBeforeTheLeaseEnds(t *testing.T) {
 // keeps its place.
 func TestStoreRefusesAResponseWhileItIsDown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		down, memory := true, idempotency.NewMemoryStore()
+		var up atomic.Bool
+		memory := idempotency.NewMemoryStore()
 		s := &idemtest.ScriptedStore{MemoryStore: memory}
 		s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
-			if down && c.Attempt > 0 {
+			if !up.Load() && c.Attempt > 0 {
 				return idempotency.Record{}, idemtest.ErrDown
 			}
 			return memory.Acquire(ctx, key, c)
 		}
 		s.OnComplete = func(ctx context.Context, key, token string, r idempotency.Result) error {
-			if down && len(r.Value) > 1000 {
+			if !up.Load() && len(r.Value) > 1000 {
 				return idemtest.ErrDown
 			}
 			return memory.Complete(ctx, key, token, r)
@@ -429,7 +442,7 @@ func TestStoreRefusesAResponseWhileItIsDown(t *testing.T) {
 		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "200 " + large})
 		time.Sleep(29 * time.Second)
 		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
-		down = false
+		up.Store(true)
 		time.Sleep(10 * time.Second)
 		c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "replay 200 " + large})
 	})
@@ -469,6 +482,7 @@ func TestStoreRefusesTheResponseOfALostKey(t *testing.T) {
 		time.Sleep(time.Hour)
 		c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "429 "})
 		require.Equal(t, 3, c.Runs())
+		synctest.Wait()
 		require.NotContains(t, log.String(), "the store refuses a response")
 	})
 }
@@ -478,12 +492,12 @@ func TestStoreRefusesTheResponseOfALostKey(t *testing.T) {
 // again.
 func TestStoreLosesAKeyWhileItRefusesTheResponse(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
-		s.OnComplete = func(context.Context, string, string, idempotency.Result) error { return idemtest.ErrDown }
+		s := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+		s.Fail("Complete", idemtest.ErrDown)
 		c := idemtest.NewClient(s, &idempotency.Options{AtMostOnce: true, Wait: idempotency.NoWait}, nil)
 		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
 		time.Sleep(25 * time.Second)
-		s.MemoryStore = idempotency.NewMemoryStore()
+		s.Replace(idempotency.NewMemoryStore())
 		time.Sleep(10 * time.Second)
 		c.Check(t, 1, idemtest.Exchange{Key: "a", Body: "another", Get: "422 key_reused"})
 		c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
@@ -497,13 +511,13 @@ func TestStoreLosesAKeyWhileItRefusesTheResponse(t *testing.T) {
 func TestBackgroundHoldsNoRequest(t *testing.T) {
 	type valueKey struct{}
 	synctest.Test(t, func(t *testing.T) {
+		var late atomic.Int64
 		start := time.Now()
-		late := 0
 		s := &idemtest.ObservedStore{Store: downFor(start, time.Minute), Look: func(ctx context.Context, method string) {
 			if time.Since(start) < 5*time.Second || method == "Acquire" {
 				return
 			}
-			late++
+			late.Add(1)
 			require.Nil(t, ctx.Value(valueKey{}), method)
 			e, ok := idempotency.FromContext(ctx)
 			require.True(t, ok, method)
@@ -517,7 +531,7 @@ func TestBackgroundHoldsNoRequest(t *testing.T) {
 			require.Equal(t, status, c.Do(r.WithContext(context.WithValue(r.Context(), valueKey{}, "large"))).StatusCode)
 		}
 		time.Sleep(2 * time.Minute)
-		require.Greater(t, late, 2)
+		require.Greater(t, late.Load(), int64(2))
 	})
 }
 
