@@ -730,14 +730,14 @@ func TestLateClaimDoesNotFailOpenWhenTheStoreIsDown(t *testing.T) {
 // nothing there since the store has lost it, does not mark what it has made.
 func TestCommitAfterItsRun(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
-		s.OnAcquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
-			if n == 2 {
+		inner := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+		var acquired atomic.Int64
+		s := &idemtest.ObservedStore{Store: inner, Look: func(_ context.Context, method string) {
+			if method == "Acquire" && acquired.Add(1) == 2 {
 				time.Sleep(10 * time.Second)
-				s.MemoryStore = idempotency.NewMemoryStore()
+				inner.Replace(idempotency.NewMemoryStore())
 			}
-			return s.MemoryStore.Acquire(ctx, key, c)
-		}
+		}}
 		c := idemtest.NewClient(s, &idempotency.Options{Wait: idempotency.NoWait}, func(w http.ResponseWriter, r *http.Request) {
 			if idemtest.Run(r) == 1 {
 				go func() { _ = idemtest.Execution(r).Commit(context.WithoutCancel(r.Context())) }()
