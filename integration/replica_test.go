@@ -265,6 +265,7 @@ func (h *handling) commit() (done bool) {
 		h.answer(http.StatusInternalServerError)
 		return true
 	}
+	h.note(h.visit, history.RowCommits, nil)
 	h.committed = true
 	return false
 }

@@ -91,6 +91,7 @@ func Check(h History) *Report {
 type run struct {
 	Row       // RowBegin
 	effects   int
+	commits   *Row // the first RowCommits
 	end       *Row
 	renewals  []Row // that succeeded, of its visit
 	completes []Row
@@ -118,15 +119,13 @@ func (r *run) final() bool {
 	return r.end.Status < 500 || r.Kind == Once
 }
 
-// committed returns when Commit had succeeded. The store has marked the claim
-// by then. With AtMostOnce every claim is marked, which says nothing.
+// committed returns when Commit had succeeded, as the handler was told. A mark
+// whose answer was lost says nothing, even if a renewal learns of it.
 func (r *run) committed() (at time.Duration, ok bool) {
-	for _, row := range r.renewals {
-		if r.Kind != Once && row.Once && (!ok || row.Returned < at) {
-			at, ok = row.Returned, true
-		}
+	if r.commits == nil {
+		return 0, false
 	}
-	return at, ok
+	return r.commits.At, true
 }
 
 // A checker judges one key.
@@ -202,6 +201,8 @@ func (c *checker) index() {
 		case r == nil: // a claim that did not come to a run
 		case row.Type == RowEffect:
 			r.effects++
+		case row.Type == RowCommits && r.commits == nil:
+			r.commits = &row
 		case row.Type == RowEnd:
 			r.end = &row
 		case row.Type == RowComplete:

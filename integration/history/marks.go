@@ -14,8 +14,8 @@ func (c *checker) checkMarks() {
 		if c.kind == Once && !c.isMarked(r, r.At) {
 			c.violate(Unmarked, "%s began at %v", r.Run, r.At)
 		}
-		if r.end != nil && r.end.Committed && !c.isMarked(r, r.end.At) {
-			c.violate(Unmarked, "%s was told at %v at the latest that it has committed", r.Run, r.end.At)
+		if at, ok := r.committed(); ok && !c.isMarked(r, at) {
+			c.violate(Unmarked, "%s was told at %v that it has committed", r.Run, at)
 		}
 	}
 }

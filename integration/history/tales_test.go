@@ -103,6 +103,7 @@ func commits(run string, at time.Duration) func(*tale) {
 	return func(t *tale) {
 		t.row(at-1, RowCommit, run, nil)
 		marks(run, at-1, at)(t)
+		t.row(at, RowCommits, run, nil)
 	}
 }
 
