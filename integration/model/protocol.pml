@@ -516,7 +516,8 @@ end:	do
 	}
 	:: d_step { late_mark[t] != 0 && faults > 0 -> faults--;
 		store_acquire(t, BODY(t), late_mark[t], 1); res = 0 }
-	:: d_step { completing[t] -> completing[t] = 0; store_complete(t, RESULT(t)); drop(); res = 0 } /* step: background, stores the answer */
+	:: d_step { completing[t] && holder == t -> completing[t] = 0; store_complete(t, RESULT(t)); drop(); res = 0 } /* step: background, stores the answer */
+	:: d_step { completing[t] && holder != t -> completing[t] = 0; store_complete(t, RESULT(t)); res = 0 } /* step: background, stores the answer after the lease */
 	:: d_step { completing[t] && faults > 0 -> faults--; store_complete(t, RESULT(t)); drop(); res = 0 } /* step: background, goes on when the answer is lost */
 	:: d_step { completing[t] && faults > 0 -> faults--; late_complete[t] = 1 } /* step: background, goes on when the command is late */
 	:: d_step { completing[t] && holder != t -> completing[t] = 0 } /* step: background, stores no more, some time after the lease */
