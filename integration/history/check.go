@@ -24,6 +24,7 @@ const (
 	Marked    = "marked"          // a claim has Once that nobody has marked
 	Marker    = "marker"          // the key was freed for another time than is due
 	NotFreed  = "not freed"       // who had to free the key did not go on until it was free
+	Shrunk    = "small record"    // a small record took the place of an answer too early, or without need
 	GaveUp    = "gave up"         // a run stopped storing its answer before its time was over
 	Lost      = "lost to nobody"  // a run was told that its lease is lost, and nobody can have taken it
 	Forgotten = "forgotten"       // a stored answer was known, and later not
@@ -45,6 +46,7 @@ type Report struct {
 	Effects    int
 	Answers    int // of handlers, to clients
 	Replays    int
+	NotStored  int // requests that were told that the answer is not stored
 
 	// Why runs of plain keys were followed by others. All of them are legal.
 	AfterRelease, AfterLease int
@@ -95,6 +97,7 @@ type run struct {
 	end       *Row
 	renewals  []Row // that succeeded, of its visit
 	completes []Row
+	smalls    []Row // RowSmall
 
 	stored   bool
 	storedBy time.Duration // it was stored at this time at the latest
@@ -205,6 +208,8 @@ func (c *checker) index() {
 			r.commits = &row
 		case row.Type == RowEnd:
 			r.end = &row
+		case row.Type == RowSmall:
+			r.smalls = append(r.smalls, row)
 		case row.Type == RowComplete:
 			r.completes = append(r.completes, row)
 			if row.Err == "" {
@@ -219,6 +224,9 @@ func (c *checker) index() {
 	for _, op := range c.ops {
 		// A process may die before it can say that it has stored something.
 		if r := c.byID[op.Run]; r != nil && op.Replayed {
+			r.storedUntil(op.End)
+		}
+		if r := c.shrunkRun(); r != nil && op.Code == notStored {
 			r.storedUntil(op.End)
 		}
 	}
