@@ -751,36 +751,20 @@ func TestLateClaimDoesNotFailOpenWhenTheStoreIsDown(t *testing.T) {
 // A Commit that is still on its way when its run frees the key, and finds nothing
 // there since the store has lost it, does not mark what it has made.
 func TestCommitAfterItsRun(t *testing.T) {
-<<<<<<< HEAD
-	synctest.Test(t, func(t *testing.T) {
-		inner := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
-		var acquired atomic.Int64
-		s := &idemtest.ObservedStore{Store: inner, Look: func(_ context.Context, method string) {
-			if method == "Acquire" && acquired.Add(1) == 2 {
-				time.Sleep(10 * time.Second)
-				inner.Replace(idempotency.NewMemoryStore())
-			}
-		}}
-		c := idemtest.NewClient(s, &idempotency.Options{Wait: idempotency.NoWait}, func(w http.ResponseWriter, r *http.Request) {
-			if idemtest.Run(r) == 1 {
-				go func() { _ = idemtest.Execution(r).Commit(context.WithoutCancel(r.Context())) }()
-				time.Sleep(time.Second)
-				w.WriteHeader(http.StatusTooManyRequests)
-			}
-=======
 	for name, answer := range map[string]time.Duration{"which was freed": 0, "which is being freed": 11 * time.Second} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+				inner := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+				s := &idemtest.ScriptedStore{OnComplete: inner.Complete}
 				s.OnAcquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
 					if n == 2 {
 						time.Sleep(10 * time.Second)
-						s.MemoryStore = idempotency.NewMemoryStore()
+						inner.Replace(idempotency.NewMemoryStore())
 					}
-					return s.MemoryStore.Acquire(ctx, key, c)
+					return inner.Acquire(ctx, key, c)
 				}
 				s.OnRelease = func(ctx context.Context, key, token string, keep time.Duration) error {
-					err := s.MemoryStore.Release(ctx, key, token, keep)
+					err := inner.Release(ctx, key, token, keep)
 					time.Sleep(answer)
 					return err
 				}
@@ -797,7 +781,6 @@ func TestCommitAfterItsRun(t *testing.T) {
 				time.Sleep(30 * time.Second)
 				c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "200 "})
 			})
->>>>>>> mutants
 		})
 	}
 }
