@@ -348,15 +348,17 @@ func TestStoreComesBackWhileItIsAsked(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				s, up := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}, false
+				s, up := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}, atomic.Bool{}
 				s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
-					up = up || c.Attempt > 0
+					if c.Attempt > 0 {
+						up.Store(true)
+					}
 					return s.MemoryStore.Acquire(ctx, key, c)
 				}
 				s.OnComplete = func(ctx context.Context, key, token string, r idempotency.Result) error {
 					first, _ := idempotency.FromContext(ctx)
 					switch {
-					case !up:
+					case !up.Load():
 						return idemtest.ErrDown
 					case row.err != nil && first.Attempt() == 1:
 						return row.err
@@ -367,7 +369,8 @@ func TestStoreComesBackWhileItIsAsked(t *testing.T) {
 				c := idemtest.NewClient(s, &idempotency.Options{Logger: slog.New(slog.NewTextHandler(&log, nil))}, nil)
 				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
 				time.Sleep(time.Hour)
-				require.True(t, up)
+				synctest.Wait()
+				require.True(t, up.Load())
 				require.NotContains(t, log.String(), "the store refuses a response")
 				c.Check(t, 1, idemtest.Exchange{Key: "a", Get: row.then})
 				require.Equal(t, row.runs, c.Runs())
@@ -381,24 +384,26 @@ func TestStoreDecidesBeforeTheLeaseEnds(t *testing.T) {
 	for name, decision := range map[string]error{"stored": nil, "lost": idempotency.ErrLeaseLost} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				start, decided, asked := time.Now(), false, false
+				start, decided, asked := time.Now(), atomic.Bool{}, atomic.Bool{}
 				s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
 				s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
-					asked = asked || decided
+					if decided.Load() {
+						asked.Store(true)
+					}
 					return s.MemoryStore.Acquire(ctx, key, c)
 				}
 				s.OnComplete = func(context.Context, string, string, idempotency.Result) error {
 					if time.Since(start) < 21*time.Second {
 						return idemtest.ErrDown
 					}
-					decided = true
+					decided.Store(true)
 					return decision
 				}
 				c := idemtest.NewClient(s, &idempotency.Options{}, nil)
 				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
 				time.Sleep(time.Hour)
-				require.True(t, decided)
-				require.False(t, asked)
+				require.True(t, decided.Load())
+				require.False(t, asked.Load())
 			})
 		})
 	}
@@ -408,16 +413,16 @@ func TestStoreDecidesBeforeTheLeaseEnds(t *testing.T) {
 // keeps its place.
 func TestStoreRefusesAResponseWhileItIsDown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		down, memory := true, idempotency.NewMemoryStore()
+		up, memory := atomic.Bool{}, idempotency.NewMemoryStore()
 		s := &idemtest.ScriptedStore{MemoryStore: memory}
 		s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
-			if down && c.Attempt > 0 {
+			if !up.Load() && c.Attempt > 0 {
 				return idempotency.Record{}, idemtest.ErrDown
 			}
 			return memory.Acquire(ctx, key, c)
 		}
 		s.OnComplete = func(ctx context.Context, key, token string, r idempotency.Result) error {
-			if down && len(r.Value) > 1000 {
+			if !up.Load() && len(r.Value) > 1000 {
 				return idemtest.ErrDown
 			}
 			return memory.Complete(ctx, key, token, r)
@@ -429,7 +434,7 @@ func TestStoreRefusesAResponseWhileItIsDown(t *testing.T) {
 		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "200 " + large})
 		time.Sleep(29 * time.Second)
 		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
-		down = false
+		up.Store(true)
 		time.Sleep(10 * time.Second)
 		c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "replay 200 " + large})
 	})
@@ -469,6 +474,7 @@ func TestStoreRefusesTheResponseOfALostKey(t *testing.T) {
 		time.Sleep(time.Hour)
 		c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "429 "})
 		require.Equal(t, 3, c.Runs())
+		synctest.Wait()
 		require.NotContains(t, log.String(), "the store refuses a response")
 	})
 }
@@ -478,12 +484,12 @@ func TestStoreRefusesTheResponseOfALostKey(t *testing.T) {
 // again.
 func TestStoreLosesAKeyWhileItRefusesTheResponse(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
-		s.OnComplete = func(context.Context, string, string, idempotency.Result) error { return idemtest.ErrDown }
+		s := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+		s.Fail("Complete", idemtest.ErrDown)
 		c := idemtest.NewClient(s, &idempotency.Options{AtMostOnce: true, Wait: idempotency.NoWait}, nil)
 		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
 		time.Sleep(25 * time.Second)
-		s.MemoryStore = idempotency.NewMemoryStore()
+		s.Replace(idempotency.NewMemoryStore())
 		time.Sleep(10 * time.Second)
 		c.Check(t, 1, idemtest.Exchange{Key: "a", Body: "another", Get: "422 key_reused"})
 		c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
