@@ -301,7 +301,6 @@ func TestStoreRefusesAResponse(t *testing.T) {
 				c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
 				time.Sleep(14 * time.Second)
 				c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "409 response_not_stored", Original: 201})
-				synctest.Wait()
 				require.Equal(t, 1, strings.Count(log.String(), "the store refuses a response"))
 				time.Sleep(time.Hour)
 				c.Check(t, 3, idemtest.Exchange{Key: "a", Get: "409 response_not_stored", Original: 201})
@@ -315,12 +314,8 @@ func TestStoreRefusesAResponse(t *testing.T) {
 // not that the handler has answered.
 func TestStoreRefusesAnUnknownOutcome(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var mu sync.Mutex // guards what follows
-		last, atOnce := time.Time{}, 0
-		s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+		s, last, atOnce := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}, time.Time{}, 0
 		s.OnComplete = func(ctx context.Context, key, token string, r idempotency.Result) error {
-			mu.Lock()
-			defer mu.Unlock()
 			if !time.Now().Equal(last) {
 				last, atOnce = time.Now(), 0
 			}
@@ -353,8 +348,7 @@ func TestStoreComesBackWhileItIsAsked(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				var up atomic.Bool
-				s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+				s, up := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}, atomic.Bool{}
 				s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
 					if c.Attempt > 0 {
 						up.Store(true)
@@ -390,8 +384,7 @@ func TestStoreDecidesBeforeTheLeaseEnds(t *testing.T) {
 	for name, decision := range map[string]error{"stored": nil, "lost": idempotency.ErrLeaseLost} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				var decided, asked atomic.Bool
-				start := time.Now()
+				start, decided, asked := time.Now(), atomic.Bool{}, atomic.Bool{}
 				s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
 				s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
 					if decided.Load() {
@@ -420,8 +413,7 @@ func TestStoreDecidesBeforeTheLeaseEnds(t *testing.T) {
 // keeps its place.
 func TestStoreRefusesAResponseWhileItIsDown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var up atomic.Bool
-		memory := idempotency.NewMemoryStore()
+		up, memory := atomic.Bool{}, idempotency.NewMemoryStore()
 		s := &idemtest.ScriptedStore{MemoryStore: memory}
 		s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
 			if !up.Load() && c.Attempt > 0 {
@@ -511,8 +503,8 @@ func TestStoreLosesAKeyWhileItRefusesTheResponse(t *testing.T) {
 func TestBackgroundHoldsNoRequest(t *testing.T) {
 	type valueKey struct{}
 	synctest.Test(t, func(t *testing.T) {
-		var late atomic.Int64
 		start := time.Now()
+		var late atomic.Int64
 		s := &idemtest.ObservedStore{Store: downFor(start, time.Minute), Look: func(ctx context.Context, method string) {
 			if time.Since(start) < 5*time.Second || method == "Acquire" {
 				return

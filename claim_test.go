@@ -754,17 +754,17 @@ func TestCommitAfterItsRun(t *testing.T) {
 	for name, answer := range map[string]time.Duration{"which was freed": 0, "which is being freed": 11 * time.Second} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				memory := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
-				s := new(idemtest.ScriptedStore)
+				inner := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+				s := &idemtest.ScriptedStore{OnComplete: inner.Complete}
 				s.OnAcquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
 					if n == 2 {
 						time.Sleep(10 * time.Second)
-						memory.Replace(idempotency.NewMemoryStore())
+						inner.Replace(idempotency.NewMemoryStore())
 					}
-					return memory.Acquire(ctx, key, c)
+					return inner.Acquire(ctx, key, c)
 				}
 				s.OnRelease = func(ctx context.Context, key, token string, keep time.Duration) error {
-					err := memory.Release(ctx, key, token, keep)
+					err := inner.Release(ctx, key, token, keep)
 					time.Sleep(answer)
 					return err
 				}
@@ -825,7 +825,6 @@ func TestWatchThatFailsIsLogged(t *testing.T) {
 				go c.Do(c.Request(idemtest.Exchange{Key: "a"}))
 				synctest.Wait()
 				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "replay 201 charge 1"})
-				synctest.Wait()
 				require.Equal(t, 1, strings.Count(log.String(), "watching a key failed"), log.String())
 				require.Contains(t, log.String(), reason)
 			})

@@ -167,10 +167,14 @@ func (s *brokenStore) Complete(ctx context.Context, key, token string, r idempot
 	if s.bug == losesLeases && s.every(2) {
 		return idempotency.ErrLeaseLost
 	}
+	const small = 80 // bytes of a record, sealed or not, that holds no answer
+	if s.bug == refusesAll || s.bug == refusesAnswers && len(r.Value) > small {
+		return errors.New("refused")
+	}
 	err := s.RedisStore.Complete(ctx, key, token, r)
 	switch {
 	case errors.Is(err, idempotency.ErrLeaseLost) &&
-		(s.bug == completesAnything || s.bug == overwritesAnswers && s.isCompleted(ctx, key)):
+		(s.bug == completesAnything || s.bug == overwritesAnswers && s.stateOf(ctx, key) == 'D'):
 		s.forget(ctx, key)
 		return s.RedisStore.Complete(ctx, key, token, r)
 	case s.bug == hidesFailures:
@@ -179,9 +183,13 @@ func (s *brokenStore) Complete(ctx context.Context, key, token string, r idempot
 	return err
 }
 
-func (s *brokenStore) isCompleted(ctx context.Context, key string) bool {
+// stateOf returns the letter of the state of a cell, or 0.
+func (s *brokenStore) stateOf(ctx context.Context, key string) byte {
 	cell, err := s.client.Get(ctx, "idem:"+key).Bytes()
-	return err == nil && len(cell) > 1 && cell[1] == 'D'
+	if err != nil || len(cell) < 2 {
+		return 0
+	}
+	return cell[1]
 }
 
 func (s *brokenStore) Release(ctx context.Context, key, token string, keep time.Duration) error {
@@ -191,5 +199,9 @@ func (s *brokenStore) Release(ctx context.Context, key, token string, keep time.
 	case losesMarkers:
 		keep = time.Millisecond
 	}
-	return s.RedisStore.Release(ctx, key, token, keep)
+	err := s.RedisStore.Release(ctx, key, token, keep)
+	if err == nil && s.bug == shortensLaterOnes && s.stateOf(ctx, key) == 'R' {
+		s.client.PExpire(ctx, "idem:"+key, keep)
+	}
+	return err
 }

@@ -45,6 +45,8 @@ const (
 	renewsFreed         = "a renewal that finds another owner, or none, claims the key"
 	skipsAttempts       = "every claim counts twice"
 	losesMarkers        = "a released key leaves nothing behind"
+	shortensLaterOnes   = "the marker of a later attempt is kept for as long as that of a first one"
+	refusesAll          = "answers are refused, and what says so in their place"
 	abandonsClaims      = "what may be taken over is told to be abandoned"
 
 	// In the middleware.
@@ -56,11 +58,17 @@ const (
 	givesUpAtLease     = "Complete is not tried beyond the end of the lease"
 	leavesMarks        = "a failed Release is not tried again"
 	skipsMarks         = "runs start without a mark"
-	shortensMarkers    = "the marker of every run is kept for a lease"
+	shortensMarkers    = "every marker is kept for a lease"
+	lengthensMarkers   = "every marker is kept for the TTL"
+	shrinksAnswers     = "a small record is stored as soon as an answer is not"
 	keepsFailures      = "what is not final is stored"
 	marksNoReplays     = "replays are not marked"
 	comparesNoBodies   = "large bodies are not compared"
 )
+
+// refusesAnswers is no bug but a store that is up and takes no answers: they are
+// too large for it, say.
+const refusesAnswers = "answers are refused"
 
 // plant returns the store, broken as bug says.
 func plant(bug string, client *redis.Client, store *idempotency.RedisStore) idempotency.Store {
@@ -105,12 +113,16 @@ func (s *brokenCaller) Complete(ctx context.Context, key, token string, r idempo
 	switch {
 	case s.bug == givesUp && failed:
 		return errors.New("as before")
-	case s.bug == givesUpAtLease && failed && time.Since(since) > s.journal.replica.config.Lease:
+	case s.bug == givesUpAtLease && failed && time.Since(since) > s.replica.config.Lease:
 		return errors.New("too late")
 	}
 	err := s.journal.Complete(ctx, key, token, r)
 	if err != nil && !failed {
 		s.fails.Store(token, time.Now())
+	}
+	if err != nil && s.bug == shrinksAnswers {
+		r.Value = r.Value[:1]
+		return s.journal.Complete(ctx, key, token, r)
 	}
 	return err
 }
@@ -127,8 +139,11 @@ func (s *brokenCaller) Release(ctx context.Context, key, token string, keep time
 	if s.bug == keepsFailures {
 		return s.journal.Complete(ctx, key, token, idempotency.Result{TTL: time.Hour})
 	}
-	if s.bug == shortensMarkers {
-		keep = s.journal.replica.config.Lease
+	switch s.bug {
+	case shortensMarkers:
+		keep = s.replica.config.Lease
+	case lengthensMarkers:
+		keep = recordTTL
 	}
 	if _, failed := s.failed(token); s.bug == leavesMarks && failed {
 		return errors.New("as before")

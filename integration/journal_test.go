@@ -29,8 +29,12 @@ var (
 // of a run can have been made: not before the first call whose answer is not
 // known, if there was one.
 func (j *journal) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
-	v := visitOf(ctx)
-	j.visits.Store(strings.Clone(c.Token), v)
+	v, ok := ctx.Value(visitKey{}).(*visit)
+	if ok {
+		j.visits.Store(strings.Clone(c.Token), v)
+	} else { // a renewal in the background
+		v = j.visitOf(c.Token)
+	}
 	number := int(v.calls.Add(1))
 	j.replica.note(v, history.RowClaim, func(row *history.Row) {
 		row.Call, row.Asked, row.Once = number, c.Attempt, c.Once
@@ -64,11 +68,17 @@ func stateName(state idempotency.State) string {
 	return state.String()
 }
 
-// Complete gets its row before the answer can go out.
+// Complete gets its row before the answer can go out. A small record gets one
+// before the store can know of it, too. It is what differs from the answer that
+// came first.
 func (j *journal) Complete(ctx context.Context, key, token string, r idempotency.Result) error {
+	v := j.visitOf(token)
+	if v.completesAnother(r.Value) {
+		j.replica.note(v, history.RowSmall, nil)
+	}
 	sent := j.replica.now()
 	err := j.store.Complete(ctx, key, token, r)
-	j.replica.note(j.visitOf(token), history.RowComplete, func(row *history.Row) {
+	j.replica.note(v, history.RowComplete, func(row *history.Row) {
 		row.Sent, row.Returned = sent, j.replica.now()
 		switch {
 		case errors.Is(err, idempotency.ErrLeaseLost):

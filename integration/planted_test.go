@@ -23,7 +23,6 @@ var (
 	kills  = faultMix{process: []choice[faultKind]{{1, killProcess}}, pause: 400 * time.Millisecond}
 	cuts   = faultMix{link: []choice[faultKind]{{1, breakLink}, {1, muteLink}}, pause: 300 * time.Millisecond}
 	lags   = faultMix{link: []choice[faultKind]{{1, slowLink}}, pause: 150 * time.Millisecond}
-	delays = faultMix{link: lags.link, pause: lags.pause, delay: 200 * time.Millisecond}
 	outage = faultMix{redis: []choice[faultKind]{{1, killProcess}}, pause: 200 * time.Millisecond}
 	often  = faultMix{redis: outage.redis, pause: 60 * time.Millisecond}
 )
@@ -75,6 +74,20 @@ var (
 			return []step{{Do: doEffect}, created()}
 		}
 	}
+	// waiting fails once, and then does nothing until the sweep comes.
+	waiting = func(time.Duration) planner {
+		return func(_, _ string, nth int) []step {
+			switch {
+			case nth == 1:
+				return []step{{Do: doAnswer, Status: 500}}
+			case nth < 4:
+				return []step{{Do: doAnswer, Status: 401}}
+			}
+			return []step{{Do: doEffect}, created()}
+		}
+	}
+	// idle does nothing at first.
+	idle    = script([]step{short, {Do: doAnswer, Status: 401}}, short, step{Do: doEffect}, created())
 	commits = script([]step{{Do: doCommit}, {Do: doEffect}, {Do: doCrash}}, step{Do: doCommit}, step{Do: doEffect}, created())
 )
 
@@ -90,22 +103,31 @@ var troubles = map[string]func() scenario{
 	"panics":   func() scenario { return targeted(quiet, plainKeys, crashing) },
 	"failures": func() scenario { return targeted(quiet, plainKeys, failing) },
 	"claims":   func() scenario { return allAlive(targeted(cuts, onceKeys, slowly)) },
+	"nothing":  func() scenario { return targeted(quiet, plainKeys, idle) },
 	"commits":  func() scenario { return targeted(quiet, commitKeys, commits) },
 
 	"stale owners": func() scenario { return targeted(stops, plainKeys, overtaken) },
 	"late commits": func() scenario { return targeted(stops, commitKeys, late) },
+	"cut commits":  func() scenario { return targeted(cuts, commitKeys, late) },
 	"sealed":       func() scenario { return targeted(quiet, onceKeys, simple) },
 	"large":        func() scenario { return withVariants(targeted(quiet, largeKeys, simple)) },
 
 	"freed keys": func() scenario { return targeted(stops, plainKeys, freed) },
 
-	// Commands come late. What comes when its claim was given up holds the key for
-	// a lease, and what is marked is freed, unless two marks come when the marker is
-	// over that this leaves. In delays they do not: here they have half a lease
-	// less, for a machine that is busy.
-	"delays":      func() scenario { return withLease(400*time.Millisecond, allAlive(targeted(delays, onceKeys, simple))) },
-	"late claims": func() scenario { return targeted(lags, onceKeys, simple) },
+	// Commands come late, by more than a lease. What comes when its claim was given
+	// up holds the key for a lease. A mark finds the marker, however late it is.
+	"late claims": func() scenario { return allAlive(targeted(lags, onceKeys, simple)) },
 	"lags":        func() scenario { return targeted(lags, plainKeys, slowly) },
+
+	// Attempts count for the TTL: after a mark, and when there was one before.
+	"idle":      func() scenario { return targeted(quiet, onceKeys, idle) },
+	"idle once": func() scenario { return rarely(targeted(quiet, plainKeys, waiting)) },
+
+	"refusals": func() scenario {
+		s := allAlive(targeted(quiet, []string{history.Plain, history.Once}, simple))
+		s.bug = refusesAnswers
+		return s
+	},
 }
 
 func withVariants(s scenario) scenario {
@@ -118,8 +140,10 @@ func lasting(length time.Duration, s scenario) scenario {
 	return s
 }
 
-func withLease(lease time.Duration, s scenario) scenario {
-	s.lease = lease
+// rarely has clients pause for longer than a lease, so that short markers are over
+// when they come again.
+func rarely(s scenario) scenario {
+	s.load.pause = 3 * s.lease
 	return s
 }
 
@@ -174,7 +198,13 @@ var plantedBugs = []struct {
 	{skipsAttempts, "panics", history.Attempt},
 	{losesMarkers, "failures", history.Attempt},
 	{shortensMarkers, "failures", history.Marker},
-	{leavesMarks, "claims", history.NotFreed},
+	{shortensMarkers, "idle", history.Marker},
+	{shortensMarkers, "claims", history.Marker},
+	{lengthensMarkers, "nothing", history.Marker},
+	{shortensLaterOnes, "idle once", history.Attempt},
+	{shrinksAnswers, "outages", history.Shrunk},
+	{refusesAll, "refusals", history.Stuck},
+	{leavesMarks, "cut commits", history.NotFreed},
 	{givesUpAtLease, "downtime", history.GaveUp},
 	{"Redis keeps nothing", "outages", history.RanAgain},
 }
@@ -223,6 +253,7 @@ func TestNothingPlanted(t *testing.T) {
 				report := history.Check(h)
 				t.Log(describe(h, faults, report))
 				requireClean(t, s.seed, h, faults, report)
+				require.Equal(t, s.bug == refusesAnswers, report.NotStored > 0)
 			})
 		}
 	}

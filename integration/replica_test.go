@@ -129,6 +129,7 @@ type visit struct {
 	sent     time.Duration // since then the claim may have been made
 	unclear  bool          // a claim was sent, and its answer is not known
 	returned time.Duration
+	stores   string // the hash of what the store was told first to keep
 }
 
 // claimed notes a claim.
@@ -140,6 +141,17 @@ func (v *visit) claimed(key, token string, sent, returned time.Duration, err err
 	}
 	v.unclear = v.unclear || err != nil
 	v.storeKey, v.token, v.returned = key, token, returned
+}
+
+// completesAnother reports whether the store was told before to keep another value.
+func (v *visit) completesAnother(value []byte) bool {
+	hash := hashOf(string(value))
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.stores == "" {
+		v.stores = hash
+	}
+	return v.stores != hash
 }
 
 type visitKey struct{}
@@ -265,6 +277,7 @@ func (h *handling) commit() (done bool) {
 		h.answer(http.StatusInternalServerError)
 		return true
 	}
+	h.note(h.visit, history.RowCommits, nil)
 	h.committed = true
 	return false
 }

@@ -68,7 +68,6 @@ func (s schedule) String() string {
 type faultMix struct {
 	process, link, redis []choice[faultKind]
 	pause                time.Duration // mean time between faults of a part
-	delay                time.Duration // of a slow link, at most; 0: a lease and a half
 }
 
 var allFaults = faultMix{
@@ -80,7 +79,7 @@ var allFaults = faultMix{
 
 // newSchedule returns the schedule of a seed.
 func newSchedule(seed uint64, replicas int, length, lease time.Duration, mix faultMix) schedule {
-	s, longest := schedule{faults: make(map[string][]fault)}, mix.delay
+	s := schedule{faults: make(map[string][]fault)}
 	add := func(lane string, mix []choice[faultKind], pause time.Duration) {
 		s.lanes = append(s.lanes, lane)
 		if len(mix) == 0 {
@@ -90,9 +89,6 @@ func newSchedule(seed uint64, replicas int, length, lease time.Duration, mix fau
 		for at := between(r, pause/3, pause); at < length; {
 			f := newFault(r, choose(r, mix), lease)
 			f.From = at
-			if longest > 0 {
-				f.Delay = min(f.Delay, longest)
-			}
 			s.faults[lane] = append(s.faults[lane], f)
 			at += f.For + between(r, pause/2, pause*3/2)
 		}

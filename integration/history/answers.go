@@ -88,6 +88,11 @@ func (c *checker) countUnkept() {
 // checkCode judges an answer of the middleware's own.
 func (c *checker) checkCode(op Op) {
 	switch op.Code {
+	case notStored:
+		c.report.NotStored++
+		if !c.mayBeSmall(op.End) {
+			c.violate(Code, "request %s got %s, and no small record took the place of an answer", op.ID, op.Code)
+		}
 	case "in_progress", "store_unavailable":
 	case "key_reused":
 		for _, other := range c.ops {
@@ -105,6 +110,30 @@ func (c *checker) checkCode(op Op) {
 	}
 }
 
+// notStored is the code of a retry of what the store refused.
+const notStored = "response_not_stored"
+
+// mayBeSmall reports whether a small record can have been stored until then.
+func (c *checker) mayBeSmall(until time.Duration) bool {
+	for _, r := range c.runs {
+		if len(r.smalls) > 0 && r.smalls[0].At <= until {
+			return true
+		}
+	}
+	return false
+}
+
+// shrunkRun returns the last run that was to have a small record. When there are
+// several, those before it were overtaken, and have none.
+func (c *checker) shrunkRun() (shrunk *run) {
+	for _, r := range c.runs {
+		if len(r.smalls) > 0 {
+			shrunk = r
+		}
+	}
+	return shrunk
+}
+
 // checkLater judges a request that was sent after an answer was stored.
 func (c *checker) checkLater(op Op, stored *run) {
 	switch {
@@ -113,6 +142,7 @@ func (c *checker) checkLater(op Op, stored *run) {
 		if op.Code != "key_reused" {
 			c.violate(Payload, "request %s with payload %q got %d %s, and %q is stored", op.ID, op.Payload, op.Status, op.Code, stored.Payload)
 		}
+	case op.Code == notStored && len(stored.smalls) > 0:
 	case op.Run != stored.Run || !op.Replayed:
 		c.violate(Forgotten, "request %s got %d %s%s, and the answer of %s was stored", op.ID, op.Status, op.Code, op.Run, stored.Run)
 	}
@@ -139,5 +169,5 @@ func (c *checker) checkSweep() {
 
 // Lasting reports whether asking again is pointless.
 func (o Op) Lasting(noneDied bool) bool {
-	return o.Err == "" && (o.Replayed || o.Code == "key_reused" || o.Code == "outcome_unknown" && !noneDied)
+	return o.Err == "" && (o.Replayed || o.Code == "key_reused" || o.Code == notStored || o.Code == "outcome_unknown" && !noneDied)
 }

@@ -24,6 +24,7 @@ const (
 	Marked    = "marked"          // a claim has Once that nobody has marked
 	Marker    = "marker"          // the key was freed for another time than is due
 	NotFreed  = "not freed"       // who had to free the key did not go on until it was free
+	Shrunk    = "small record"    // a small record took the place of an answer too early, or without need
 	GaveUp    = "gave up"         // a run stopped storing its answer before its time was over
 	Lost      = "lost to nobody"  // a run was told that its lease is lost, and nobody can have taken it
 	Forgotten = "forgotten"       // a stored answer was known, and later not
@@ -45,6 +46,7 @@ type Report struct {
 	Effects    int
 	Answers    int // of handlers, to clients
 	Replays    int
+	NotStored  int // requests that were told that the answer is not stored
 
 	// Why runs of plain keys were followed by others. All of them are legal.
 	AfterRelease, AfterLease int
@@ -91,9 +93,11 @@ func Check(h History) *Report {
 type run struct {
 	Row       // RowBegin
 	effects   int
+	commits   *Row // the first RowCommits
 	end       *Row
 	renewals  []Row // that succeeded, of its visit
 	completes []Row
+	smalls    []Row // RowSmall
 
 	stored   bool
 	storedBy time.Duration // it was stored at this time at the latest
@@ -118,15 +122,13 @@ func (r *run) final() bool {
 	return r.end.Status < 500 || r.Kind == Once
 }
 
-// committed returns when Commit had succeeded. The store has marked the claim
-// by then. With AtMostOnce every claim is marked, which says nothing.
+// committed returns when Commit had succeeded, as the handler was told. A mark
+// whose answer was lost says nothing, even if a renewal learns of it.
 func (r *run) committed() (at time.Duration, ok bool) {
-	for _, row := range r.renewals {
-		if r.Kind != Once && row.Once && (!ok || row.Returned < at) {
-			at, ok = row.Returned, true
-		}
+	if r.commits == nil {
+		return 0, false
 	}
-	return at, ok
+	return r.commits.At, true
 }
 
 // A checker judges one key.
@@ -202,8 +204,12 @@ func (c *checker) index() {
 		case r == nil: // a claim that did not come to a run
 		case row.Type == RowEffect:
 			r.effects++
+		case row.Type == RowCommits && r.commits == nil:
+			r.commits = &row
 		case row.Type == RowEnd:
 			r.end = &row
+		case row.Type == RowSmall:
+			r.smalls = append(r.smalls, row)
 		case row.Type == RowComplete:
 			r.completes = append(r.completes, row)
 			if row.Err == "" {
@@ -218,6 +224,9 @@ func (c *checker) index() {
 	for _, op := range c.ops {
 		// A process may die before it can say that it has stored something.
 		if r := c.byID[op.Run]; r != nil && op.Replayed {
+			r.storedUntil(op.End)
+		}
+		if r := c.shrunkRun(); r != nil && op.Code == notStored {
 			r.storedUntil(op.End)
 		}
 	}

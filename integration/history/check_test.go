@@ -11,6 +11,7 @@ import (
 // things that only look like one.
 func TestLegalHistories(t *testing.T) {
 	whole := []func(*tale){runs("a", 1, 10), ends("a", 20, 201), completes("a", 25, ""), first("a", 30, 201)}
+	refused := slices.Clip(refusedTwice)
 	tales := map[string]History{
 		"first, replay": told(Plain, append(whole, asks("b", 40, replay("a", 201)))...),
 		"another payload is refused": told(Plain, append(whole, asks("b", 12, other(refuses("key_reused"))),
@@ -33,14 +34,16 @@ func TestLegalHistories(t *testing.T) {
 			triesToRelease("x", 60), asks("b", 120, refuses("outcome_unknown")), triesToRelease("x", 130), releases("x", 160), runs("c", 2, 170)),
 		"nor until its time is over": told(Once, asksStoreAs("x", 1, 10, StateAcquired, ""), marksInVain("x", 11, 40, ""),
 			triesToRelease("x", 60), triesToRelease("x", 300), asks("b", 900, refuses("outcome_unknown"))),
-		"two marks come when the marker is over": told(Once, asksStoreAs("x", 1, 10, StateAcquired, ""), marksInVain("x", 11, 20, ""),
-			marksInVain("x", 20, 30, ""), releases("x", 40), asks("b", 240, refuses("outcome_unknown"))),
+		"two marks come when the TTL is over": told(Once, asksStoreAs("x", 1, 10, StateAcquired, ""), marksInVain("x", 11, 20, ""),
+			marksInVain("x", 20, 30, ""), releases("x", 40), asks("b", 1150, refuses("outcome_unknown"))),
 		"a claim to which there was no answer is freed once": told(Plain, asksStore("x", 10, "", "down"), triesToRelease("x", 30),
 			runs("a", 1, 40)),
 		"a process died before it could free the key": killed(50, told(Plain, runs("a", 1, 10), ends("a", 20, 500))),
 		"or a mark": killed(480, told(Once, asksStoreAs("x", 1, 10, StateAcquired, ""), marksInVain("x", 11, 40, ""), triesToRelease("x", 100))),
 		"a replay to a claim whose first answer was lost": told(Plain, append(whole, asksStore("x", 26, "", "down"),
 			asksStore("x", 28, "Completed", ""))...),
+		"Commit failed, and a renewal learns of its mark": told(Plain, runs("a", 1, 10), marksInVain("a", 12, 40, ""), renews("a", 42),
+			lastRow(RowRenew, func(r *Row) { r.Once = true }), ends("a", 44, 500), releases("a", 45), runs("b", 2, 50)),
 		"a committed run died": told(Plain, runs("a", 1, 10), commits("a", 13), asks("b", 200, refuses("outcome_unknown"))),
 		"the store could not take an answer until the lease ended": told(Plain, runs("a", 1, 10), ends("a", 20, 201),
 			completes("a", 25, "down"), first("a", 30, 201), completes("a", 100, "down"), runs("b", 2, 115),
@@ -56,9 +59,9 @@ func TestLegalHistories(t *testing.T) {
 		"a stale owner is refused": told(Plain, runs("a", 1, 10), runs("b", 2, 110), ends("b", 120, 201), completes("b", 121, ""),
 			first("b", 122, 201), ends("a", 130, 201), completes("a", 131, ErrLeaseLost), asks("c", 140, replay("b", 201))),
 		"the key came back to its first owner": told(Plain, runs("a", 1, 10), runs("b", 2, 110), ends("b", 120, 401),
-			releases("b", 121), ends("a", 240, 201), completes("a", 241, ""), asks("c", 250, replay("a", 201))),
+			releases("b", 121), ends("a", 1140, 201), completes("a", 1141, ""), asks("c", 1150, replay("a", 201))),
 		"and is renewed": told(Plain, runs("a", 1, 10), runs("b", 2, 110), ends("b", 120, 401), releases("b", 121),
-			renews("a", 230), ends("a", 240, 201), completes("a", 241, ""), asks("c", 250, replay("a", 201))),
+			renews("a", 1130), ends("a", 1140, 201), completes("a", 1141, ""), asks("c", 1150, replay("a", 201))),
 		"or taken by a claim that came late": told(Plain, asksStore("a", 5, "", "down"), runs("a", 1, 10), runs("b", 2, 110),
 			ends("a", 220, 201), completes("a", 221, ""), asks("c", 250, replay("a", 201))),
 		"of two claims at a time either may be the first": told(Plain, runs("b", 1, 10), ends("b", 12, 401), releases("b", 12),
@@ -79,8 +82,12 @@ func TestLegalHistories(t *testing.T) {
 			releases("x", 115), runs("b", 3, 130)),
 		"a run that did nothing is forgotten": told(Plain, runs("a", 1, 10), ends("a", 20, 401), releases("a", 21), runs("b", 1, 130)),
 		"any other when the TTL is over":      told(Plain, runs("a", 1, 10), ends("a", 20, 500), releases("a", 21), runs("b", 1, 1030)),
-		"claims that nobody knows of count":   told(Plain, runs("a", 1, 10), asked("x", 112), runs("b", 3, 220)),
-		"and forgotten":                       told(Plain, runs("a", 1, 10), asksStore("x", 112, "", "down"), releases("x", 115), runs("b", 1, 220)),
+		"as one that sent a mark": told(Once, runs("a", 1, 10), withoutEffect, ends("a", 20, 401), releases("a", 21),
+			runs("b", 1, 1030)),
+		"or was a later attempt": told(Plain, runs("a", 1, 10), panics("a", 15), runs("b", 2, 110), ends("b", 120, 401), releases("b", 121),
+			runs("c", 1, 1130)),
+		"claims that nobody knows of count": told(Plain, runs("a", 1, 10), asked("x", 112), runs("b", 3, 220)),
+		"and forgotten":                     told(Plain, runs("a", 1, 10), asksStore("x", 112, "", "down"), releases("x", 115), runs("b", 1, 1130)),
 		"and another payload took the key": told(Plain, runs("a", 1, 10), asksStore("x", 112, "", "down"), releases("x", 115),
 			runsWith("another", "b", 3, 130)),
 		"somebody may have taken the key": told(Plain, runs("a", 1, 10), asked("x", 110), ends("a", 120, 201),
@@ -90,6 +97,17 @@ func TestLegalHistories(t *testing.T) {
 		"the payload of a large body is not known": told(Large, runs("a", 1, 10), runsWith("another", "b", 2, 110)),
 		"a committed failure is kept": told(Commit, runs("a", 1, 10), commits("a", 13),
 			endsWith("a", 20, func(r *Row) { r.Status, r.Committed, r.Discard = 500, true, true }), completes("a", 25, "")),
+		"a small record takes the place of an answer": told(Plain, append(refused, completesSmall("a", 86, ""),
+			asks("b", 90, refuses(notStored)), asks("c", 92, other(refuses("key_reused"))), asks("d", 95, sweeps("one", refuses(notStored))))...),
+		"or the answer is there": told(Plain, append(refused, completesSmall("a", 86, ""), asks("b", 90, replay("a", 201)))...),
+		"or either, as nobody knows": told(Plain, append(refused, completesSmall("a", 86, "down"), completes("a", 120, ""),
+			asks("b", 130, refuses(notStored)))...),
+		"or the process died": killed(87, told(Plain, append(refused, triesSmall("a", 86), asks("b", 90, refuses(notStored)))...)),
+		"or overtaken, and the next answer has one": told(Plain, append(refused, completesSmall("a", 86, "down"), runs("b", 2, 190),
+			ends("b", 191, 201), completes("b", 192, "full"), completes("b", 270, "full"), renews("b", 272), completes("b", 274, "full"),
+			triesSmall("b", 276), asks("c", 278, refuses(notStored)), completes("a", 1000, ErrLeaseLost), completes("b", 1000, "down"))...),
+		"the answer goes out when a small record is there": told(Plain, append(refused, completesSmall("a", 86, ""),
+			first("a", 100, 201), asks("b", 101, refuses(notStored)))...),
 		"a process died before it could tell of its store": told(Plain, runs("a", 1, 10), ends("a", 20, 201),
 			asks("b", 30, replay("a", 201))),
 	}
@@ -98,6 +116,12 @@ func TestLegalHistories(t *testing.T) {
 			require.Empty(t, Check(h).Violations, "\n%s", h.Lines("key"))
 		})
 	}
+}
+
+// refusedTwice is a run whose answer the store does not take, though it is up.
+var refusedTwice = []func(*tale){
+	runs("a", 1, 10), ends("a", 20, 201), completes("a", 25, "full"), first("a", 30, 201),
+	completes("a", 80, "full"), renews("a", 82), completes("a", 84, "full"),
 }
 
 // Each broken tale is a legal one in which one thing is wrong.
@@ -175,18 +199,28 @@ func TestRulesOfRuns(t *testing.T) {
 		// Payloads and attempts, when a release is no excuse.
 		"who was refused frees no key for others": {told(Plain, runs("a", 1, 10), asksStore("x", 112, "in progress", ""),
 			releases("x", 115), runsWith("another", "b", 2, 130)), []string{Payload}},
+		"nor does who frees it later": {told(Plain, runs("a", 1, 10), asksStore("x", 112, "", "down"), runsWith("another", "b", 3, 130),
+			releases("x", 140)), []string{Payload}},
 		"nor does who came before": {told(Plain, asksStoreAs("x", 1, 5, StateAcquired, ""), runs("a", 2, 10), releases("x", 115),
 			runsWith("another", "b", 3, 130)), []string{Payload}},
 		"nor restarts attempts": {told(Plain, runs("a", 1, 10), asksStore("x", 112, "in progress", ""), releases("x", 115),
 			runs("b", 1, 220)), []string{Attempt}},
 		"attempts go on while the marker is there": {told(Plain, runs("a", 1, 10), ends("a", 20, 401), releases("a", 21),
 			runs("b", 1, 110)), []string{Attempt}},
+		"also that of a run that did nothing and had sent a mark": {told(Once, runs("a", 1, 10), withoutEffect, ends("a", 20, 401),
+			releases("a", 21), runs("b", 1, 800)), []string{Attempt}},
+		"or of a visit that did not come to a run": {told(Once, asksStoreAs("x", 1, 10, StateAcquired, ""), marksInVain("x", 11, 20, ""),
+			releases("x", 21), runs("b", 1, 800)), []string{Attempt}},
+		"or that was a later attempt": {told(Plain, runs("a", 1, 10), panics("a", 15), runs("b", 2, 110), ends("b", 120, 401),
+			releases("b", 121), runs("c", 1, 800)), []string{Attempt}},
+		"or may have been": {told(Plain, runs("a", 1, 10), asksStore("x", 112, "", "down"), releases("x", 115),
+			runs("b", 1, 800)), []string{Attempt}},
 		"which is for the TTL, whatever the release says": {told(Plain, runs("a", 1, 10), ends("a", 20, 500),
 			releasesFor("a", 21, lease, ""), runs("b", 1, 800)), []string{Attempt, Marker}},
 		"not one that was left before": {told(Plain, asksStore("x", 5, "", "down"), releases("x", 20), runs("a", 1, 30),
 			runs("b", 1, 140)), []string{Attempt}},
 		"nor for claims before": {told(Plain, asksStoreAs("x", 1, 5, StateAcquired, ""), runs("a", 2, 10), runs("b", 4, 110)), []string{Attempt}},
-		"nor for renewals":      {told(Plain, runs("a", 1, 10), renews("a", 50), runs("b", 3, 160)), []string{Attempt}},
+		"nor for renewals":      {told(Plain, runs("a", 1, 10), marksInVain("a", 49, 50, ""), runs("b", 3, 160)), []string{Attempt}},
 		"or of a claim that did not come to a run": {told(Plain, runs("a", 1, 10), asksStore("x", 112, StateAcquired, ""),
 			runs("b", 2, 230)), []string{Attempt}},
 		"the first attempt is the first":         {told(Plain, runs("a", 2, 10)), []string{Attempt}},
@@ -205,9 +239,9 @@ func TestRulesOfMarks(t *testing.T) {
 	requireKinds(t, map[string]broken{
 		"an at-most-once run begins without a mark": {told(Once, runs("a", 1, 10), lastRow(RowRenew, notMarked)), []string{Unmarked}},
 		"or before its mark is answered":            {told(Once, runs("a", 1, 10), lastRow(RowRenew, later)), []string{Unmarked}},
-		"committed without a mark": {told(Plain, runs("a", 1, 10), renews("a", 12),
-			endsWith("a", 20, func(r *Row) { r.Committed = true }), completes("a", 25, "")), []string{Unmarked}},
-		"a claim is marked": {told(Plain, runs("a", 1, 10), lastRow(RowClaimed, isMarked)), []string{Marked}},
+		"committed without a mark":                  {told(Plain, runs("a", 1, 10), commits("a", 13), lastRow(RowRenew, notMarked)), []string{Unmarked}},
+		"or before it is answered":                  {told(Plain, runs("a", 1, 10), commits("a", 13), lastRow(RowRenew, later)), []string{Unmarked}},
+		"a claim is marked":                         {told(Plain, runs("a", 1, 10), lastRow(RowClaimed, isMarked)), []string{Marked}},
 		"a renewal is marked that was no mark": {told(Plain, runs("a", 1, 10), renews("a", 12), lastRow(RowRenew, isMarked)),
 			[]string{Marked}},
 		"or before there was a mark": {told(Plain, runs("a", 1, 10), lastRow(RowClaimed, isMarked), commits("a", 15)), []string{Marked}},
@@ -219,6 +253,15 @@ func TestRulesOfMarks(t *testing.T) {
 			releasesFor("a", 21, lease, "")), []string{Marker}},
 		"one that did nothing leaves a long one": {told(Plain, runs("a", 1, 10), ends("a", 20, 401),
 			releasesFor("a", 21, 10*lease, "")), []string{Marker}},
+		"after a mark it is a short one": {told(Once, runs("a", 1, 10), withoutEffect, ends("a", 20, 401),
+			releasesFor("a", 21, lease, "")), []string{Marker}},
+		"or after a mark without an answer": {told(Plain, runs("a", 1, 10), marksInVain("a", 12, 15, ""), ends("a", 20, 401),
+			releasesFor("a", 21, lease, "")), []string{Marker}},
+		"or there was no run": {told(Once, claimOf, marksInVain("x", 11, 40, ""), releasesFor("x", 60, lease, "")), []string{Marker}},
+		"or neither a run nor a mark, and it is a long one": {told(Plain, asksStore("x", 10, "", "down"),
+			releasesFor("x", 20, 10*lease, "")), []string{Marker}},
+		"or the mark was another's": {told(Once, claimOf, marksInVain("x", 11, 20, ""), releases("x", 30), asksStore("y", 50, "", "down"),
+			releasesFor("y", 60, 10*lease, "")), []string{Marker}},
 
 		"a failure does not free the key": {told(Plain, runs("a", 1, 10), ends("a", 20, 500)), []string{NotFreed}},
 		"a claim is not freed":            {told(Plain, asksStore("x", 10, "", "down")), []string{NotFreed}},
@@ -244,6 +287,7 @@ func lastRow(kind string, change func(*Row)) func(*tale) {
 }
 
 func TestRulesOfStoring(t *testing.T) {
+	refused := slices.Clip(refusedTwice)
 	requireKinds(t, map[string]broken{
 		"the store is not given the answer":     {told(Plain, runs("a", 1, 10), ends("a", 20, 201), runs("b", 2, 115)), []string{GaveUp}},
 		"and the process lives for long":        {killed(500, told(Plain, runs("a", 1, 10), ends("a", 20, 201))), []string{GaveUp}},
@@ -258,6 +302,8 @@ func TestRulesOfStoring(t *testing.T) {
 		"stored while the marker of b is there": {told(Plain, runs("a", 1, 10), runs("b", 2, 110), ends("b", 120, 401), releases("b", 121), ends("a", 130, 201), completes("a", 150, "")), []string{Stale}},
 		"which is for the TTL":                  {told(Plain, runs("a", 1, 10), runs("b", 2, 110), ends("b", 120, 500), releases("b", 121), ends("a", 130, 201), completes("a", 800, "")), []string{Stale}},
 
+		"also when b did nothing and came later": {told(Plain, runs("a", 1, 10), runs("b", 2, 110), ends("b", 120, 401), releases("b", 121), ends("a", 130, 201), completes("a", 800, "")), []string{Stale}},
+
 		"stored while b renews its claim": {told(Plain, runs("a", 1, 10), runs("b", 2, 110), asksStore("x", 112, "", "down"),
 			releases("x", 113), renews("b", 150), ends("a", 160, 201), completes("a", 225, "")), []string{Stale}},
 
@@ -268,15 +314,32 @@ func TestRulesOfStoring(t *testing.T) {
 		"a stale owner renews":                  {told(Plain, runs("a", 1, 10), runs("b", 2, 110), renews("a", 130)), []string{TookBack}},
 		"though the lease of the other is over": {told(Plain, runs("a", 1, 10), runs("b", 2, 110), renews("a", 215)), []string{TookBack}},
 		"though the other has freed the key": {told(Plain, runs("a", 1, 10), runs("b", 2, 110), ends("b", 120, 401),
-			releases("b", 121), renews("a", 200)), []string{TookBack}},
+			releases("b", 121), renews("a", 800)), []string{TookBack}},
 		"though the other had committed": {told(Plain, runs("a", 1, 10), runs("b", 2, 110), commits("b", 115), renews("a", 300)), []string{TookBack}},
 		"though the other had, and is not over": {told(Plain, runs("a", 1, 10), runs("b", 2, 110), commits("b", 115),
-			asksStore("x", 118, "", "down"), releases("x", 121), renews("a", 300)), []string{TookBack}},
+			asksStore("x", 118, "", "down"), releases("x", 121), renews("a", 1300)), []string{TookBack}},
 		"though the other is stored": {told(Plain, runs("a", 1, 10), runs("b", 2, 110), ends("b", 120, 201), completes("b", 121, ""),
 			renews("a", 300)), []string{TookBack}},
 		"sent before, answered after": {told(Plain, runs("a", 1, 10), renewsSlowly("a", 100, 130), runs("b", 2, 112)), []string{TookBack}},
 		"and then stores": {told(Plain, runs("a", 1, 10), renewsSlowly("a", 100, 130), runs("b", 2, 112), ends("a", 140, 201),
 			completes("a", 141, "")), []string{TookBack, Stale}},
+
+		// Small records.
+		"a small record before its time": {told(Plain, runs("a", 1, 10), ends("a", 20, 201), completes("a", 25, "full"), renews("a", 30),
+			completes("a", 35, "full"), completesSmall("a", 40, "")), []string{Shrunk}},
+		"after one refusal": {told(Plain, runs("a", 1, 10), ends("a", 70, 201), renews("a", 82), completes("a", 84, "full"),
+			completesSmall("a", 90, "")), []string{Shrunk}},
+		"though the store was not asked again": {told(Plain, runs("a", 1, 10), ends("a", 20, 201), completes("a", 80, "full"),
+			renews("a", 82), completesSmall("a", 90, "")), []string{Shrunk}},
+		"though it renewed nothing": {told(Plain, runs("a", 1, 10), ends("a", 20, 201), completes("a", 80, "full"),
+			completes("a", 84, "full"), completesSmall("a", 90, "")), []string{Shrunk}},
+		"though the store had the answer": {told(Plain, runs("a", 1, 10), ends("a", 20, 201), completes("a", 80, "full"),
+			renews("a", 82), completes("a", 84, ""), completesSmall("a", 90, "")), []string{Shrunk}},
+		"though the key was lost": {told(Plain, runs("a", 1, 10), ends("a", 20, 201), completes("a", 80, "full"), renews("a", 82),
+			asked("x", 83), completes("a", 84, ErrLeaseLost), completesSmall("a", 90, "down")), []string{Shrunk}},
+		"ran again after a small record": {told(Plain, append(refused, completesSmall("a", 86, ""), runs("b", 2, 300))...), []string{RanAgain}},
+		"or its process died": {killed(87, told(Plain, append(refused, triesSmall("a", 86), asks("b", 90, refuses(notStored)),
+			runs("c", 2, 300))...)), []string{RanAgain, Register}},
 	})
 }
 
@@ -284,6 +347,7 @@ func TestRulesOfAnswers(t *testing.T) {
 	whole := []func(*tale){runs("a", 1, 10), ends("a", 20, 201), completes("a", 25, ""), first("a", 30, 201)}
 	with := func(more ...func(*tale)) []func(*tale) { return append(whole[:len(whole):len(whole)], more...) }
 	crash := func(r *Row) { r.Panic = true }
+	refused := slices.Clip(refusedTwice)
 	unknown := refuses("outcome_unknown")
 	requireKinds(t, map[string]broken{
 		"an answer of a run that crashed": {told(Plain, runs("a", 1, 10), first("a", 20, 201)), []string{Phantom}},
@@ -301,6 +365,12 @@ func TestRulesOfAnswers(t *testing.T) {
 		"one process is settled, another not": {told(Plain, with(asks("b", 40, sweeps("one", replay("a", 201))),
 			asks("c", 40, sweeps("two", refuses("store_unavailable"))))...), []string{Stuck}},
 
+		// Small records.
+		"not stored, though nobody said so": {told(Plain, runs("a", 1, 10), asks("b", 50, refuses(notStored))), []string{Code}},
+		"or nobody yet":                     {told(Plain, append(refused, asks("b", 50, refuses(notStored)), completesSmall("a", 86, ""))...), []string{Code}},
+		"not stored, and there":             {told(Plain, append(refused, completesSmall("a", 86, ""), asks("b", 90, refuses(notStored)), asks("c", 95, replay("a", 201)))...), []string{Register}},
+		"not stored for another payload":    {told(Plain, append(refused, completesSmall("a", 86, ""), asks("b", 90, other(refuses(notStored))))...), []string{Payload}},
+
 		// Unknown outcomes.
 		"unknown while the lease runs":       {told(Once, runs("a", 1, 10), asks("b", 50, unknown)), []string{Code}},
 		"unknown while a renewed lease runs": {told(Once, runs("a", 1, 10), renews("a", 80), asks("b", 120, unknown)), []string{Code}},
@@ -313,8 +383,8 @@ func TestRulesOfAnswers(t *testing.T) {
 			asksStore("x", 20, "in progress", ""), releases("x", 400), asks("b", 200, unknown)), []string{Code}},
 		"unknown though the mark was freed": {told(Once, asksStoreAs("x", 1, 10, StateAcquired, ""), marksInVain("x", 12, 14, ""),
 			releases("x", 40), asks("b", 300, unknown)), []string{Code}},
-		"unknown before two marks can be late": {told(Once, asksStoreAs("x", 1, 10, StateAcquired, ""), marksInVain("x", 11, 20, ""),
-			marksInVain("x", 20, 30, ""), releases("x", 40), asks("b", 230, unknown)), []string{Code}},
+		"unknown though two marks are late": {told(Once, asksStoreAs("x", 1, 10, StateAcquired, ""), marksInVain("x", 11, 20, ""),
+			marksInVain("x", 20, 30, ""), releases("x", 40), asks("b", 1090, unknown)), []string{Code}},
 		"unknown though the run has freed it": {told(Once, runs("a", 1, 10), ends("a", 20, 401), releases("a", 21),
 			asks("b", 200, unknown)), []string{Code}},
 		"unknown though no claim was made":      {told(Once, asksStore("x", 1, "in progress", ""), asks("b", 200, unknown)), []string{Code}},

@@ -30,7 +30,9 @@ func (k *claim) may(from, until time.Duration) bool {
 type release struct {
 	visit    string
 	sent     time.Duration
-	keep     time.Duration // how long its marker is there at least
+	asked    time.Duration // for how long the marker was to be kept
+	keep     time.Duration // how long it has to be there
+	marks    bool          // the visit had sent a mark before
 	known    bool          // the store has answered
 	returned time.Duration
 }
@@ -61,7 +63,7 @@ func (c *checker) indexCall(claims map[call]*claim, releases map[call]*release, 
 			k.completed = row.State == "Completed"
 		}
 	case RowRelease:
-		r = &release{visit: row.Visit, sent: row.At, keep: row.Keep}
+		r = &release{visit: row.Visit, sent: row.At, asked: row.Keep, marks: c.hasSentMark(row.Visit)}
 		releases[name] = r
 		c.releases = append(c.releases, r)
 	case RowReleased:
@@ -80,18 +82,27 @@ func (c *checker) indexClaims() {
 		}
 	}
 	for _, r := range c.releases {
-		// What the row says is what the middleware asked for, which is not
-		// trusted.
-		if run := c.visits[r.visit]; run != nil && run.end != nil && !run.end.Panic {
-			r.keep = c.marker(run)
-		}
+		r.keep = c.marker(r)
 	}
 }
 
-// marker is how long the marker of r has to be there: for the TTL when r may have
-// got somewhere.
-func (c *checker) marker(r *run) time.Duration {
-	if r.end.Status >= 500 && !r.end.Discard {
+// hasSentMark reports whether a mark of the visit is among the calls so far.
+func (c *checker) hasSentMark(visit string) bool {
+	for _, k := range c.calls {
+		if k.visit == visit && k.mark {
+			return true
+		}
+	}
+	return false
+}
+
+// marker is how long the marker of a release has to be there, whatever the
+// middleware has asked for: for the TTL when the run may have got somewhere, or
+// the visit has sent a mark.
+func (c *checker) marker(r *release) time.Duration {
+	run := c.visits[r.visit]
+	gotSomewhere := run != nil && run.end != nil && run.end.Status >= 500 && !run.end.Discard
+	if r.marks || gotSomewhere {
 		return c.TTL
 	}
 	return c.Lease
@@ -132,24 +143,27 @@ func (c *checker) freedItself(r *run, until time.Duration) bool {
 // who may have had it since then. That may be a claim that did not come to a
 // run, and has taken the key over before.
 func (c *checker) freed(from, until time.Duration) bool {
-	return c.freedFor(from, until, func(*release) time.Duration { return 0 })
-}
-
-// absent reports whether the cell may have been absent between from, when it was
-// there, and until: a marker was left in it, and is over. While it is there,
-// attempts go on counting and only a new claim gets the key.
-func (c *checker) absent(from, until time.Duration) bool {
-	return c.freedFor(from, until, func(r *release) time.Duration { return r.keep - tolerance })
-}
-
-func (c *checker) freedFor(from, until time.Duration, long func(*release) time.Duration) bool {
 	for _, r := range c.releases {
 		may := !r.known || r.returned >= from
-		if may && max(r.sent, from)+long(r) <= until && c.mayHold(r.visit, from, until) {
+		if may && r.sent <= until && c.mayHold(r.visit, from, until) {
 			return true
 		}
 	}
 	return false
+}
+
+// absent reports whether the cell may have been absent between from, when a
+// visit claimed the key as attempt, and until. While a marker is there, attempts
+// go on counting and only a new claim gets the key. Only the marker of a first
+// attempt may be short. Those who came after the visit were later attempts, whose
+// markers are kept for what is left of the TTL.
+func (c *checker) absent(visit string, attempt int, from, until time.Duration) bool {
+	for _, r := range c.releases {
+		if r.visit == visit && attempt == 1 && r.sent+r.keep-tolerance <= until {
+			return true
+		}
+	}
+	return until >= from+c.TTL-tolerance
 }
 
 // over reports whether b may have lost the key to a claim that was sent and
@@ -190,7 +204,7 @@ func (c *checker) checkRenewals() {
 func (c *checker) mayRenew(a, b *run, row Row) bool {
 	before := row.Returned <= b.Sent ||
 		row.Sent < b.Returned && (b.Returned >= row.Sent+c.Lease-tolerance || c.freedItself(a, b.Returned))
-	return before || c.absent(b.Sent, row.Returned) && c.over(b, row.Sent, row.Returned)
+	return before || c.absent(b.Visit, b.Attempt, b.Sent, row.Returned) && c.over(b, row.Sent, row.Returned)
 }
 
 // returned reports whether the key may have come back to a, after b claimed it
@@ -206,7 +220,7 @@ func (c *checker) returned(a, b *run) bool {
 			return true
 		}
 	}
-	return c.over(b, a.storedBy, a.storedBy) && c.absent(b.Sent, a.storedBy)
+	return c.over(b, a.storedBy, a.storedBy) && c.absent(b.Visit, b.Attempt, b.Sent, a.storedBy)
 }
 
 // checkAttempts wants attempts to count the claims: as long as the cell was not
@@ -238,7 +252,7 @@ func (c *checker) checkAttempt(k *claim) {
 		if other == k || !other.known || other.returned > k.sent {
 			continue
 		}
-		if other.visit != k.visit && k.attempt <= other.attempt && !c.absent(other.sent, k.returned) {
+		if other.visit != k.visit && k.attempt <= other.attempt && !c.absent(other.visit, other.attempt, other.sent, k.returned) {
 			c.violate(Attempt, "%s was attempt %d, then %s attempt %d", other.visit, other.attempt, k.visit, k.attempt)
 			return
 		}
@@ -252,7 +266,7 @@ func (c *checker) checkAttempt(k *claim) {
 			most++
 		}
 	}
-	if k.attempt > most && !c.absent(previous.sent, k.returned) {
+	if k.attempt > most {
 		c.violate(Attempt, "%s was attempt %d, and there were no more than %d claims", k.visit, k.attempt, most)
 	}
 }

@@ -46,9 +46,11 @@ const (
 	RowBegin    = "begin"    // a handler has been called
 	RowEffect   = "effect"   // it has done what must not be done twice
 	RowCommit   = "commit"   // it is about to call Commit
+	RowCommits  = "commits"  // Commit has returned nil
 	RowEnd      = "end"      // it is about to return, or to panic
 	RowRenew    = "renew"    // the store has renewed its claim
-	RowComplete = "complete" // the store was told to keep its answer
+	RowSmall    = "small"    // the store is about to be told to keep a small record in the place of its answer
+	RowComplete = "complete" // the store was told to keep its answer, or the small record
 	RowRelease  = "release"  // the store is about to be told to free the key
 	RowReleased = "released" // what it said
 )

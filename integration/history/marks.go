@@ -14,8 +14,8 @@ func (c *checker) checkMarks() {
 		if c.kind == Once && !c.isMarked(r, r.At) {
 			c.violate(Unmarked, "%s began at %v", r.Run, r.At)
 		}
-		if r.end != nil && r.end.Committed && !c.isMarked(r, r.end.At) {
-			c.violate(Unmarked, "%s was told at %v at the latest that it has committed", r.Run, r.end.At)
+		if at, ok := r.committed(); ok && !c.isMarked(r, at) {
+			c.violate(Unmarked, "%s was told at %v that it has committed", r.Run, at)
 		}
 	}
 }
@@ -68,12 +68,12 @@ func (c *checker) refusedLater(m *claim, later []*claim) bool {
 	return false
 }
 
-// markedFrom returns since when at the latest the lease of a marked claim can
-// have run. Once the visit has freed the key, and knows it, a mark can only come
-// when the marker is over, and it takes two that are late: the first finds the
-// cell absent, and writes the claim anew.
+// markedFrom returns since when the lease of a marked claim has run at least. Once
+// the visit has freed the key, and knows it, a mark can only come when the cell is
+// absent again: its claim was kept for the TTL, and so is the marker of whoever
+// has freed the key since, as a mark was sent, or as its attempt was a later one.
 func (c *checker) markedFrom(m *claim, until time.Duration) time.Duration {
-	from, late := m.sent, 0
+	from, claimed := m.sent, m.sent
 	for _, k := range c.calls {
 		if k.visit != m.visit {
 			continue
@@ -81,23 +81,17 @@ func (c *checker) markedFrom(m *claim, until time.Duration) time.Duration {
 		if k.granted() && k.returned <= until {
 			from = max(from, k.sent)
 		}
-		if k.mark && !k.known {
-			late++
+		if k.granted() && k.asked == 0 {
+			claimed = k.sent
 		}
 	}
 	for _, r := range c.releases {
-		if r.visit != m.visit || !r.known || r.returned > until {
-			continue
+		if r.visit == m.visit && r.known && r.returned <= until {
+			from = max(from, claimed+c.TTL)
 		}
-		if late < 2 {
-			return until + never
-		}
-		from = max(from, r.sent+r.keep)
 	}
 	return from
 }
-
-const never = 1000 * time.Hour
 
 // checkFreeing wants who has to free the key to try so, until the store has
 // answered. A run frees it whose answer is not kept, and a visit that has no

@@ -60,7 +60,9 @@ func (c *checker) checkRegister() {
 		case op.Err != "":
 		case op.Code == "in_progress" || op.Code == "outcome_unknown":
 			add(refused, "", op.Start, op.End)
-		case op.Code == "" && (op.Replayed || r != nil && r.stored && r.storedBy <= op.End):
+		case op.Code == notStored:
+			add(answers, notStored, op.Start, op.End)
+		case op.Code == "" && (op.Replayed || r != nil && r.stored && len(r.smalls) == 0 && r.storedBy <= op.End):
 			add(answers, op.Run, op.Start, op.End)
 		}
 	}

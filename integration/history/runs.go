@@ -25,16 +25,15 @@ func (c *checker) checkRuns() {
 }
 
 // checkReleases wants runs to free the key when they have come to nothing, and
-// to leave a marker for as long as is due.
+// all who free it to leave a marker for as long as is due.
 func (c *checker) checkReleases() {
-	for _, row := range c.rows {
-		r := c.visits[row.Visit]
+	for _, f := range c.releases {
+		r := c.visits[f.visit]
 		switch {
-		case row.Type != RowRelease || r == nil:
-		case r.end == nil || r.end.Panic || r.final():
+		case r != nil && (r.end == nil || r.end.Panic || r.final()):
 			c.violate(Freed, "%s freed the key", r.Run)
-		case row.Keep != c.marker(r):
-			c.violate(Marker, "%s freed the key, with a marker for %v in the place of %v", r.Run, row.Keep, c.marker(r))
+		case f.asked != f.keep:
+			c.violate(Marker, "%s freed the key, with a marker for %v in the place of %v", f.visit, f.asked, f.keep)
 		}
 	}
 }
@@ -47,6 +46,11 @@ func (c *checker) checkStoring(r *run) {
 	for _, row := range r.completes {
 		if row.Err == ErrLeaseLost && !c.lostTo(r, row.Returned) {
 			c.violate(Lost, "%s lost its lease between %v and %v, and nobody can have taken the key", r.Run, r.Sent, row.Returned)
+		}
+	}
+	for _, row := range r.smalls {
+		if !c.mayShrink(r, row.At) {
+			c.violate(Shrunk, "%s gave its answer up at %v for a small record, and the store had not renewed its claim in between two refusals", r.Run, row.At)
 		}
 	}
 	if end, gaveUp := c.gaveUp(r); gaveUp {
@@ -151,19 +155,11 @@ func (r *run) held(until time.Duration) time.Duration {
 // stopped trying though its process lived and its time was not over: a lease
 // and MaxExecution. Only who may have lost the key to somebody else may stop when
 // told so.
-//
-// A renewal that comes back when the handler returns may be too late to count.
 func (c *checker) gaveUp(r *run) (end time.Duration, gaveUp bool) {
 	if r.stored || !r.final() {
 		return 0, false
 	}
-	end = r.Sent
-	for _, row := range r.renewals {
-		if row.At <= r.end.At-c.Lease/8 {
-			end = max(end, row.Sent)
-		}
-	}
-	end += c.Lease + c.MaxExecution
+	end = c.leaseEnd(r) + c.MaxExecution
 	slack := longestPause * c.Lease
 	if killed, ok := c.Killed[r.Process]; ok {
 		if killed < r.end.At+slack {
@@ -177,6 +173,43 @@ func (c *checker) gaveUp(r *run) (end time.Duration, gaveUp bool) {
 		}
 	}
 	return end, true
+}
+
+// leaseEnd returns when the lease of a run ended that has an answer. A renewal
+// that comes back when the handler returns may be too late to count.
+func (c *checker) leaseEnd(r *run) time.Duration {
+	last := r.Sent
+	for _, row := range r.renewals {
+		if row.At <= r.end.At-c.Lease/8 {
+			last = max(last, row.Sent)
+		}
+	}
+	return last + c.Lease
+}
+
+// mayShrink reports whether a small record may take the place of the answer of r
+// at that time. The store was asked for the answer in vain, then it renewed the
+// claim, so it is not down, and then it refused the answer once more. All that
+// comes late in the lease: its last third, of which the judge, who does not know
+// when the middleware read its clock, makes a half.
+func (c *checker) mayShrink(r *run, at time.Duration) bool {
+	if r.end == nil {
+		return false
+	}
+	failed := func(from, until time.Duration) bool {
+		for _, row := range r.completes {
+			if row.Err != "" && row.Err != ErrLeaseLost && row.Sent >= from && row.Returned <= until {
+				return true
+			}
+		}
+		return false
+	}
+	for _, renewal := range r.renewals {
+		if failed(r.end.At, renewal.Sent) && failed(renewal.Returned, at) && renewal.Sent >= c.leaseEnd(r)-c.Lease/2 {
+			return true
+		}
+	}
+	return false
 }
 
 // longestPause is for how many leases there may be nothing between two tries:

@@ -103,6 +103,7 @@ func commits(run string, at time.Duration) func(*tale) {
 	return func(t *tale) {
 		t.row(at-1, RowCommit, run, nil)
 		marks(run, at-1, at)(t)
+		t.row(at, RowCommits, run, nil)
 	}
 }
 
@@ -179,7 +180,9 @@ func releasesFor(run string, at, keep time.Duration, err string) func(*tale) {
 
 func (t *tale) due(run string) time.Duration {
 	for _, row := range t.h.Rows {
-		if row.Visit == "visit-"+run && row.Type == RowEnd && row.Status >= 500 && !row.Discard {
+		isMark := row.Type == RowClaim && row.Asked > 0 && row.Once
+		gotSomewhere := row.Type == RowEnd && row.Status >= 500 && !row.Discard
+		if row.Visit == "visit-"+run && (isMark || gotSomewhere) {
 			return t.h.TTL
 		}
 	}
@@ -190,6 +193,19 @@ func completes(run string, at time.Duration, err string) func(*tale) {
 	return func(t *tale) {
 		t.row(at, RowComplete, run, func(r *Row) { r.Sent, r.Returned, r.Err = (at-1)*ms, at*ms, err })
 	}
+}
+
+// completesSmall asks the store to keep a small record in the place of the answer.
+func completesSmall(run string, at time.Duration, err string) func(*tale) {
+	return func(t *tale) {
+		triesSmall(run, at-1)(t)
+		completes(run, at, err)(t)
+	}
+}
+
+// triesSmall is the same, by a process that does not live to tell of it.
+func triesSmall(run string, at time.Duration) func(*tale) {
+	return func(t *tale) { t.row(at, RowSmall, run, nil) }
 }
 
 // killed is when the process of all runs was killed.

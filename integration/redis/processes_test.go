@@ -55,7 +55,7 @@ func TestServerProcess(t *testing.T) {
 	ledger := connect(t, redis.UniversalOptions{Addrs: []string{config.Ledger}, PoolSize: 500})
 	mux := http.NewServeMux()
 	for _, path := range []string{"/often", "/once", "/commit"} {
-		opts := &idempotency.Options{Lease: config.Lease, AtMostOnce: path == "/once"}
+		opts := &idempotency.Options{Lease: config.Lease, Wait: idemtest.Patience, AtMostOnce: path == "/once"}
 		mux.Handle(path, idempotency.Middleware(store, opts)(processHandler(ledger)))
 	}
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -118,12 +118,14 @@ type fleet struct {
 	processes []*serverProcess
 }
 
-// startFleet starts n processes. change may change their configuration.
+// startFleet starts n processes. change may change their configuration. On a
+// machine that is busy, processes that live must not lose their leases, and
+// duplicates must not stop waiting before the handlers are let go on.
 func startFleet(t *testing.T, n int, change func(*fleet)) *fleet {
 	f := &fleet{t: t, redis: idemtest.StartRedis(t), browser: newBrowser(t)}
 	ledger := idemtest.StartRedis(t)
 	f.ledger = connectTo(t, ledger)
-	f.config = processConfig{Redis: f.redis.Addr, Ledger: ledger.Addr, Lease: time.Second}
+	f.config = processConfig{Redis: f.redis.Addr, Ledger: ledger.Addr, Lease: 4 * time.Second}
 	if change != nil {
 		change(f)
 	}
