@@ -44,7 +44,7 @@ func (c *checker) isMarked(r *run, until time.Duration) bool {
 // over when op was answered.
 func (c *checker) mayBeUnknown(op Op) bool {
 	for i, m := range c.calls {
-		if !m.mark || m.known && m.refused || c.refusedLater(m, c.calls[i+1:]) {
+		if !m.mark || m.known && m.refused || c.refusedLater(m, c.calls[i+1:], op) {
 			continue
 		}
 		if r := c.visits[m.visit]; r != nil && r.storedBefore(op.Start) {
@@ -58,14 +58,31 @@ func (c *checker) mayBeUnknown(op Op) bool {
 }
 
 // refusedLater reports whether the visit of m was told later that the key is not
-// its own: then m has marked nothing, or what it marked is no more.
-func (c *checker) refusedLater(m *claim, later []*claim) bool {
+// its own. Before op, that says that no mark of it is there any more. Afterwards
+// it says that m has marked nothing, or else nobody could have taken the key:
+// unless the visit has given the key up itself.
+func (c *checker) refusedLater(m *claim, later []*claim, op Op) bool {
 	for _, k := range later {
-		if k.visit == m.visit && k.known && k.refused {
+		if k.visit != m.visit || !k.known || !k.refused {
+			continue
+		}
+		if k.returned <= op.Start || !c.gaveItUp(m.visit, k.returned) {
 			return true
 		}
 	}
 	return false
+}
+
+// gaveItUp reports whether a visit may have stored its answer or freed the key
+// until then.
+func (c *checker) gaveItUp(visit string, until time.Duration) bool {
+	for _, r := range c.releases {
+		if r.visit == visit && r.sent <= until {
+			return true
+		}
+	}
+	r := c.visits[visit]
+	return r != nil && len(r.completes) > 0 && r.completes[0].Sent <= until
 }
 
 // markedFrom returns since when the lease of a marked claim has run at least. Once
