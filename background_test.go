@@ -1,6 +1,7 @@
 package idempotency_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -15,6 +16,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"weak"
 
 	"github.com/go-idempotency/idempotency"
 	"github.com/go-idempotency/idempotency/internal/idemtest"
@@ -288,7 +290,8 @@ func TestStoreRefusesAResponse(t *testing.T) {
 					}
 					return s.MemoryStore.Complete(ctx, key, token, r)
 				}
-				opts.Wait = idempotency.NoWait
+				var log bytes.Buffer
+				opts.Wait, opts.Logger = idempotency.NoWait, slog.New(slog.NewTextHandler(&log, nil))
 				c := idemtest.NewClient(s, &opts, func(w http.ResponseWriter, r *http.Request) {
 					w.WriteHeader(http.StatusCreated)
 					_, _ = w.Write(make([]byte, 2000))
@@ -298,6 +301,7 @@ func TestStoreRefusesAResponse(t *testing.T) {
 				c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
 				time.Sleep(14 * time.Second)
 				c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "409 response_not_stored", Original: 201})
+				require.Equal(t, 1, strings.Count(log.String(), "the store refuses a response"))
 				time.Sleep(time.Hour)
 				c.Check(t, 3, idemtest.Exchange{Key: "a", Get: "409 response_not_stored", Original: 201})
 				require.Equal(t, 1, c.Runs())
@@ -306,17 +310,206 @@ func TestStoreRefusesAResponse(t *testing.T) {
 	}
 }
 
+// So it is when there is no response: a retry learns that nothing is known, and
+// not that the handler has answered.
+func TestStoreRefusesAnUnknownOutcome(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, last, atOnce := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}, time.Time{}, 0
+		s.OnComplete = func(ctx context.Context, key, token string, r idempotency.Result) error {
+			if !time.Now().Equal(last) {
+				last, atOnce = time.Now(), 0
+			}
+			if atOnce++; atOnce < 3 { // the response, the response again, and what takes its place
+				return errors.New("not now")
+			}
+			return s.MemoryStore.Complete(ctx, key, token, r)
+		}
+		c := idemtest.NewClient(s, &idempotency.Options{MaxExecution: time.Second, Wait: idempotency.NoWait}, givesUp)
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "409 outcome_unknown"})
+		time.Sleep(15 * time.Second)
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
+		time.Sleep(time.Hour)
+		c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "409 outcome_unknown"})
+		require.Equal(t, 1, c.Runs())
+	})
+}
+
+// A small record takes the place of a response only when the store is up, and when
+// it refuses the response once more just after that: it may have come back.
+func TestStoreComesBackWhileItIsAsked(t *testing.T) {
+	for name, row := range map[string]struct {
+		err  error // of the second try
+		then string
+		runs int
+	}{
+		"and takes the response":     {nil, "replay 201 charge 1", 1},
+		"and has given the key away": {idempotency.ErrLeaseLost, "201 charge 2", 2},
+		"and has rolled it back":     {idempotency.ErrRolledBack, "201 charge 2", 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s, up := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}, atomic.Bool{}
+				s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+					if c.Attempt > 0 {
+						up.Store(true)
+					}
+					return s.MemoryStore.Acquire(ctx, key, c)
+				}
+				s.OnComplete = func(ctx context.Context, key, token string, r idempotency.Result) error {
+					first, _ := idempotency.FromContext(ctx)
+					switch {
+					case !up.Load():
+						return idemtest.ErrDown
+					case row.err != nil && first.Attempt() == 1:
+						return row.err
+					}
+					return s.MemoryStore.Complete(ctx, key, token, r)
+				}
+				var log bytes.Buffer
+				c := idemtest.NewClient(s, &idempotency.Options{Logger: slog.New(slog.NewTextHandler(&log, nil))}, nil)
+				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
+				time.Sleep(time.Hour)
+				synctest.Wait()
+				require.True(t, up.Load())
+				require.NotContains(t, log.String(), "the store refuses a response")
+				c.Check(t, 1, idemtest.Exchange{Key: "a", Get: row.then})
+				require.Equal(t, row.runs, c.Runs())
+			})
+		})
+	}
+}
+
+// A store that has decided is not asked whether it is up.
+func TestStoreDecidesBeforeTheLeaseEnds(t *testing.T) {
+	for name, decision := range map[string]error{"stored": nil, "lost": idempotency.ErrLeaseLost} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				start, decided, asked := time.Now(), atomic.Bool{}, atomic.Bool{}
+				s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+				s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+					if decided.Load() {
+						asked.Store(true)
+					}
+					return s.MemoryStore.Acquire(ctx, key, c)
+				}
+				s.OnComplete = func(context.Context, string, string, idempotency.Result) error {
+					if time.Since(start) < 21*time.Second {
+						return idemtest.ErrDown
+					}
+					decided.Store(true)
+					return decision
+				}
+				c := idemtest.NewClient(s, &idempotency.Options{}, nil)
+				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
+				time.Sleep(time.Hour)
+				require.True(t, decided.Load())
+				require.False(t, asked.Load())
+			})
+		})
+	}
+}
+
+// A store that cannot renew the claim is down, whatever else it does: the response
+// keeps its place.
+func TestStoreRefusesAResponseWhileItIsDown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up, memory := atomic.Bool{}, idempotency.NewMemoryStore()
+		s := &idemtest.ScriptedStore{MemoryStore: memory}
+		s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+			if !up.Load() && c.Attempt > 0 {
+				return idempotency.Record{}, idemtest.ErrDown
+			}
+			return memory.Acquire(ctx, key, c)
+		}
+		s.OnComplete = func(ctx context.Context, key, token string, r idempotency.Result) error {
+			if !up.Load() && len(r.Value) > 1000 {
+				return idemtest.ErrDown
+			}
+			return memory.Complete(ctx, key, token, r)
+		}
+		large := strings.Repeat("large ", 500)
+		c := idemtest.NewClient(s, &idempotency.Options{Wait: idempotency.NoWait}, func(w http.ResponseWriter, r *http.Request) {
+			_, _ = io.WriteString(w, large)
+		})
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "200 " + large})
+		time.Sleep(29 * time.Second)
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
+		up.Store(true)
+		time.Sleep(10 * time.Second)
+		c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "replay 200 " + large})
+	})
+}
+
+// A small record takes the place of a response, and not that of another run: the
+// store, which refuses the response before it looks who owns the key, says at the
+// renewal that the key is lost.
+func TestStoreRefusesTheResponseOfALostKey(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		start := time.Now()
+		s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+		s.OnAcquire = func(_ int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+			if c.Attempt > 0 && time.Since(start) < 40*time.Second {
+				return idempotency.Record{}, idemtest.ErrDown
+			}
+			return s.MemoryStore.Acquire(ctx, key, c)
+		}
+		s.OnComplete = func(ctx context.Context, key, token string, r idempotency.Result) error {
+			if len(r.Value) > 1000 {
+				return errors.New("the item is too large")
+			}
+			return s.MemoryStore.Complete(ctx, key, token, r)
+		}
+		var log bytes.Buffer
+		opts := &idempotency.Options{Wait: idempotency.NoWait, Logger: slog.New(slog.NewTextHandler(&log, nil))}
+		c := idemtest.NewClient(s, opts, func(w http.ResponseWriter, r *http.Request) {
+			if idemtest.Run(r) == 1 {
+				_, _ = w.Write(make([]byte, 2000))
+				return
+			}
+			w.WriteHeader(http.StatusTooManyRequests)
+		})
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "200 " + string(make([]byte, 2000))})
+		time.Sleep(31 * time.Second)
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "429 "})
+		time.Sleep(time.Hour)
+		c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "429 "})
+		require.Equal(t, 3, c.Runs())
+		synctest.Wait()
+		require.NotContains(t, log.String(), "the store refuses a response")
+	})
+}
+
+// The renewals of a claim whose response the store does not take claim a key anew
+// that the store has lost, and mark it: for the same request, which never runs
+// again.
+func TestStoreLosesAKeyWhileItRefusesTheResponse(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+		s.Fail("Complete", idemtest.ErrDown)
+		c := idemtest.NewClient(s, &idempotency.Options{AtMostOnce: true, Wait: idempotency.NoWait}, nil)
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
+		time.Sleep(25 * time.Second)
+		s.Replace(idempotency.NewMemoryStore())
+		time.Sleep(10 * time.Second)
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Body: "another", Get: "422 key_reused"})
+		c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
+		time.Sleep(time.Hour)
+		c.Check(t, 3, idemtest.Exchange{Key: "a", Get: "409 outcome_unknown"})
+		require.Equal(t, 1, c.Runs())
+	})
+}
+
 // What goes on in the background knows its Execution, and nothing of the request.
 func TestBackgroundHoldsNoRequest(t *testing.T) {
 	type valueKey struct{}
 	synctest.Test(t, func(t *testing.T) {
 		start := time.Now()
-		late := 0
+		var late atomic.Int64
 		s := &idemtest.ObservedStore{Store: downFor(start, time.Minute), Look: func(ctx context.Context, method string) {
 			if time.Since(start) < 5*time.Second || method == "Acquire" {
 				return
 			}
-			late++
+			late.Add(1)
 			require.Nil(t, ctx.Value(valueKey{}), method)
 			e, ok := idempotency.FromContext(ctx)
 			require.True(t, ok, method)
@@ -330,7 +523,28 @@ func TestBackgroundHoldsNoRequest(t *testing.T) {
 			require.Equal(t, status, c.Do(r.WithContext(context.WithValue(r.Context(), valueKey{}, "large"))).StatusCode)
 		}
 		time.Sleep(2 * time.Minute)
-		require.Greater(t, late, 2)
+		require.Greater(t, late.Load(), int64(2))
+	})
+}
+
+// What goes on in the background keeps nothing of the request in memory, which may
+// be large.
+func TestBackgroundLetsGoOfTheRequest(t *testing.T) {
+	type valueKey struct{}
+	synctest.Test(t, func(t *testing.T) {
+		s := downFor(time.Now(), time.Minute)
+		for _, status := range []int{http.StatusCreated, http.StatusTooManyRequests} {
+			c := idemtest.NewClient(s, &idempotency.Options{}, idemtest.Answering(status))
+			value := func() weak.Pointer[[]byte] {
+				large := make([]byte, 1<<20)
+				r := c.Request(idemtest.Exchange{Key: "a", Target: fmt.Sprint("/", status)})
+				c.Do(r.WithContext(context.WithValue(r.Context(), valueKey{}, &large)))
+				return weak.Make(&large)
+			}()
+			runtime.GC()
+			require.Nil(t, value.Value(), status)
+		}
+		time.Sleep(2 * time.Minute)
 	})
 }
 

@@ -1,9 +1,12 @@
 package idempotency_test
 
 import (
+	"bytes"
 	"context"
 	"log/slog"
 	"net/http"
+	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -542,6 +545,7 @@ func TestMarkerOfARun(t *testing.T) {
 		"401":                  {&idempotency.Options{}, idemtest.Answering(http.StatusUnauthorized), lease},
 		"429":                  {&idempotency.Options{}, idemtest.Answering(http.StatusTooManyRequests), lease},
 		"Discard":              {&idempotency.Options{}, discard, lease},
+		"429, at most once":    {&idempotency.Options{AtMostOnce: true}, idemtest.Answering(http.StatusTooManyRequests), ttl}, // the mark may be on its way twice
 		"500":                  {&idempotency.Options{}, idemtest.Answering(http.StatusInternalServerError), ttl},
 		"404, for ShouldStore": {notFound, idemtest.Answering(http.StatusNotFound), ttl},
 		"409 with Retry-After": {&idempotency.Options{}, func(w http.ResponseWriter, _ *http.Request) {
@@ -681,6 +685,24 @@ func TestStoreCallsEndInTime(t *testing.T) {
 	})
 }
 
+// So is one that hangs when a response is to be stored, or a key freed: the client
+// waits for StoreTimeout, and the rest is done in the background.
+func TestSettlingEndsInTime(t *testing.T) {
+	for _, status := range []int{201, 500} {
+		t.Run(http.StatusText(status), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+				hang := func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+				s.OnComplete = func(ctx context.Context, _, _ string, _ idempotency.Result) error { return hang(ctx) }
+				s.OnRelease = func(ctx context.Context, _, _ string, _ time.Duration) error { return hang(ctx) }
+				c := idemtest.NewClient(s, &idempotency.Options{}, idemtest.Answering(status))
+				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: strconv.Itoa(status) + " ", Took: time.Second})
+				time.Sleep(time.Hour) // what goes on in the background ends
+			})
+		})
+	}
+}
+
 // So is one that only asks now and then whether it may go on.
 func TestStoreCallsKnowTheirEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -726,31 +748,41 @@ func TestLateClaimDoesNotFailOpenWhenTheStoreIsDown(t *testing.T) {
 	})
 }
 
-// A Commit that is still on its way when its run has freed the key, and finds
-// nothing there since the store has lost it, does not mark what it has made.
+// A Commit that is still on its way when its run frees the key, and finds nothing
+// there since the store has lost it, does not mark what it has made.
 func TestCommitAfterItsRun(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
-		s.OnAcquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
-			if n == 2 {
+	for name, answer := range map[string]time.Duration{"which was freed": 0, "which is being freed": 11 * time.Second} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				inner := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+				s := &idemtest.ScriptedStore{OnComplete: inner.Complete}
+				s.OnAcquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+					if n == 2 {
+						time.Sleep(10 * time.Second)
+						inner.Replace(idempotency.NewMemoryStore())
+					}
+					return inner.Acquire(ctx, key, c)
+				}
+				s.OnRelease = func(ctx context.Context, key, token string, keep time.Duration) error {
+					err := inner.Release(ctx, key, token, keep)
+					time.Sleep(answer)
+					return err
+				}
+				c := idemtest.NewClient(s, &idempotency.Options{Wait: idempotency.NoWait}, func(w http.ResponseWriter, r *http.Request) {
+					if idemtest.Run(r) == 1 {
+						go func() { _ = idemtest.Execution(r).Commit(context.WithoutCancel(r.Context())) }()
+						time.Sleep(time.Second)
+						w.WriteHeader(http.StatusTooManyRequests)
+					}
+				})
+				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "429 "})
 				time.Sleep(10 * time.Second)
-				s.MemoryStore = idempotency.NewMemoryStore()
-			}
-			return s.MemoryStore.Acquire(ctx, key, c)
-		}
-		c := idemtest.NewClient(s, &idempotency.Options{Wait: idempotency.NoWait}, func(w http.ResponseWriter, r *http.Request) {
-			if idemtest.Run(r) == 1 {
-				go func() { _ = idemtest.Execution(r).Commit(context.WithoutCancel(r.Context())) }()
-				time.Sleep(time.Second)
-				w.WriteHeader(http.StatusTooManyRequests)
-			}
+				c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
+				time.Sleep(30 * time.Second)
+				c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "200 "})
+			})
 		})
-		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "429 "})
-		time.Sleep(10 * time.Second)
-		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 in_progress"})
-		time.Sleep(30 * time.Second)
-		c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "200 "})
-	})
+	}
 }
 
 // A claim without an attempt could not be renewed: the store has failed.
@@ -778,6 +810,27 @@ func TestWatchPanics(t *testing.T) {
 type panickingWatch struct{ idempotency.Store }
 
 func (panickingWatch) Watch(context.Context, string) (<-chan struct{}, error) { panic("nil map") }
+
+// A waiter whose store cannot watch polls, and says so once.
+func TestWatchThatFailsIsLogged(t *testing.T) {
+	for reason, watch := range map[string]func() (<-chan struct{}, error){
+		idemtest.ErrDown.Error():  func() (<-chan struct{}, error) { return nil, idemtest.ErrDown },
+		"store panicked: nil map": func() (<-chan struct{}, error) { panic("nil map") },
+	} {
+		t.Run(reason, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var log bytes.Buffer
+				s := &fakeWatcher{FaultyStore: &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}, watch: watch}
+				c := idemtest.NewClient(s, &idempotency.Options{Logger: slog.New(slog.NewTextHandler(&log, nil))}, idemtest.Lasting(2*time.Second))
+				go c.Do(c.Request(idemtest.Exchange{Key: "a"}))
+				synctest.Wait()
+				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "replay 201 charge 1"})
+				require.Equal(t, 1, strings.Count(log.String(), "watching a key failed"), log.String())
+				require.Contains(t, log.String(), reason)
+			})
+		})
+	}
+}
 
 // A store that calls a claim Lost has a marker of its token: nobody runs.
 func TestClaimThatWasReleased(t *testing.T) {

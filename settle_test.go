@@ -222,6 +222,27 @@ func TestAttachedTransaction(t *testing.T) {
 	}
 }
 
+// A transaction is ended in one try, which has the whole of StoreTimeout.
+func TestTransactionThatTakesItsTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}
+		s.OnComplete = func(ctx context.Context, key, token string, r idempotency.Result) error {
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-time.After(900 * time.Millisecond):
+				return s.MemoryStore.Complete(ctx, key, token, r)
+			}
+		}
+		c := idemtest.NewClient(s, &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+			idemtest.Execution(r).Attach("a transaction")
+			w.WriteHeader(http.StatusCreated)
+		})
+		c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 "})
+		c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "replay 201 "})
+	})
+}
+
 // A transaction is ended even when the key was lost.
 func TestLostLeaseEndsTheTransaction(t *testing.T) {
 	withFaults(t, idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {

@@ -153,7 +153,9 @@ func start(t *testing.T, cmd *exec.Cmd) string {
 
 func TestOrdersAtOnce(t *testing.T) {
 	db := openNew(t)
-	url := newAPI(t, db, nil, func(create http.HandlerFunc) http.HandlerFunc { return create })
+	// SQLite has one writer, for which a busy machine may have to wait.
+	opts := &idempotency.Options{StoreTimeout: 10 * time.Second, Wait: time.Minute}
+	url := newAPI(t, db, opts, func(create http.HandlerFunc) http.HandlerFunc { return create })
 	const keys, each = 20, 3
 	answers, errs := [keys][each]answer{}, [keys][each]error{}
 	var done sync.WaitGroup
@@ -240,7 +242,7 @@ func TestPanicRollsBack(t *testing.T) {
 func TestOverstayingTransaction(t *testing.T) {
 	db := openNew(t)
 	var tries atomic.Int64
-	opts := &idempotency.Options{MaxExecution: 100 * time.Millisecond}
+	opts := &idempotency.Options{MaxExecution: time.Second} // enough for the second try, on any machine
 	url := newAPI(t, db, opts, func(create http.HandlerFunc) http.HandlerFunc {
 		return func(w http.ResponseWriter, r *http.Request) {
 			create(w, r)

@@ -32,9 +32,13 @@
 #define COMMITS_LATE 0
 #endif
 #ifdef FAIL_OPEN /* Options.FailOpen */
-#define OPENS 1
+#define OPENS (!held)
+#define HELD held = 1;
+#define NOT_HELD held = 0;
 #else
 #define OPENS 0
+#define HELD
+#define NOT_HELD
 #endif
 
 #define TOKENS (OWNERS * TRIES)
@@ -59,9 +63,8 @@ byte late_release[TOKENS + 1];
 /* What goes on in the background. */
 bit completing[TOKENS + 1];
 byte releasing[TOKENS + 1];
-#define ONE_RELEASE 1
+#define FOR_ONE_LEASE 1
 #define UNTIL_ANSWERED 2
-#define UNTIL_ITS_LEASE_IS_OVER 3
 
 /* What Release is called with: the TTL, or else one lease. One lease is enough
  * where nothing was done and no mark was sent. */
@@ -118,12 +121,21 @@ inline delay(a_, o_) {
 	fi
 }
 
-/* The Record that answers an Acquire. */
-inline learn(o_) {
+/* A renewal that is on its way while the key is freed is not repeated when its
+ * answer tells that it did not mark. */
+#ifdef BUG_REPEATS_A_MARK_OF_A_FREED_KEY
+#define REPEATED(o_) if :: o_ -> late_marks[t]++ :: else fi
+#else
+#define REPEATED(o_) skip
+#endif
+
+/* The Record that answers an Acquire. That of a renewal tells whether the claim is
+ * marked, and every later renewal repeats the mark. */
+inline learn(a_) {
 	if
 	:: res == acquired -> att = attempt; in_time[t] = 1;
 		if
-		:: o_ && once -> res = marked
+		:: a_ != 0 && once -> res = marked; knows = 1
 		:: else
 		fi
 	:: else
@@ -135,8 +147,8 @@ inline learn(o_) {
  * command comes after its sender has stopped waiting. Or the command is lost. */
 inline acquire(a_, o_) {
 	if
-	:: d_step { true; store_acquire(t, BODY(t), a_, o_); learn(o_) }
-	:: d_step { faults > 0; faults--; delay(a_, o_); store_acquire(t, BODY(t), a_, o_); learn(o_) }
+	:: d_step { true; store_acquire(t, BODY(t), a_, o_); learn(a_) }
+	:: d_step { faults > 0; faults--; delay(a_, o_); store_acquire(t, BODY(t), a_, o_); learn(a_) }
 	:: d_step { faults > 0; faults--; store_acquire(t, BODY(t), a_, o_); res = unknown }
 	:: d_step { faults > 0; faults--; delay(a_, o_); res = unknown }
 	:: d_step { faults > 0; faults--; res = unknown }
@@ -197,25 +209,26 @@ inline start() {
 	served = served || tok == t;
 	pledge = pledge || ONCE && !OLD(t);
 #ifdef BUG_GIVES_A_RUNNING_CLAIM_BACK
-	releasing[t] = (uncertain -> ONE_RELEASE : 0);
+	releasing[t] = (uncertain -> FOR_ONE_LEASE : 0);
 #endif
-	res = 0; wasted = 0; back = 0; uncertain = 0
+	res = 0; wasted = 0; back = 0; uncertain = 0; NOT_HELD
 }
 
-/* The request ends, and no handler was called. */
+/* The request ends, and no handler was called. Its key may be claimed when a claim
+ * was not answered, or when the caller says so: then it is released. */
 inline refuse(claimed_) {
 	keep[t] = KEEP;
 	if
-#ifdef BUG_ONE_RELEASE_AFTER_A_MARK
-	:: asked -> releasing[t] = ONE_RELEASE
+#ifdef BUG_SHORT_RELEASE_AFTER_A_MARK
+	:: asked && (uncertain || claimed_) -> releasing[t] = FOR_ONE_LEASE
 #else
 #ifdef BUG_KEEPS_AN_UNCERTAIN_MARK
-	:: asked
+	:: asked && (uncertain || claimed_)
 #else
-	:: asked -> releasing[t] = UNTIL_ANSWERED
+	:: asked && (uncertain || claimed_) -> releasing[t] = UNTIL_ANSWERED
 #endif
 #endif
-	:: !asked && (uncertain || claimed_) -> releasing[t] = ONE_RELEASE
+	:: !asked && (uncertain || claimed_) -> releasing[t] = FOR_ONE_LEASE
 	:: else
 	fi;
 	FORGET
@@ -247,14 +260,18 @@ proctype Owner(byte i) {
 	mtype:answer res;
 	bit wasted;    /* an answer came when the lease was over, or told that the claim is not marked */
 	bit back;      /* a mark found another owner */
-	bit uncertain; /* an Acquire was not answered, and no handler was called since */
+	bit uncertain; /* a claim was not answered, and no handler was called since */
+#ifdef FAIL_OPEN
+	bit held;      /* another execution may be running, so this one does not run unprotected */
+#endif
 	bit asked;     /* a mark was sent */
+	bit knows;     /* the store said that the claim is marked */
 	bit committed, ran, taken;
 	bit seen;      /* a ghost: what taken has to be */
 
 again:
 	atomic {
-		in_time[t] = 0; att = 0; res = 0; wasted = 0; back = 0; uncertain = 0; asked = 0; committed = 0; ran = 0; taken = 0; seen = 0;
+		in_time[t] = 0; att = 0; res = 0; wasted = 0; back = 0; uncertain = 0; NOT_HELD asked = 0; knows = 0; committed = 0; ran = 0; taken = 0; seen = 0;
 		if
 		:: t == (i + 1) * TRIES -> goto finished
 		:: else -> t++ /* step: a try begins, under a new token */
@@ -274,10 +291,10 @@ claiming: /* and claiming again, when it was late, and for as long as it waits *
 #else
 	:: atomic { res == acquired && !ONCE && IN_TIME -> start(); goto executing } /* step: claiming, has the key */
 #endif
-	:: atomic { res == acquired && !ONCE && !IN_TIME && !wasted -> wasted = 1; res = 0; goto claiming } /* step: claiming, once more when it was late */
+	:: atomic { res == acquired && !ONCE && !IN_TIME && !wasted -> wasted = 1; HELD res = 0; goto claiming } /* step: claiming, once more when it was late */
 	:: atomic { res == acquired && !ONCE && !IN_TIME && wasted -> refuse(1); goto again } /* step: claiming, refuses when it was late again */
 	:: atomic { res == replay -> goto again } /* step: claiming, replays */
-	:: atomic { res == in_progress -> res = 0; goto claiming } /* step: claiming, waits */
+	:: atomic { res == in_progress -> HELD res = 0; goto claiming } /* step: claiming, waits */
 #ifdef BUG_RUNS_WITHOUT_A_CLAIM
 	:: atomic { res == unknown -> res = 0; goto executing }
 #endif
@@ -296,20 +313,30 @@ marking: /* AtMostOnce */
 	fi;
 #endif
 	if
-	:: res == unknown -> uncertain = 1; acquire(att, 1) /* step: marking, once more when the answer is lost */
+	:: res == unknown -> acquire(att, 1) /* step: marking, once more when the answer is lost */
 	:: else
 	fi;
+#ifndef BUG_STARTS_UNMARKED
+	if
+	:: res == acquired -> acquire(att, 1); /* step: marking, once more when it did not mark */
+		if
+		:: res == unknown -> acquire(att, 1)
+		:: else
+		fi
+	:: else
+	fi;
+#endif
 	if
 	:: atomic { res == marked && IN_TIME -> start(); goto executing } /* step: marking, has the key */
 #ifdef BUG_STARTS_UNMARKED
 	:: atomic { res == acquired && IN_TIME -> start(); goto executing }
 #endif
-	:: atomic { (res == acquired || res == marked && !IN_TIME) && !wasted -> wasted = 1; in_time[t] = 0; res = 0; goto marking } /* step: marking, once more when it was late or did not mark */
+	:: atomic { (res == acquired || res == marked && !IN_TIME) && !wasted -> wasted = 1; HELD in_time[t] = 0; att = 0; res = 0; goto claiming } /* step: marking, claims once more when it was late or did not mark */
 	:: atomic { (res == acquired || res == marked && !IN_TIME) && wasted -> refuse(1); goto again } /* step: marking, refuses when it was late again or did not mark */
-	:: atomic { (res == lost || res == mismatch) && !back -> back = 1; att = 0; res = 0; goto claiming } /* step: marking, finds another owner and asks as a waiter does */
+	:: atomic { (res == lost || res == mismatch) && !back -> back = 1; HELD att = 0; res = 0; goto claiming } /* step: marking, finds another owner and asks as a waiter does */
 	:: atomic { (res == lost || res == mismatch) && back -> refuse(0); goto again } /* step: marking, finds another owner when its time is over */
 	:: atomic { res == unknown && OPENS -> res = 0; goto unprotected } /* step: marking, runs unprotected */
-	:: atomic { res == unknown && !OPENS -> refuse(0); goto again } /* step: marking, refuses */
+	:: atomic { res == unknown && !OPENS -> refuse(1); goto again } /* step: marking, refuses */
 	OR_CRASH
 	fi;
 
@@ -317,9 +344,13 @@ executing:
 	do
 	:: RENEWS -> /* step: renewing, while it has the lease; the command comes later */
 		atomic {
-			acquire(att, 0);
+			acquire(att, knows);
 			if
-			:: res == acquired -> hold() /* step: renewing, has it longer */
+			:: res == acquired && knows -> acquire(att, 1) /* step: renewing, once more when it did not repeat the mark */
+			:: else
+			fi;
+			if
+			:: res == acquired || res == marked -> hold() /* step: renewing, has it longer */
 			:: res == unknown /* step: renewing, does not know, and tries again */
 			:: else -> /* step: renewing, finds another owner, though its lease ended meanwhile */
 				assert(state != absent); /* an owner is not told that it lost a key that no other owner has had */
@@ -334,7 +365,11 @@ executing:
 		:: else
 		fi;
 		if
-		:: res == acquired -> acquire(att, 1) /* step: committing, once more when it did not mark */
+		:: res == acquired -> acquire(att, 1); /* step: committing, once more when it did not mark */
+			if
+			:: res == unknown -> acquire(att, 1)
+			:: else
+			fi
 		:: else
 		fi;
 		atomic {
@@ -356,13 +391,13 @@ executing:
 		charged = charged || (ONCE || COMMITS && !COMMITS_LATE) && !OLD(t);
 		somewhere = somewhere || !OLD(t)
 	}
-	:: atomic { ran -> ran = 0; asked = 0; att = 0; goto keeping } /* step: executing, returns a final answer */
+	:: atomic { ran -> ran = 0; asked = 0; knows = 0; att = 0; goto keeping } /* step: executing, returns a final answer */
 	:: atomic { ran && !committed && !ONCE -> taken = 0; seen = 0; goto freeing } /* step: executing, returns an answer after which a retry runs */
 	:: atomic { !ran && !committed -> taken = 0; seen = 0; goto freeing } /* step: executing, returns an answer that says that nothing was done */
 #ifdef BUG_RELEASES_AFTER_COMMIT
 	:: committed -> goto freeing
 #else
-	:: atomic { !ran && committed -> asked = 0; att = 0; goto keeping } /* step: executing, which makes no difference after Commit */
+	:: atomic { !ran && committed -> asked = 0; knows = 0; att = 0; goto keeping } /* step: executing, which makes no difference after Commit */
 #endif
 	:: atomic { crashes > 0; crashes--; drop(); goto again } /* step: executing, panics */
 	OR_CRASH
@@ -373,8 +408,8 @@ freeing:
 		drop();
 		if
 		:: true
-		:: faults > 0 -> faults--; late_renewal[t] = att /* step: releasing, while a renewal is on its way */
-		:: COMMITS && faults > 0 -> faults--; delay(att, 1); asked = 1 /* step: releasing, while a Commit is on its way */
+		:: faults > 0 -> faults--; delay(att, knows); REPEATED(knows) /* step: releasing, while a renewal is on its way */
+		:: COMMITS && faults > 0 -> faults--; delay(att, 1); asked = 1; REPEATED(1) /* step: releasing, while a Commit is on its way */
 		fi;
 		release() /* step: releasing, frees the key */
 	};
@@ -386,7 +421,7 @@ freeing:
 		keep[t] = KEEP;
 		if
 		:: res == unknown && asked -> releasing[t] = UNTIL_ANSWERED /* step: releasing, goes on in the background until it is answered, after a mark */
-		:: res == unknown && !asked -> releasing[t] = UNTIL_ITS_LEASE_IS_OVER /* step: releasing, goes on in the background, without a mark */
+		:: res == unknown && !asked -> releasing[t] = FOR_ONE_LEASE /* step: releasing, goes on in the background for one lease, without a mark */
 		:: else
 		fi;
 		FORGET
@@ -424,7 +459,7 @@ unprotected: /* FailOpen */
 		open[t] = 1;
 #endif
 #ifdef BUG_FAIL_OPEN_RELEASES
-		releasing[t] = ONE_RELEASE;
+		releasing[t] = FOR_ONE_LEASE;
 #endif
 		excused[t] = 1
 	};
@@ -481,18 +516,16 @@ end:	do
 	}
 	:: d_step { late_mark[t] != 0 && faults > 0 -> faults--;
 		store_acquire(t, BODY(t), late_mark[t], 1); res = 0 }
-	:: d_step { completing[t] -> completing[t] = 0; store_complete(t, RESULT(t)); drop(); res = 0 } /* step: background, stores the answer */
+	:: d_step { completing[t] && holder == t -> completing[t] = 0; store_complete(t, RESULT(t)); drop(); res = 0 } /* step: background, stores the answer */
+	:: d_step { completing[t] && holder != t -> completing[t] = 0; store_complete(t, RESULT(t)); res = 0 } /* step: background, stores the answer after the lease */
 	:: d_step { completing[t] && faults > 0 -> faults--; store_complete(t, RESULT(t)); drop(); res = 0 } /* step: background, goes on when the answer is lost */
 	:: d_step { completing[t] && faults > 0 -> faults--; late_complete[t] = 1 } /* step: background, goes on when the command is late */
-	:: d_step { completing[t] && holder != t -> completing[t] = 0 } /* step: background, stores no longer than the lease */
+	:: d_step { completing[t] && holder != t -> completing[t] = 0 } /* step: background, stores no more, some time after the lease */
 	:: d_step { completing[t] && crashes > 0 -> crashes--; completing[t] = 0; drop() } /* step: background, the process dies while it stores */
 	:: d_step { releasing[t] != 0 -> store_release(t, keep[t]); releasing[t] = 0; res = 0; FORGET } /* step: background, frees the key */
-	:: d_step { releasing[t] != 0 && faults > 0 -> faults--; store_release(t, keep[t]); res = 0;
-		if :: releasing[t] == ONE_RELEASE -> releasing[t] = 0; FORGET :: else fi }
-	:: d_step { releasing[t] != 0 && faults > 0 -> faults--; late_release[t]++;
-		if :: releasing[t] == ONE_RELEASE -> releasing[t] = 0 :: else fi }
-	:: d_step { releasing[t] == ONE_RELEASE && faults > 0 -> faults--; releasing[t] = 0; FORGET } /* step: background, the only Release is lost */
-	:: d_step { releasing[t] == UNTIL_ITS_LEASE_IS_OVER && !LEASED(t) -> releasing[t] = 0; FORGET } /* step: background, frees no longer than the lease */
+	:: d_step { releasing[t] != 0 && faults > 0 -> faults--; store_release(t, keep[t]); res = 0 } /* step: background, frees again when the answer is lost */
+	:: d_step { releasing[t] != 0 && faults > 0 -> faults--; late_release[t]++ } /* step: background, frees again when the command is late */
+	:: d_step { releasing[t] == FOR_ONE_LEASE -> releasing[t] = 0; FORGET } /* step: background, frees no more, without a mark */
 #ifdef SHOW_LONG_OUTAGE
 	:: d_step { releasing[t] == UNTIL_ANSWERED -> releasing[t] = 0 }
 #endif
