@@ -1,7 +1,7 @@
 // Mutants checks the tests: it breaks the library on purpose, one line at a
 // time, and reports which of these mutants the test suite does not notice.
 //
-//	go run ./mutants -parallel 3             # all of them: 40 minutes on two cores
+//	go run ./mutants -parallel 3             # all of them: over an hour on two cores
 //	go run ./mutants -sample 6 -seed 1       # a few, for CI
 //	go run ./mutants -run 'redis/' -v        # those of one part, with what failed
 //
