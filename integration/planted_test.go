@@ -213,7 +213,7 @@ var plantedBugs = []struct {
 // happens does not depend on the seed alone, so a bug that needs an unlucky
 // moment gets a few.
 func TestPlantedBugs(t *testing.T) {
-	const seeds = 5
+	const seeds = 8
 	for _, row := range plantedBugs {
 		t.Run(row.bug+", "+row.want, func(t *testing.T) {
 			t.Parallel()
