@@ -541,8 +541,12 @@ func TestBackgroundLetsGoOfTheRequest(t *testing.T) {
 				c.Do(r.WithContext(context.WithValue(r.Context(), valueKey{}, &large)))
 				return weak.Make(&large)
 			}()
-			runtime.GC()
-			require.Nil(t, value.Value(), status)
+			// A timer that was stopped may hold it for a moment yet.
+			for try := 0; value.Value() != nil; try++ {
+				require.Less(t, try, 20, status)
+				time.Sleep(time.Second)
+				runtime.GC()
+			}
 		}
 		time.Sleep(2 * time.Minute)
 	})
