@@ -53,10 +53,10 @@ func (r *retry) again() {
 
 // completeLater goes on storing the result of a handler that has finished, for
 // the rest of the lease and MaxExecution more. Until the lease ends, no other
-// request can run. After that a retry may come first and run the handler again,
-// unless the key is at-most-once; Complete then finds that the key is lost, and
-// gives up. If no retry has come, a late record is still better than none: the
-// next retry gets it.
+// request can run. After that, a retry may run the handler again, unless the
+// key is at-most-once. If one does, Complete returns ErrLeaseLost, and
+// completeLater gives up. If no retry has come, a late record is still better
+// than none: the next retry gets it.
 //
 // A store may be up and refuse the result, one that is too large for it, say. A
 // handler that has finished must not run again because of that. So from the last
@@ -112,8 +112,9 @@ var (
 
 // releaseLater frees the key in the background. It goes on for one lease, after
 // which an unmarked claim has ended by itself. A mark that was sent may stand
-// until TTL, so releaseLater then goes on for MaxExecution more. After that, or
-// when too many keys wait already, the key stays claimed, and the log says so.
+// until TTL, so releaseLater then goes on for MaxExecution more. When it gives
+// up, or when too many keys wait already, it logs that. The key then stays
+// claimed until its lease ends, or until TTL if it is marked.
 func (c *claim) releaseLater(ctx context.Context, keep time.Duration) {
 	if c.releases.pending.Add(1) > maxPendingReleases {
 		c.releases.pending.Add(-1)

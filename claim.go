@@ -94,8 +94,9 @@ type claim struct {
 var errLateClaim = errors.New("idempotency: the lease was over, or the mark lost, before the handler could start")
 
 // get asks for the key and, while another execution holds it, waits. The
-// client's cancellation, which comes with ctx, ends the wait and never a store
-// call: a claim that was cancelled on its way may have been written.
+// cancellation of ctx is the client's. It ends the wait and the watch, but
+// never a call of Acquire: a claim that was cancelled on its way may have been
+// written.
 func (c *claim) get(ctx context.Context) (Record, error) {
 	rec, err := c.try(ctx)
 	if err != nil || rec.State != InProgress {
@@ -113,8 +114,8 @@ func (c *claim) get(ctx context.Context) (Record, error) {
 // question and the answer may have been overtaken by another owner. So try
 // compares the end of the lease with the time of the last answer. When the
 // lease is over or the mark is missing, it asks once more. After two such
-// failures the request is refused, because a process that is so slow would lose
-// its lease while the handler runs.
+// failures the request is refused: the process is too slow to keep a lease, or
+// the store does not keep the mark.
 func (c *claim) try(ctx context.Context) (Record, error) {
 	for range 2 {
 		sent := monotonicNow()
@@ -144,8 +145,8 @@ func (c *claim) try(ctx context.Context) (Record, error) {
 }
 
 // hold notes that the key was claimed. The lease counts from when the question
-// was sent, which is before the store began to count: the claim never relies on
-// a lease for longer than the store does.
+// was sent, and the store does not begin to count earlier. So the claim never
+// relies on a lease for longer than the store does.
 func (c *claim) hold(sent time.Time, rec Record) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -167,8 +168,8 @@ func (c *claim) question(attempt int, once bool) Claim {
 // leaves time for another.
 //
 // A failed claim may have been written, so it is noted for abandon. A full
-// store is certain to have written nothing, and a failed renewal leaves the
-// claim of a handler that is running.
+// store has certainly written nothing. A failed renewal is not noted here: its
+// handler is running, or try notes it.
 func (c *claim) ask(ctx context.Context, sent time.Time, attempt int, once bool) (Record, error) {
 	q := c.question(attempt, once)
 	if c.memory != nil {
@@ -208,8 +209,9 @@ func containStore(err *error) {
 // as long as time.Now, which also reads the wall clock.
 func monotonicNow() time.Time { return memoryEpoch.Add(time.Duration(memoryNow())) }
 
-// A duplicate polls after firstPoll at first. The pause doubles up to lastPoll,
-// so that a handler that takes minutes costs its duplicates one call a second.
+// A duplicate that polls pauses for at most firstPoll at first. That bound
+// doubles up to lastPoll, so that a handler that takes minutes costs each of
+// its duplicates one or two calls a second.
 const (
 	firstPoll = 25 * time.Millisecond
 	lastPoll  = time.Second
@@ -293,11 +295,12 @@ func sleepUntil(ctx context.Context, changed <-chan struct{}, d time.Duration) b
 	}
 }
 
-// renew starts the lease anew. With once it marks the claim as at-most-once,
-// and every later renewal repeats the mark in case that the store loses the
-// record. A store that has lost it writes the claim again and answers without
-// Once, so renew asks a second time to mark what is there now. It does not when
-// the key was freed meanwhile: such a mark would be that of no handler.
+// renew starts the lease anew. With once it marks the claim as at-most-once.
+// When the store has confirmed the mark, every later renewal repeats it, in
+// case the store loses the record. A store that has lost the record writes the
+// claim again and answers without Once, so renew asks a second time to mark
+// the new claim. It does not do so when the key was freed meanwhile: such a
+// mark would belong to no handler.
 func (c *claim) renew(ctx context.Context, once bool) (rec Record, err error) {
 	c.mu.Lock()
 	c.markSent = c.markSent || once
@@ -371,9 +374,9 @@ func (c *claim) complete(ctx context.Context, r Result, attached bool) error {
 	return c.persist(func(timeout time.Duration) error { return c.storeResult(ctx, timeout, r) })
 }
 
-// release frees the key, and goes on in the background if the store fails now:
-// without that, a retry would wait for the end of the lease, or of the TTL if
-// the key is marked. The store keeps the marker for keep.
+// release frees the key, and goes on in the background if the store fails now.
+// Otherwise a retry would wait for the end of the lease, or of the TTL if the
+// key is marked. The store keeps the marker for at least keep.
 func (c *claim) release(ctx context.Context, keep time.Duration) error {
 	c.mu.Lock()
 	c.freed = true
@@ -422,8 +425,9 @@ func (c *claim) abandon() {
 // markerTime returns how long the marker of a freed key is kept. One lease is
 // enough when nothing was done, so that a flood of refused requests does not
 // fill the store. A run that may have got somewhere is remembered for the TTL,
-// so that the next one can tell. So is a mark: one that arrives after its marker
-// is gone, together with another late command, would hold the key until TTL.
+// so that the next run can tell. The TTL also applies when a mark was sent. If
+// the marker were gone, a late claim and a late mark could together hold the
+// key until TTL.
 func (c *claim) markerTime(nothingDone bool) time.Duration {
 	if nothingDone && !c.hasSentMark() {
 		return c.opts.Lease

@@ -32,7 +32,7 @@ type Execution struct {
 // executionKey is the key of the Execution among the values of a context.
 type executionKey struct{}
 
-// FromContext returns the Execution that a handler runs in. It is false when
+// FromContext returns the Execution that a handler runs in. The bool is false when
 // the request carries no key, or when no middleware of this package is around
 // the handler.
 func FromContext(ctx context.Context) (*Execution, bool) {
@@ -86,7 +86,7 @@ func (e *Execution) DownstreamKey(name string) string {
 // Commit says that the effect is about to happen, or has happened, and must
 // never be repeated. After it the key is at-most-once, and whatever the handler
 // answers is stored. If the process dies after Commit, retries are answered 409
-// outcome_unknown until TTL.
+// in_progress until the lease ends, then 409 outcome_unknown until TTL.
 //
 // Commit is one renewal of the lease, which takes [Options.StoreTimeout] at
 // most, its repetition included. When the store has lost the claim, Commit is
@@ -201,9 +201,9 @@ func (e *Execution) end() (committed, discarded, attached bool) {
 }
 
 // A handlerContext is the context of a handler. It has the values and the
-// deadline of the request's context, and not the client's cancellation. A
-// client that hangs up is the client that will retry, so the work is finished
-// and its answer stored.
+// deadline of the request's context. It has the client's cancellation only with
+// CancelOnDisconnect: a client that hangs up is the client that will retry, so
+// by default the handler finishes and its answer is stored.
 type handlerContext struct {
 	*cancellation
 	execution *Execution

@@ -17,8 +17,8 @@
 //
 // The handler can run again only when
 //
-//   - the process died, panicked or lost its lease in the middle of it, and the
-//     key is not at-most-once ([Options.AtMostOnce], [Execution.Commit]);
+//   - the handler panicked or lost its lease, or its process died, and the key
+//     is not at-most-once ([Options.AtMostOnce], [Execution.Commit]);
 //   - the store lost the record;
 //   - the store did not take the response before the lease ended, a retry came
 //     after that, and the key is not at-most-once;
@@ -39,15 +39,16 @@
 //
 // # Rules
 //
-// Stored before sent: a client never sees an answer that a retry could not
-// reproduce. There are two exceptions: a response that is streamed
-// ([http.Flusher], or larger than [Options.MaxResponseBytes]), and a store that
-// fails after the handler ran. In the second case the response is sent, and
-// storing it goes on in the background for the rest of the lease and
-// [Options.MaxExecution] more.
+// Stored before sent: a response that retries are to get is stored before the
+// client sees it. There are three exceptions. A response is streamed when the
+// handler flushes ([http.Flusher]) or its body exceeds
+// [Options.MaxResponseBytes]. A response that cannot be kept is sent once, and
+// retries are answered [ErrResponseNotStored]. When the store fails after the
+// handler ran, the response is sent, and storing it goes on in the background
+// for the rest of the lease and [Options.MaxExecution] more.
 //
-// A finished handler never runs again by accident: when its answer cannot be
-// kept, retries are answered with [ErrResponseNotStored].
+// A finished handler does not run again because its answer cannot be kept:
+// retries are then answered with [ErrResponseNotStored].
 //
 // When in doubt, refuse: when the store is down, the middleware answers 503
 // before the handler runs. When a record cannot be read, it answers 500.
@@ -61,8 +62,8 @@
 // [Execution.Discard]. When it returns without an answer, its effect is
 // unknown: retries are answered [ErrOutcomeUnknown] and do not run.
 //
-// The response is held back until the handler returns or flushes. Connections
-// cannot be hijacked.
+// The response is held back until the handler returns, flushes, or writes more
+// than [Options.MaxResponseBytes]. Connections cannot be hijacked.
 //
 // # Cost
 //
@@ -87,9 +88,9 @@ import (
 //	mux.Handle("POST /charge", idempotency.Middleware(store, nil)(charge))
 //	r.Use(idempotency.Middleware(store, nil)) // chi, gorilla/mux
 //
-// A request without a key passes through untouched. Several middlewares may
-// share a store, and so may several processes if the store can be reached from
-// all of them.
+// A request without a key passes through untouched, unless
+// [Options.RequireKey] is set. Several middlewares may share a store, and so
+// may several processes if all of them can reach the store.
 //
 // The order of middleware matters. Put this one inside of middleware that
 // authenticates, limits, compresses, recovers or adds CORS headers. Put it
@@ -148,9 +149,8 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	c.recycle()
 }
 
-// A call takes one request with a key to its answer. It holds, in one
-// allocation, what the steps make, in their order. Each step knows only those
-// before it.
+// A call takes one request with a key to its answer. It holds the parts that
+// the steps use, in the order of the steps and in one allocation.
 type call struct {
 	request
 	claim        claim
@@ -166,8 +166,9 @@ type call struct {
 	started time.Time // only if there is an OnEvent
 }
 
-// serve is the way of every request with a key. The steps that need neither the
-// body nor the store come first, so that a request that is refused is cheap.
+// serve answers a request that has a key, or that RequireKey says must have
+// one. The steps that need neither the body nor the store come first, so that
+// refusing a request is cheap.
 func (c *call) serve(lines []string) {
 	defer c.body.free()
 	if err := c.identify(lines); err != nil {
@@ -200,8 +201,9 @@ func (c *call) serve(lines []string) {
 
 // run runs the handler under the claim, and answers with what the run comes to.
 //
-// Each part gets what it needs here, and none points back at the call: what
-// goes on in the background after the answer must not keep the request alive.
+// Each part gets what it needs here, and none calls the call. What goes on in
+// the background after the answer uses claim.detach, so that it does not keep
+// the request alive.
 func (c *call) run(attempt int, outer *Execution) {
 	c.execution = Execution{key: c.key, storeKey: c.storeKey, attempt: attempt, claim: &c.claim, outer: outer}
 	c.cancellation = cancellation{request: c.r.Context(), keepCancel: c.opts.CancelOnDisconnect}
@@ -224,9 +226,9 @@ func (c *call) run(attempt int, outer *Execution) {
 // that is known. Too few replicas are a store that works and refuses, so
 // FailOpen does not apply either.
 //
-// A claim may have been written although its answer was lost. It is left in the
-// store: the handler runs, so the claim is true and keeps duplicates away for
-// one lease.
+// A claim may have been written although its answer was lost. The middleware
+// leaves it in the store: the handler does run, and the claim keeps duplicates
+// away for one lease, or until TTL if the mark was written too.
 func (c *call) mayRunUnprotected(err error) bool {
 	return c.opts.FailOpen && !c.claim.heldByOther && !errors.Is(err, ErrTooFewReplicas)
 }
@@ -248,10 +250,10 @@ func (c *call) runUnprotected(err error, outer *Execution) {
 //
 // A handler that leaves by panic or runtime.Goexit is a crash: nothing is
 // released, the claim ends with its lease, and the panic goes on untouched.
-// Freeing the key instead would be worse than it looks. Go's Transport sends a
-// request with this header again by itself when its connection breaks without
-// an answer, so the handler would run, and panic, several times at once. That
-// was measured: up to five times.
+// Freeing the key instead would be worse than it looks. When a connection
+// breaks without an answer, Go's Transport sends a request with this header
+// again on its own. The handler would then run, and panic, several times: up to
+// five times when measured.
 func (c *call) callHandler(w http.ResponseWriter, ctx context.Context) {
 	r := c.r.WithContext(ctx)
 	c.body.handOver(r)
@@ -268,9 +270,9 @@ func (c *call) callHandler(w http.ResponseWriter, ctx context.Context) {
 	returned = true
 }
 
-// crashed ends a run whose handler does not return. It only stops: the
-// renewals, so that the claim ends, and the recorder, so that a goroutine that
-// the handler left behind writes nothing.
+// crashed ends a run whose handler does not return. It stops the renewals, so
+// that the claim ends with its lease. It stops the recorder, so that a goroutine
+// that the handler left behind writes nothing. It does not free the key.
 func (c *call) crashed() {
 	c.execution.end()
 	if c.execution.claim != nil {
@@ -360,14 +362,13 @@ func (c *call) deliver(a answer) {
 	}
 }
 
-// calls are calls for reuse.
+// calls holds calls for reuse.
 var calls = sync.Pool{New: func() any { return new(call) }}
 
-// recycle keeps a call for reuse if no handler can hold it: one that was
-// answered from memory, without running the handler. A handler may leave
-// goroutines behind that use the recorder or the context, and another store may
-// still read the fingerprint of a claim whose call timed out. Reuse halves the
-// time of a replay.
+// recycle keeps a call for reuse if the store is a MemoryStore and no handler
+// ran under the call's own Execution. A handler may leave goroutines behind that
+// use the recorder or the context. Another store may still read the fingerprint
+// of a claim whose call timed out. Reuse halves the time of a replay.
 func (c *call) recycle() {
 	if c.memory != nil && c.execution.attempt == 0 {
 		c.request, c.claim = request{}, claim{}

@@ -9,9 +9,9 @@ import (
 // A lease keeps a claim while its handler runs. A timer renews the claim every
 // third of its lease, and cancels the handler when the claim is lost.
 //
-// A third leaves time to repeat a renewal that failed before the lease ends. It
+// A third leaves time to repeat a failed renewal before the lease ends. A lease
 // is a timer and not a goroutine, because most handlers return before the first
-// tick: for them a lease is a timer that is set and stopped.
+// tick. For them it only sets and stops a timer.
 type lease struct {
 	claim   *claim
 	ctx     context.Context // of the handler, for its values
@@ -24,8 +24,8 @@ type lease struct {
 	stopped  bool
 }
 
-// start begins to keep the claim. Its time counts from claim.answered, so it
-// need not read the clock again.
+// start begins to keep the claim. MaxExecution and the first tick count from
+// claim.answered, so start need not read the clock again.
 func (l *lease) start() {
 	now := l.claim.answered
 	l.limit = now.Add(l.claim.opts.MaxExecution)
@@ -54,7 +54,7 @@ func (l *lease) tick() {
 	end, lost := l.claim.standing() // under the lock: renew may have extended it just now
 	switch {
 	case l.stopped:
-	case lost: // a Commit found that out, and has cancelled the handler
+	case lost: // a Commit or a renewal found that out, and cancelled the handler
 		l.stopped = true
 	case !now.Before(end):
 		l.stopped = true
@@ -79,9 +79,9 @@ func (l *lease) tick() {
 	l.mu.Unlock()
 }
 
-// renew renews the claim once and sets the timer for the next time. After a
-// failure that is a twelfth of the lease later, so that there are a few more
-// tries before the lease ends.
+// renew renews the claim once and sets the timer for the next renewal. After a
+// failure, the next one comes a twelfth of the lease later, which leaves time
+// for a few more tries before the lease ends.
 func (l *lease) renew() {
 	_, err := l.claim.renew(l.ctx, false)
 	next := l.claim.opts.Lease / 3

@@ -148,7 +148,8 @@ type Options struct {
 
 	// AtMostOnce never runs a key again unless the handler's own answer said
 	// that nothing was done: one of the 4xx that ShouldStore names, a response
-	// that a custom ShouldStore refuses, or Discard. If a run dies or panics,
+	// that a custom ShouldStore refuses, Discard, or a transaction that was
+	// rolled back. If a run dies or panics,
 	// retries are answered 409 outcome_unknown until TTL, which should be much
 	// longer than Lease.
 	//

@@ -7,15 +7,15 @@ import (
 	"time"
 )
 
-// facts are what a run came to. Two tables follow from them: what a retry is to
-// get (facts.verdict), and what the client gets (settlement.answer).
+// facts are what is known about a run that has ended. facts.verdict decides from
+// them what a retry gets, and settlement.answer what the client gets.
 type facts struct {
 	atMostOnce bool // Options.AtMostOnce
 	committed  bool // Execution.Commit succeeded
 	discarded  bool // Execution.Discard was called
 	attached   bool // Execution.Attach was called
-	unanswered bool // the handler wrote nothing, and its context or the body had ended
-	cutOff     bool // the body broke off under the handler, and the key is not at-most-once
+	unanswered bool // the handler wrote nothing; its context ended or the body broke off
+	cutOff     bool // the body broke off under the handler, without Options.AtMostOnce
 	final      bool // ShouldStore says that the response is final
 	status     int  // of the response
 }
@@ -30,13 +30,13 @@ const (
 	retryLearnsNothing                // outcome_unknown
 )
 
-// verdict decides by the first rule that applies. The handler's word comes
-// before what its response says: Commit before Discard, and both before
-// ShouldStore, of which AtMostOnce only changes the default.
+// verdict decides by the first rule that applies. Commit counts before Discard,
+// and both count before ShouldStore. AtMostOnce changes only the default of
+// ShouldStore.
 //
-// A run without an answer may have got anywhere. A retry of it runs only if its
-// transaction is rolled back, the handler called Discard, or the body had
-// broken off under the handler.
+// A run without an answer may have done any part of its work. A retry of it
+// runs only if its transaction is rolled back, the handler called Discard, or
+// the body had broken off under the handler.
 func (f facts) verdict() verdict {
 	switch {
 	case f.committed && f.unanswered:
@@ -83,14 +83,16 @@ const (
 	undoneDetail  = "This attempt was given up, and what it did was undone. Repeat it later with the same key."
 )
 
-// answer decides by the first rule that applies what the client gets. While
-// another owner is known, who may store a different response, the client never
-// gets one that is not stored. Nor does it ever get the response of a
-// transaction that was not committed.
+// answer decides what the client gets, by the first rule that applies. When
+// another owner may store a different response, a response that is not stored
+// is withheld, unless the handler called Commit. When the transaction of a
+// response that was to be stored may not have been committed, the response is
+// withheld.
 //
-// A key that was freed under a lost or overdue lease may be running elsewhere,
-// so the client is sent to its new owner. Otherwise a response that the store
-// did not take is sent all the same: it is true, and storing it goes on.
+// When a key was freed under a lost or overdue lease, another request may be
+// running its handler, so the client is told to ask again later. Any other
+// response that the store did not take is still sent: the handler has finished,
+// and completeLater goes on storing it.
 func (s *settlement) answer(v verdict, r storeReport) answer {
 	f := &s.facts
 	rolledBack := errors.Is(r.err, ErrRolledBack)
@@ -134,9 +136,9 @@ func (s *settlement) withhold(outcome Outcome, sentinel, cause error, detail str
 	return answer{outcome: outcome, problem: p}
 }
 
-// A settlement takes a run that has returned to its answer: the facts, the
-// verdict, the store, the answer. What a client has seen, a retry must be able
-// to see again, so the store comes before the client.
+// A settlement turns a finished run into an answer for the client. It gathers
+// the facts, takes the verdict, calls the store, and then answers. A retry must
+// be able to get what the client has seen, so the store comes first.
 type settlement struct {
 	*middleware
 	request   *request
@@ -234,8 +236,8 @@ func (s *settlement) free(v verdict) answer {
 }
 
 // keep stores what a retry is to get. When the store fails, the client gets the
-// response all the same: the handler has finished, and the claim stands while
-// storing goes on in the background.
+// response all the same, unless a transaction is attached or the lease is lost.
+// The handler has finished, and storing goes on in the background.
 //
 // A transaction that was rolled back has done nothing, so its key is freed.
 // After Commit the handler has said otherwise, and the key stays claimed.
@@ -257,7 +259,7 @@ func (s *settlement) keep(v verdict) answer {
 	return a
 }
 
-// report is what the store made of the verdict. It reads the clock after the
+// report returns what the store made of the verdict. It reads the clock after the
 // call: when the lease ended meanwhile, another handler may be running,
 // whatever the store answered.
 func (s *settlement) report(err error) storeReport {

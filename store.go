@@ -14,10 +14,12 @@ import (
 //
 // All methods are atomic and safe for concurrent use. Durations are relative
 // and judged by the store's own clock, never by the caller's. An expired cell
-// is absent, and no cell expires before its lease. A returned error means that
-// the store failed, and does not tell whether the operation took effect.
-// Contention is not an error but a [State]. Methods must honour the deadline of
-// their context: nothing else keeps a hanging store from hanging the request.
+// is absent, and no cell expires before its lease. An error other than
+// [ErrLeaseLost], [ErrRolledBack] and [ErrStoreFull] means that the store
+// failed. It does not tell whether the operation took effect. A claim that
+// meets another owner gets a [State], not an error. Methods must honour the
+// deadline of their context: nothing else keeps a hanging store from hanging
+// the request.
 //
 // A store copies the slices it keeps. The slices it returns are read-only and
 // stay valid. Keys are compared byte by byte, case included. The keys of this
@@ -44,13 +46,13 @@ type Store interface {
 	//	claimed with Once, lease over      Abandoned               Lost
 	//	claimed, lease over                Acquired, Attempt + 1   Lost
 	//
-	// Acquired is the only answer that changes the cell. Where the cell was
-	// claimed under this token already, the fingerprint stays, and the lease
-	// and the TTL start anew: from now, whether or not the lease was over, and
-	// be they longer or shorter than before. Otherwise the cell becomes a
-	// claim: with the token, the fingerprint (even an empty one) and the
-	// attempt that is answered, and without Once. Either way it is kept for the
-	// longer of TTL and Lease. A fingerprint is known when it is not empty.
+	// Acquired is the only answer that changes the cell. When the cell was
+	// already claimed under this token, it keeps its fingerprint. Its lease and
+	// TTL start again from now, even if the lease was over, and even if they
+	// become shorter. Otherwise the cell becomes a claim without Once. It gets
+	// the token, the fingerprint (even an empty one) and the attempt of the
+	// answer. Either way it is kept for the longer of TTL and Lease. A
+	// fingerprint is known when it is not empty.
 	//
 	// Only a renewal of a cell that is claimed under its token and attempt sets
 	// Once, if c.Once is set. The Once of a claim is ignored. Nothing unsets
@@ -65,7 +67,7 @@ type Store interface {
 	// it is absent. A cell that was completed under token stays: Complete
 	// returns nil and changes nothing, its TTL included. When the cell is
 	// released or belongs to another owner, Complete changes nothing and
-	// returns [ErrLeaseLost], the one error that is not a failure of the store.
+	// returns [ErrLeaseLost].
 	Complete(ctx context.Context, key, token string, r Result) error
 
 	// Release frees the cell when it is claimed under token, whether or not the
@@ -82,8 +84,8 @@ type Store interface {
 }
 
 // A Watcher is a [Store] that can tell when a cell changes. It is optional and
-// found by type assertion. Without it, waiting duplicates poll: after 25ms at
-// first, then less often, up to once a second.
+// found by type assertion. Without it, waiting duplicates poll. The first pause
+// is at most 25ms, and the pauses grow to at most one second.
 type Watcher interface {
 	// Watch returns a channel that is closed when the cell of key may have been
 	// completed or released since the call. A store may tell only of cells that
