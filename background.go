@@ -59,9 +59,10 @@ func (r *retry) again() {
 // than none: the next retry gets it.
 //
 // A store may be up and refuse the result, one that is too large for it, say. A
-// handler that has finished must not run again because of that. So from the last
-// third of the lease on, small takes the place of a result that the store refuses
-// just after it has renewed the claim.
+// handler that has finished must not run again because of that. So in the second
+// half of the lease, small takes the place of a result that the store refuses
+// although it renews the claim. It takes two refusals in a row: the first may be
+// that of a store that has just come back.
 func (c *claim) completeLater(ctx context.Context, r, small Result) {
 	leaseEnd, _ := c.standing()
 	ctx, o := c.detach(ctx)
@@ -70,16 +71,16 @@ func (c *claim) completeLater(ctx context.Context, r, small Result) {
 	renewal := c.question(c.attempt, c.hasSentMark())
 	renewal.Token, renewal.Fingerprint = o.token, r.Fingerprint
 	later := retry{until: leaseEnd.Add(o.opts.MaxExecution), longer: o.opts.Lease / 6}
+	refused := false
 	later.call = func() error {
 		err := o.storeResult(ctx, o.opts.StoreTimeout, r)
-		if err == nil || isFinalError(err) || time.Until(leaseEnd) > o.opts.Lease/3 {
+		if err == nil || isFinalError(err) || time.Until(leaseEnd) > o.opts.Lease/2 {
 			return err
 		}
 		rec, down := o.acquire(ctx, o.opts.StoreTimeout, renewal)
-		if down != nil || rec.State != Acquired {
-			return err
-		}
-		if err = o.storeResult(ctx, o.opts.StoreTimeout, r); err == nil || isFinalError(err) {
+		up := down == nil && rec.State == Acquired
+		if !up || !refused {
+			refused = up
 			return err
 		}
 		o.warn(ctx, o.storeKey, "the store refuses a response, so retries are told response_not_stored", err)

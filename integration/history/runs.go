@@ -190,8 +190,8 @@ func (c *checker) leaseEnd(r *run) time.Duration {
 // mayShrink reports whether a small record may take the place of the answer of r
 // at that time. The store was asked for the answer in vain, then it renewed the
 // claim, so it is not down, and then it refused the answer once more. All that
-// comes late in the lease: its last third, of which the judge, who does not know
-// when the middleware read its clock, makes a half.
+// comes late in the lease: its second half, of which the judge, who does not know
+// when the middleware read its clock, makes two thirds.
 func (c *checker) mayShrink(r *run, at time.Duration) bool {
 	if r.end == nil {
 		return false
@@ -205,7 +205,7 @@ func (c *checker) mayShrink(r *run, at time.Duration) bool {
 		return false
 	}
 	for _, renewal := range r.renewals {
-		if failed(r.end.At, renewal.Sent) && failed(renewal.Returned, at) && renewal.Sent >= c.leaseEnd(r)-c.Lease/2 {
+		if failed(r.end.At, renewal.Sent) && failed(renewal.Returned, at) && renewal.Sent >= c.leaseEnd(r)-2*c.Lease/3 {
 			return true
 		}
 	}
