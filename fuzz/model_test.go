@@ -192,14 +192,33 @@ func (m *model) settle(c *modelCell, r modelRequest, run int, at time.Duration) 
 			c.digest = "unread"
 		}
 	default:
-		c.state, c.expiry = "released", at+modelLease
+		c.state, c.expiry = "released", m.markerEnd(c, r, at)
 	}
+}
+
+// markerEnd says until when a freed key is remembered: for a lease after a first
+// attempt that did nothing and whose claim was not marked.
+func (m *model) markerEnd(c *modelCell, r modelRequest, at time.Duration) time.Duration {
+	claimed := at
+	if r.slow {
+		claimed = at - modelSlow + modelLastRenewal
+	}
+	switch {
+	case !r.nothingDone() && !r.discard || m.opts.atMostOnce:
+		return at + modelTTL
+	case c.attempt > 1:
+		return claimed + modelTTL
+	}
+	return at + modelLease
 }
 
 // isFinal says what is kept, in the words of the documentation.
 func (r modelRequest) isFinal(atMostOnce bool) bool {
-	notDone := slices.Contains([]int{401, 403, 407, 408, 425, 429}, r.status)
-	return r.commit || !r.discard && !notDone && (r.status < 500 || atMostOnce)
+	return r.commit || !r.discard && !r.nothingDone() && (r.status < 500 || atMostOnce)
+}
+
+func (r modelRequest) nothingDone() bool {
+	return slices.Contains([]int{401, 403, 407, 408, 425, 429}, r.status)
 }
 
 func (r modelRequest) bodyless() bool { return r.status == 204 || r.status == 304 }
