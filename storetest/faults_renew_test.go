@@ -333,7 +333,6 @@ var renewFaults = []brokenStore{
 	}}, []string{
 		"Renew/another owner's claim is Lost while its lease runs",
 		"Renew/a claim that was taken over is Lost",
-		"Concurrency/either a renewal or a take-over wins",
 	}},
 	{"a renewal of the attempt checks no token", fault{before: func(c *call) {
 		if c.renewal() && c.old.status == claimed && c.claim.Attempt == c.old.attempt {
