@@ -78,6 +78,7 @@ import (
 	"errors"
 	"net/http"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 )
@@ -136,7 +137,7 @@ type handler struct {
 // in the header map, and gets the ResponseWriter and the Request as they came.
 func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	lines, ok := r.Header[h.opts.Header]
-	if !ok && !h.opts.RequireKey || !slices.Contains(h.opts.Methods, r.Method) {
+	if !ok && !h.opts.RequireKey || !h.isEligible(r.Method) {
 		h.next.ServeHTTP(w, r)
 		return
 	}
@@ -147,6 +148,14 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	c.serve(lines)
 	c.recycle()
+}
+
+// isEligible compares methods without regard to case. Methods are
+// case-sensitive (RFC 9110, section 9.1), but a browser's fetch sends "patch" as
+// the page has written it, and there are routers that take it for PATCH.
+func (m *middleware) isEligible(method string) bool {
+	return slices.Contains(m.opts.Methods, method) ||
+		slices.ContainsFunc(m.opts.Methods, func(eligible string) bool { return strings.EqualFold(eligible, method) })
 }
 
 // A call takes one request with a key to its answer. It holds the parts that

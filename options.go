@@ -69,6 +69,8 @@ type Options struct {
 	Header string
 
 	// Methods are the eligible methods, in upper case; all others pass through.
+	// Methods of requests are compared without regard to case, and "patch" names
+	// the same cell as "PATCH".
 	// Default POST, PUT, PATCH, DELETE. GET, HEAD, OPTIONS, TRACE and CONNECT
 	// cannot be eligible: they need no key.
 	Methods []string
@@ -94,12 +96,23 @@ type Options struct {
 	// But a client whose credentials changed between two tries gets 422 too. So
 	// a service needs a Scope if its credentials change with every request
 	// (signed requests, rotating tokens, rolling cookies), or if it tells its
-	// clients apart in another way (an API key in a header of its own, client
-	// certificates).
+	// clients apart in another way (client certificates, say; for an API key in
+	// a header of its own, FingerprintHeaders is enough).
 	//
 	// The host is not part of a key. A service for which it matters puts r.Host
 	// into the scope.
 	Scope func(r *http.Request) string
+
+	// FingerprintHeaders are further request headers that a retry must repeat,
+	// with the same values: one that says what the request is about (a tenant,
+	// an account), or who sends it (an API key). A retry in which one of them
+	// differs is answered 422. Names are compared without regard to case.
+	//
+	// Default nil: Authorization and Cookie, where there is no Scope, and in any
+	// case If-Match, If-None-Match, If-Modified-Since and If-Unmodified-Since.
+	// A client that corrects a precondition sends another request. These always
+	// count, with a custom Fingerprint too.
+	FingerprintHeaders []string
 
 	// Fingerprint replaces the query, the Content-Type and the body in what
 	// tells two requests under one key apart. It must not read r.Body, which
@@ -226,6 +239,12 @@ func (o *Options) withDefaults() Options {
 	if len(r.Methods) == 0 {
 		r.Methods = []string{http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete}
 	}
+	r.FingerprintHeaders = slices.Concat(preconditions, r.FingerprintHeaders)
+	for i, name := range r.FingerprintHeaders {
+		r.FingerprintHeaders[i] = http.CanonicalHeaderKey(name)
+	}
+	slices.Sort(r.FingerprintHeaders)
+	r.FingerprintHeaders = slices.Compact(r.FingerprintHeaders)
 	if r.ReplayHeader == nil {
 		r.ReplayHeader = func(name string) bool { return !strings.EqualFold(name, "Set-Cookie") }
 	}
@@ -285,6 +304,11 @@ func (o *Options) check() error {
 		}
 		if !isToken(method) || method != strings.ToUpper(method) {
 			return fmt.Errorf("Options.Methods has %q; methods are upper-case tokens", method)
+		}
+	}
+	for _, name := range o.FingerprintHeaders {
+		if !isToken(name) {
+			return fmt.Errorf("Options.FingerprintHeaders has %q, which is not a header name", name)
 		}
 	}
 	if _, err := url.Parse(o.DocsURL); err != nil || !isLinkTarget(o.DocsURL) {

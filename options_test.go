@@ -29,6 +29,7 @@ func TestOptionsThatAreNonsense(t *testing.T) {
 		"is not a header name":                {Header: "Idempotency Key"},
 		"needs no idempotency key":            {Methods: []string{"POST", "GET"}},
 		"upper-case":                          {Methods: []string{"post"}},
+		"which is not a header name":          {FingerprintHeaders: []string{"X Tenant"}},
 		"MaxBufferedBody is negative":         {MaxBufferedBody: -1},
 		"MaxResponseBytes is negative":        {MaxResponseBytes: -1},
 		"is not a URL":                        {DocsURL: "https://x/>"},

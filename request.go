@@ -1,17 +1,13 @@
 package idempotency
 
 import (
-	"bytes"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/binary"
 	"errors"
-	"hash"
 	"io"
 	"net/http"
-	"slices"
 	"strings"
-	"sync"
 )
 
 // A request is one that has a key, or should have one, and what identifies it:
@@ -71,7 +67,7 @@ const (
 // free. One string holds both, as both are needed until the request ends.
 func (q *request) deriveStoreKey() {
 	path, _ := target(q.r)
-	sum := hashKey((*q.body.buffer)[:0], q.scope, q.r.Method, path, q.key)
+	sum := hashKey((*q.body.buffer)[:0], q.scope, strings.ToUpper(q.r.Method), normalize(path), q.key)
 	token := newToken()
 	var text [storeKeyBytes + tokenBytes]byte
 	base64.RawURLEncoding.Encode(text[:storeKeyBytes], sum[:])
@@ -94,7 +90,7 @@ const fingerprintBytes = 16
 // or never comes, must not hold a key.
 func (q *request) takeFingerprint() *Error {
 	custom := q.opts.Fingerprint != nil
-	identity := appendIdentity((*q.body.buffer)[:0], q.r, q.scope, q.key, custom)
+	identity := q.appendIdentity((*q.body.buffer)[:0], custom)
 	if err := q.body.readAhead(q.r, identity, q.opts.MaxBufferedBody); err != nil {
 		return q.bodyProblem(err)
 	}
@@ -189,260 +185,44 @@ func hashKey(scratch []byte, scope, method, path, key string) (sum [20]byte) {
 	return sum
 }
 
+// preconditions are headers that are part of every fingerprint. A client that
+// corrects If-Match after a 412 sends another request (RFC 9110, section 13),
+// and must not get the old 412.
+var preconditions = []string{"If-Match", "If-None-Match", "If-Modified-Since", "If-Unmodified-Since"}
+
 // appendIdentity appends all that tells two requests under one key apart, but
 // for the body. The key itself is part of it, so that a reader of a leaked
 // store cannot confirm guesses of short payloads. Credentials are part of it
 // only where there is no scope: a scope says whose request it is, and
-// credentials may change between two tries.
-func appendIdentity(b []byte, r *http.Request, scope, key string, custom bool) []byte {
+// credentials may change between two tries. A letter before each part that may
+// be missing keeps one part from passing as another.
+func (q *request) appendIdentity(b []byte, custom bool) []byte {
+	header := q.r.Header
 	b = append(b, 'f') // short, for a block of SHA-256 less: 50 ns
-	b = appendField(b, key)
-	if scope == "" {
+	b = appendField(b, q.key)
+	if q.scope == "" {
 		b = append(b, 'c')
-		b = appendFields(b, r.Header["Authorization"])
-		b = appendFields(b, r.Header["Cookie"])
+		b = appendFields(b, header["Authorization"])
+		b = appendFields(b, header["Cookie"])
 	} else {
 		b = append(b, 's')
+	}
+	for _, name := range q.opts.FingerprintHeaders {
+		if values, ok := header[name]; ok {
+			b = appendField(append(b, 'h'), name)
+			b = appendFields(b, values)
+		}
 	}
 	if custom {
 		return append(b, 'f')
 	}
 	b = append(b, 'b')
-	_, query := target(r)
-	b = appendField(b, query)
-	b = appendFields(b, r.Header["Content-Type"])
-	if r.PostForm != nil {
+	_, query := target(q.r)
+	b = appendField(b, normalize(query))
+	b = appendFields(b, header["Content-Type"])
+	if q.r.PostForm != nil {
 		// An outer middleware has read the body, so the form that it parsed counts.
-		b = appendField(append(b, 'p'), r.PostForm.Encode())
+		b = appendField(append(b, 'p'), q.r.PostForm.Encode())
 	}
-	return b
-}
-
-// maxPooledBuffer is the capacity up to which a buffer is used again. A larger
-// one would pin the memory of one large request for good.
-const maxPooledBuffer = 64 << 10
-
-// buffers are those of request bodies.
-var buffers = sync.Pool{New: func() any { return new([]byte) }}
-
-// requestBody is the body as the middleware and the handler read it. The
-// identity, and after it all or the beginning of the body, lie in one pooled
-// buffer, so that the fingerprint takes one hash over one slice.
-type requestBody struct {
-	buffer   *[]byte       // the pooled slice that identity and ahead lie in
-	identity []byte        // what the fingerprint covers before the body
-	ahead    []byte        // what was read of the body before the key was claimed
-	whole    bool          // ahead is the whole body
-	request  *http.Request // the client's, whose body is read
-	copy     *http.Request // the handler's
-
-	mu      sync.Mutex
-	started bool      // reading has begun: the client was told to continue
-	off     int       // how many bytes of ahead the handler has read
-	read    int64     // how many bytes the handler has read in all
-	hash    hash.Hash // of identity and what the handler has read; nil if whole
-	eof     bool      // the handler has seen the end
-	broken  bool      // the handler has seen the body break off
-	closed  bool
-}
-
-// readAhead reads the body up to limit bytes. identity must lie in *b.buffer. A
-// body that declares more than limit is left alone: it is streamed in any case,
-// and a client that waits for 100 Continue is not asked to send before the
-// handler wants the body.
-func (b *requestBody) readAhead(r *http.Request, identity []byte, limit int64) error {
-	b.request = r
-	buf := identity
-	defer func() {
-		*b.buffer = buf
-		b.identity, b.ahead = buf[:len(identity)], buf[len(identity):]
-	}()
-	if r.Body == nil || r.Body == http.NoBody {
-		b.whole = true
-		return nil
-	}
-	if r.ContentLength > limit {
-		return nil
-	}
-	b.started = true
-	// A declared length is not trusted with memory before the bytes come. The
-	// spare byte lets the end arrive together with the last of them.
-	buf = slices.Grow(buf, int(min(max(r.ContentLength, 0), maxPooledBuffer))+1)
-	for int64(len(buf)-len(identity)) <= limit {
-		if len(buf) == cap(buf) {
-			buf = slices.Grow(buf, len(buf))
-		}
-		space := min(int64(cap(buf)-len(buf)), limit+1-int64(len(buf)-len(identity)))
-		n, err := r.Body.Read(buf[len(buf) : len(buf)+int(space)])
-		buf = buf[:len(buf)+n]
-		if err == io.EOF {
-			// There is space for one byte over limit. A body that fills it is
-			// large, whether its end has come with that byte or comes later.
-			b.whole = int64(len(buf)-len(identity)) <= limit
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// fingerprint returns what tells the request apart. When the body was read
-// whole, it covers all of the request. Otherwise it covers all but the body,
-// whose digest is stored with the response. The letter keeps a large body from
-// having the fingerprint of a small one.
-func (b *requestBody) fingerprint() [sha256.Size]byte {
-	if !b.whole {
-		return sha256.Sum256(append([]byte{'l'}, b.identity...))
-	}
-	return sha256.Sum256((*b.buffer)[:len(b.identity)+len(b.ahead)])
-}
-
-// customFingerprint is fingerprint with print in the place of query,
-// Content-Type and body.
-func (b *requestBody) customFingerprint(print []byte) [sha256.Size]byte {
-	return sha256.Sum256(append(slices.Clip(b.identity), print...))
-}
-
-// handOver makes the body that of the handler's copy of the request. A body
-// that is not whole is hashed as it is read. An empty one becomes http.NoBody,
-// which proxies and clients recognise.
-func (b *requestBody) handOver(r *http.Request) {
-	b.copy = r
-	if b.whole && len(b.ahead) == 0 {
-		r.Body = http.NoBody
-		return
-	}
-	if !b.whole {
-		b.hash = sha256.New()
-		b.hash.Write(b.identity)
-	}
-	r.Body = b
-}
-
-// Read implements io.Reader for the handler.
-func (b *requestBody) Read(p []byte) (int, error) {
-	b.mu.Lock()
-	if !b.closed && (b.whole || b.off < len(b.ahead)) {
-		n := copy(p, b.ahead[b.off:])
-		b.off += n
-		var err error
-		if n == 0 && len(p) > 0 {
-			err = io.EOF
-		}
-		b.noteLocked(p[:n], err)
-		b.mu.Unlock()
-		return n, err
-	}
-	closed := b.closed
-	b.mu.Unlock()
-	if closed {
-		return 0, http.ErrBodyReadAfterClose
-	}
-
-	// The client may take its time: reading under the lock would make the end
-	// of the handler wait for a goroutine that the handler left behind.
-	n, err := b.request.Body.Read(p)
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.closed {
-		return 0, http.ErrBodyReadAfterClose
-	}
-	b.noteLocked(p[:n], err)
-	return n, err
-}
-
-// noteLocked notes what the handler has read, and how reading ended.
-func (b *requestBody) noteLocked(p []byte, err error) {
-	b.started = true
-	b.read += int64(len(p))
-	if b.hash != nil {
-		b.hash.Write(p)
-	}
-	switch {
-	case errors.Is(err, io.EOF):
-		b.eof = true
-		// Undeclared trailers come with the end. Without trailers the copy is not
-		// written to: the handler may look at its request while another
-		// goroutine, such as the transport of a proxy, reads the body.
-		if trailer := b.request.Trailer; trailer != nil && b.copy.Trailer == nil {
-			b.copy.Trailer = trailer
-		}
-	case err != nil:
-		var tooLarge *http.MaxBytesError
-		b.broken = !errors.As(err, &tooLarge) // every retry meets the same limit
-	}
-}
-
-// Close implements io.Closer for the handler. The server closes its own body.
-func (b *requestBody) Close() error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.closed = true
-	return nil
-}
-
-// hasStarted reports whether the client may be sending the body by now.
-func (b *requestBody) hasStarted() bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.started
-}
-
-// finish ends the handler's access. broken tells whether the handler met a body
-// that broke off. digest is that of a body that was not whole: a hash over all
-// of it, or, when the handler stopped after n bytes, over those together with
-// n.
-func (b *requestBody) finish() (digest []byte, broken bool) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.closed = true
-	if b.hash == nil {
-		return nil, b.broken
-	}
-	digest = b.hash.Sum(nil)
-	if !b.eof && b.read != b.request.ContentLength {
-		digest = binary.BigEndian.AppendUint64(digest, uint64(b.read))
-	}
-	return digest, b.broken
-}
-
-// matches reads as much of the body as digest covers and reports whether it is
-// the same. It is called for a body that is not whole and was not handed over.
-func (b *requestBody) matches(digest []byte) (bool, error) {
-	h := sha256.New()
-	h.Write(b.identity)
-	body := io.MultiReader(bytes.NewReader(b.ahead), b.request.Body)
-	switch len(digest) {
-	case sha256.Size:
-		b.started = true
-		if _, err := io.Copy(h, body); err != nil {
-			return false, err
-		}
-	case sha256.Size + 8:
-		n := binary.BigEndian.Uint64(digest[sha256.Size:])
-		b.started = b.started || n > 0
-		if _, err := io.CopyN(h, body, int64(n)); errors.Is(err, io.EOF) {
-			return false, nil // shorter than that
-		} else if err != nil {
-			return false, err
-		}
-		digest = digest[:sha256.Size]
-	}
-	return bytes.Equal(h.Sum(nil), digest), nil
-}
-
-// free returns the buffer to its pool. The lock waits for a Read that copies
-// from it; a later Read finds the body closed.
-func (b *requestBody) free() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.closed = true
-	if buffer := b.buffer; buffer != nil {
-		b.buffer, b.identity, b.ahead = nil, nil, nil
-		if cap(*buffer) <= maxPooledBuffer {
-			buffers.Put(buffer)
-		}
-	}
+	return append(b, 'd')
 }

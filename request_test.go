@@ -616,3 +616,53 @@ func TestMultipartFilesOfOuterMiddlewareStay(t *testing.T) {
 	require.NoError(t, f.Close())
 	require.NoError(t, r.MultipartForm.RemoveAll())
 }
+
+// Browsers send a method as the page has written it.
+func TestMethodsInLowerCase(t *testing.T) {
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{RequireKey: true}, nil)
+	for i, x := range []idemtest.Exchange{
+		{Method: "patch", Get: "400 key_missing"},
+		{Method: "patch", Key: "a", Get: "201 charge 1"},
+		{Method: "PATCH", Key: "a", Get: "replay 201 charge 1"},
+		{Method: "Patch", Key: "a", Get: "replay 201 charge 1"},
+		{Method: "get", Key: "a", Get: "201 charge 2"},
+		{Method: "get", Key: "a", Get: "201 charge 3"},
+	} {
+		c.Check(t, i, x)
+	}
+}
+
+// What a header says a request is about is part of the request.
+func TestHeadersOfTheFingerprint(t *testing.T) {
+	scope := func(*http.Request) string { return "shop" }
+	print := func(*http.Request, []byte) []byte { return nil }
+	for name, row := range map[string]struct {
+		opts          idempotency.Options
+		first, second http.Header
+		get           string
+	}{
+		"a corrected precondition":       {idempotency.Options{}, http.Header{"If-Match": {`"v1"`}}, http.Header{"If-Match": {`"v2"`}}, "422 key_reused"},
+		"the same precondition":          {idempotency.Options{}, http.Header{"If-Match": {`"v1"`}}, http.Header{"If-Match": {`"v1"`}}, "replay 201 charge 1"},
+		"a precondition that is dropped": {idempotency.Options{}, http.Header{"If-None-Match": {"*"}}, nil, "422 key_reused"},
+		"a precondition that is added":   {idempotency.Options{}, nil, http.Header{"If-Unmodified-Since": {"x"}}, "422 key_reused"},
+		"another precondition":           {idempotency.Options{}, http.Header{"If-Match": {"*"}}, http.Header{"If-None-Match": {"*"}}, "422 key_reused"},
+		"If-Modified-Since":              {idempotency.Options{}, http.Header{"If-Modified-Since": {"x"}}, http.Header{"If-Modified-Since": {"y"}}, "422 key_reused"},
+		"in a scope":                     {idempotency.Options{Scope: scope}, http.Header{"If-Match": {`"v1"`}}, http.Header{"If-Match": {`"v2"`}}, "422 key_reused"},
+		"with a custom fingerprint":      {idempotency.Options{Fingerprint: print}, http.Header{"If-Match": {`"v1"`}}, http.Header{"If-Match": {`"v2"`}}, "422 key_reused"},
+		"another tenant": {idempotency.Options{FingerprintHeaders: []string{"x-tenant-id"}},
+			http.Header{"X-Tenant-Id": {"1"}}, http.Header{"X-Tenant-Id": {"2"}}, "422 key_reused"},
+		"another tenant, in a scope": {idempotency.Options{FingerprintHeaders: []string{"X-Tenant-Id"}, Scope: scope},
+			http.Header{"X-Tenant-Id": {"1"}}, http.Header{"X-Tenant-Id": {"2"}}, "422 key_reused"},
+		"the same tenant": {idempotency.Options{FingerprintHeaders: []string{"X-Tenant-Id", "Stripe-Account"}},
+			http.Header{"X-Tenant-Id": {"1"}}, http.Header{"X-Tenant-Id": {"1"}}, "replay 201 charge 1"},
+		"values of two headers changed places": {idempotency.Options{FingerprintHeaders: []string{"X-A", "X-B"}},
+			http.Header{"X-A": {"1"}, "X-B": {"2"}}, http.Header{"X-A": {"2"}, "X-B": {"1"}}, "422 key_reused"},
+		"a header that nobody named": {idempotency.Options{}, http.Header{"X-Trace": {"1"}}, http.Header{"X-Trace": {"2"}}, "replay 201 charge 1"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := idemtest.NewClient(idempotency.NewMemoryStore(), &row.opts, nil)
+			c.Check(t, 1, idemtest.Exchange{Key: "a", Header: row.first, Get: "201 charge 1"})
+			c.Check(t, 2, idemtest.Exchange{Key: "a", Header: row.second, Get: row.get})
+		})
+	}
+}
