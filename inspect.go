@@ -55,6 +55,9 @@ type Inspector interface {
 	// dropped, as after any take-over. So an operator should make sure that the
 	// process is gone before the key is forgotten.
 	//
+	// The next run gets the same Execution.DownstreamKey, so a provider that has
+	// seen it answers as it did before.
+	//
 	// A cell that is kept is kept for at least the rest of its TTL. A store that
 	// is a [Watcher] tells those who watch the key.
 	Forget(ctx context.Context, key string, seen Cell) error
@@ -62,7 +65,8 @@ type Inspector interface {
 
 // ErrCellChanged: the cell is no longer the one that the operator has seen.
 // [Inspector] returns it from Forget, which has then done nothing. Inspect the
-// cell again.
+// cell again. A client of the store that sends Forget a second time, because the
+// first answer was lost, finds what the first one has changed.
 var ErrCellChanged = errors.New("idempotency: the cell has changed since it was inspected")
 
 // A Cell is what a [Store] keeps under a key, as [Inspector] shows it. A Cell

@@ -90,17 +90,9 @@ func (s *MemoryStore) forgetResult(sh *memoryShard, hash uint64, key string, now
 	}
 	// The bytes of a packed record count until its slab drops them, as its
 	// memory is not free before.
-	ref := sh.packed.index[hash]
+	record, _ := sh.packed.lookup(hash, key, now)
 	delete(sh.packed.index, hash)
 	cell := sh.newCell(key)
 	cell.state, cell.attempt = cellReleased, 1
-	s.insert(sh, cell, now, sh.ttlOf(ref))
-}
-
-// ttlOf returns the TTL with which a packed record was stored. A marker is kept
-// for that time anew, so that Forget makes no queue for each key.
-func (sh *memoryShard) ttlOf(ref recordRef) time.Duration {
-	kept := sh.packed.slabs[ref.slab]
-	i := slices.IndexFunc(sh.queues, func(q *memoryQueue) bool { return slices.Contains(q.slabs, kept) })
-	return sh.queues[i].ttl
+	s.insert(sh, cell, now, time.Duration(record.expiry()-now))
 }
