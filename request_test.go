@@ -752,3 +752,20 @@ func TestPassingThroughAllocatesNothing(t *testing.T) {
 	w, r := httptest.NewRecorder(), httptest.NewRequest("POST", "/charge", nil)
 	require.Zero(t, testing.AllocsPerRun(100, func() { h.ServeHTTP(w, r) }))
 }
+
+// A goroutine that a handler leaves behind reads its own body, and not that of a
+// request that comes after it.
+func TestBodyThatWentThroughIsItsOwn(t *testing.T) {
+	var bodies []io.Reader
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{
+		Key: func(*http.Request, []byte) (string, error) { return "", nil },
+	}, func(_ http.ResponseWriter, r *http.Request) { bodies = append(bodies, r.Body) })
+	for i := range 10 {
+		c.Check(t, i, idemtest.Exchange{Body: fmt.Sprint("body ", i), Get: "200 "})
+	}
+	for i, body := range bodies {
+		b, err := io.ReadAll(body)
+		require.NoError(t, err)
+		require.Equal(t, fmt.Sprint("body ", i), string(b))
+	}
+}
