@@ -746,13 +746,6 @@ func closeEarly(r *http.Request) string {
 	return fmt.Sprint(n, err, closed, after, late)
 }
 
-// Without a Key, looking for one costs nothing.
-func TestPassingThroughAllocatesNothing(t *testing.T) {
-	h := idempotency.Middleware(idempotency.NewMemoryStore(), nil)(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
-	w, r := httptest.NewRecorder(), httptest.NewRequest("POST", "/charge", nil)
-	require.Zero(t, testing.AllocsPerRun(100, func() { h.ServeHTTP(w, r) }))
-}
-
 // A goroutine that a handler leaves behind reads its own body, and not that of a
 // request that comes after it.
 func TestBodyThatWentThroughIsItsOwn(t *testing.T) {
