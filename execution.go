@@ -52,7 +52,7 @@ func (e *Execution) covers(storeKey string) bool {
 	return false
 }
 
-// Key returns the client's key, unquoted.
+// Key returns the client's key, unquoted, or what [Options.Key] returned.
 func (e *Execution) Key() string { return e.key }
 
 // Attempt returns 1 for the first run under the key, and more when earlier runs

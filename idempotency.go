@@ -108,6 +108,7 @@ func Middleware(store Store, opts *Options) func(http.Handler) http.Handler {
 		panic("idempotency: store is nil; use NewMemoryStore() for a single process")
 	}
 	m := &middleware{store: store, opts: opts.withDefaults()}
+	m.header = http.CanonicalHeaderKey(m.opts.Header)
 	m.watcher, _ = store.(Watcher)
 	m.memory, _ = store.(*MemoryStore)
 	return func(next http.Handler) http.Handler {
@@ -124,6 +125,7 @@ type middleware struct {
 	watcher  Watcher      // the same store; nil if it cannot watch
 	memory   *MemoryStore // the same store; nil if it is another kind
 	opts     Options
+	header   string // Options.Header as it stands in a header map
 	releases releases
 }
 
@@ -133,11 +135,12 @@ type handler struct {
 	next http.Handler
 }
 
-// ServeHTTP implements http.Handler. A request without a key costs one lookup
-// in the header map, and gets the ResponseWriter and the Request as they came.
+// ServeHTTP implements http.Handler. Without Options.Key, a request without a
+// key costs one lookup in the header map, and gets the ResponseWriter and the
+// Request as they came.
 func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	lines, ok := r.Header[h.opts.Header]
-	if !ok && !h.opts.RequireKey || !h.isEligible(r.Method) {
+	lines, ok := r.Header[h.header]
+	if !ok && !h.opts.RequireKey && h.opts.Key == nil || !h.isEligible(r.Method) {
 		h.next.ServeHTTP(w, r)
 		return
 	}
@@ -176,8 +179,8 @@ type call struct {
 }
 
 // serve answers a request that has a key, or that RequireKey says must have
-// one. The steps that need neither the body nor the store come first, so that
-// refusing a request is cheap.
+// one. With Options.Key it is any eligible request. The steps that need neither
+// the body nor the store come first, so that refusing a request is cheap.
 func (c *call) serve(lines []string) {
 	defer c.body.free()
 	if err := c.identify(lines); err != nil {
@@ -185,7 +188,8 @@ func (c *call) serve(lines []string) {
 		return
 	}
 	outer, _ := FromContext(c.r.Context())
-	if outer.covers(c.storeKey) {
+	if c.key == "" || outer.covers(c.storeKey) {
+		c.body.restore(c.r)
 		c.next.ServeHTTP(c.w, c.r)
 		return
 	}
@@ -311,7 +315,7 @@ func (c *call) replay(rec Record) {
 	}
 	switch {
 	case !same:
-		c.refuse(c.problem(ErrKeyReused, nil))
+		c.refuse(c.reused())
 	case resp.unknown:
 		c.refuse(c.problem(ErrOutcomeUnknown, nil))
 	case resp.notStored:
@@ -333,7 +337,7 @@ func (c *call) refusal(state State, err error) *Error {
 	case state == InProgress:
 		return c.problem(ErrInProgress, nil)
 	case state == Mismatch:
-		return c.problem(ErrKeyReused, nil)
+		return c.reused()
 	case state == Abandoned:
 		return c.problem(ErrOutcomeUnknown, nil)
 	}
@@ -384,9 +388,4 @@ func (c *call) recycle() {
 		c.w, c.next = nil, nil
 		calls.Put(c)
 	}
-}
-
-// problem returns the Error for a sentinel, with the DocsURL of the options.
-func (m *middleware) problem(sentinel, cause error) *Error {
-	return newError(sentinel, cause, m.opts.DocsURL)
 }

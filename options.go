@@ -63,10 +63,34 @@ type Options struct {
 	// less. It must not exceed half of Lease, or a renewal could come too late.
 	StoreTimeout time.Duration
 
-	// Header is the request header that carries the key. Default
-	// "Idempotency-Key", the header of
+	// Header is the request header that carries the key. Names are compared
+	// without regard to case, and errors name the header as it is written here.
+	// Default "Idempotency-Key", the header of
 	// draft-ietf-httpapi-idempotency-key-header.
 	Header string
+
+	// Key says what the key of a request is, in the place of Header, which is
+	// then not read. It is for webhooks, whose event id is in the body, and is
+	// called for every request with an eligible method, before anything else is
+	// done.
+	//
+	// Key gets the body, or nil if that is over MaxBufferedBody; it may then
+	// look at a header. It must not read r.Body or parse a form of r, and must
+	// not change or keep body. It returns 1 to 255 bytes of any kind. "" means
+	// that the request has no key: it passes through with its body whole, or is
+	// answered 400 key_missing with RequireKey. An error is answered 400
+	// key_invalid, and its text is shown to the client. So is a longer key.
+	// Before Key is called, a body that breaks off is answered 400
+	// body_incomplete, even if the request has no key.
+	//
+	// Whoever can send a key can occupy it. So check the signature of a webhook
+	// in Key, or in middleware outside of this one. A handler that refuses a
+	// forged event with 400 is too late: that answer is stored under the id of
+	// the true event. If the sender changes the body between two tries, as
+	// Stripe may do with pending_webhooks, set Fingerprint to what stays.
+	//
+	// Default nil: the key is in Header.
+	Key func(r *http.Request, body []byte) (string, error)
 
 	// Methods are the eligible methods, in upper case; all others pass through.
 	// Methods of requests are compared without regard to case, and "patch" names
@@ -81,8 +105,8 @@ type Options struct {
 
 	// ValidateKey is an extra rule for keys, UUIDs only, say. It sees the key
 	// unquoted, after the rule that always holds: 1 to 255 bytes of printable
-	// ASCII. The text of its error is shown to the client, with 400
-	// key_invalid. Default nil: no extra rule.
+	// ASCII, or of any kind if it comes from Key. The text of its error is shown
+	// to the client, with 400 key_invalid. Default nil: no extra rule.
 	ValidateKey func(key string) error
 
 	// Scope says whose key it is: the tenant or the user that an outer
@@ -93,7 +117,9 @@ type Options struct {
 	// Authorization and Cookie headers are part of the fingerprint instead. The
 	// same holds for a request for which Scope returns "". A client that learns
 	// the key of another client then gets 422 and never the stored response.
-	// But a client whose credentials changed between two tries gets 422 too. So
+	// But a key belongs to the client that sends it first. If this middleware is
+	// outside of authentication, a stranger without credentials can occupy keys.
+	// And a client whose credentials changed between two tries gets 422 too. So
 	// a service needs a Scope if its credentials change with every request
 	// (signed requests, rotating tokens, rolling cookies), or if it tells its
 	// clients apart in another way (client certificates, say; for an API key in
@@ -201,14 +227,19 @@ type Options struct {
 	// "": about:blank and no Link.
 	DocsURL string
 
-	// ErrorHandler writes the middleware's own answers. Default [WriteError].
+	// ErrorHandler writes the middleware's own answers. It may call [WriteError]
+	// with a copy of the Error in which it has changed the Status, as the
+	// examples of Options do: one for an API that wants 409 for another payload
+	// under a key, as the Universal Commerce Protocol does, and one for clients
+	// that take a 409 for final. An [Event] has the status of the Error as the
+	// middleware made it. Default [WriteError].
 	ErrorHandler func(http.ResponseWriter, *http.Request, *Error)
 
 	// OnEvent is called once for each request that has a key, or should have
 	// one. It runs on the request's goroutine, after the request was answered
 	// or its handler panicked, so it holds up the end of the request. It is not
-	// called when Scope, ValidateKey, Fingerprint or ErrorHandler panicked, nor
-	// by the inner of two middlewares that a request meets under one key. A
+	// called when Key, ValidateKey, Scope, Fingerprint or ErrorHandler panicked,
+	// nor by the inner of two middlewares that a request meets under one key. A
 	// panic in it is logged. Default nil.
 	OnEvent func(context.Context, Event)
 
@@ -234,7 +265,6 @@ func (o *Options) withDefaults() Options {
 	setDefault(&r.Header, "Idempotency-Key")
 	setDefault(&r.MaxBufferedBody, 1<<20)
 	setDefault(&r.MaxResponseBytes, 1<<20)
-	r.Header = http.CanonicalHeaderKey(r.Header)
 	r.Methods = slices.Clone(r.Methods)
 	if len(r.Methods) == 0 {
 		r.Methods = []string{http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"slices"
 	"strings"
 )
 
@@ -17,7 +18,7 @@ type request struct {
 	*middleware
 	r *http.Request // as the middleware got it
 
-	key      string // the client's, unquoted
+	key      string // the client's, unquoted; or of Options.Key, "" if there is none
 	scope    string
 	storeKey string
 	token    string          // names the request as an owner of the key
@@ -28,30 +29,79 @@ type request struct {
 	sum         [sha256.Size]byte // backing of fingerprint
 }
 
-// identify finds out which cell the request belongs to. The body is not read
-// yet, so a request with an invalid key is refused before it costs memory.
+// identify finds out which cell the request belongs to. Only Options.Key needs
+// the body for that. Without it a request with an invalid key is refused before
+// its body costs memory. A request that may pass through without a key has no
+// cell.
 func (q *request) identify(lines []string) *Error {
-	if len(lines) == 0 && q.opts.RequireKey {
-		return q.problem(ErrKeyMissing, nil)
-	}
-	key, detail := parseKey(lines)
-	if detail == "" && q.opts.ValidateKey != nil {
-		if err := q.opts.ValidateKey(key); err != nil {
-			detail = err.Error()
-		}
-	}
-	if detail != "" {
-		err := q.problem(ErrKeyInvalid, nil)
-		err.Detail = detail
+	q.body.buffer = buffers.Get().(*[]byte)
+	key, err := q.findKey(lines)
+	if err != nil || key == "" {
 		return err
+	}
+	if q.opts.ValidateKey != nil {
+		if err := q.opts.ValidateKey(key); err != nil {
+			return q.invalidKey(err.Error(), err)
+		}
 	}
 	q.key = key
 	if q.opts.Scope != nil {
 		q.scope = q.opts.Scope(q.r)
 	}
-	q.body.buffer = buffers.Get().(*[]byte)
 	q.deriveStoreKey()
 	return nil
+}
+
+// findKey returns the key of the header, or of Options.Key. It is "" only if
+// Options.Key found none and the request may pass through.
+func (q *request) findKey(lines []string) (string, *Error) {
+	if q.opts.Key != nil {
+		return q.askForKey()
+	}
+	if len(lines) == 0 && q.opts.RequireKey {
+		return "", q.problem(ErrKeyMissing, nil)
+	}
+	key, detail := parseKey(lines, q.opts.Header)
+	if detail != "" {
+		return "", q.invalidKey(detail, nil)
+	}
+	return key, nil
+}
+
+// askForKey reads the body and asks Options.Key. A body that breaks off is
+// refused: its key cannot be known, and the client that repeats the request
+// will have one.
+func (q *request) askForKey() (string, *Error) {
+	if err := q.body.readAhead(q.r, (*q.body.buffer)[:0], q.opts.MaxBufferedBody); err != nil {
+		return "", q.bodyProblem(err)
+	}
+	var body []byte
+	if q.body.whole {
+		body = slices.Clip(q.body.ahead)
+		if body == nil { // a body that is empty, and not one that is too large
+			body = []byte{}
+		}
+	}
+	switch key, err := q.opts.Key(q.r, body); {
+	case err != nil:
+		return "", q.invalidKey(err.Error(), err)
+	case key == "" && q.opts.RequireKey:
+		return "", q.problem(ErrKeyMissing, nil)
+	case len(key) > maxKeyBytes:
+		return "", q.invalidKey("The idempotency key of this request is longer than 255 bytes.", nil)
+	default:
+		return key, nil
+	}
+}
+
+// invalidKey is the answer to a key that was refused. The detail tells the client
+// why; if it is empty, the client gets that of the problem.
+func (q *request) invalidKey(detail string, cause error) *Error {
+	err := q.problem(ErrKeyInvalid, cause)
+	if detail != "" {
+		err.Detail = detail
+	}
+	return err
 }
 
 const (
@@ -67,7 +117,7 @@ const (
 // free. One string holds both, as both are needed until the request ends.
 func (q *request) deriveStoreKey() {
 	path, _ := target(q.r)
-	sum := hashKey((*q.body.buffer)[:0], q.scope, strings.ToUpper(q.r.Method), normalize(path), q.key)
+	sum := hashKey(q.body.unused(), q.scope, strings.ToUpper(q.r.Method), normalize(path), q.key)
 	token := newToken()
 	var text [storeKeyBytes + tokenBytes]byte
 	base64.RawURLEncoding.Encode(text[:storeKeyBytes], sum[:])
@@ -90,9 +140,13 @@ const fingerprintBytes = 16
 // or never comes, must not hold a key.
 func (q *request) takeFingerprint() *Error {
 	custom := q.opts.Fingerprint != nil
-	identity := q.appendIdentity((*q.body.buffer)[:0], custom)
-	if err := q.body.readAhead(q.r, identity, q.opts.MaxBufferedBody); err != nil {
-		return q.bodyProblem(err)
+	if q.opts.Key != nil { // which has read the body
+		q.body.prepend(q.appendIdentity(nil, custom))
+	} else {
+		identity := q.appendIdentity(q.body.unused(), custom)
+		if err := q.body.readAhead(q.r, identity, q.opts.MaxBufferedBody); err != nil {
+			return q.bodyProblem(err)
+		}
 	}
 	switch {
 	case !custom:

@@ -82,6 +82,67 @@ func (b *requestBody) readAhead(r *http.Request, identity []byte, limit int64) e
 	return nil
 }
 
+// unused returns the space of the buffer behind what was read ahead, as an empty
+// slice.
+func (b *requestBody) unused() []byte {
+	used := len(b.identity) + len(b.ahead)
+	return (*b.buffer)[used:used]
+}
+
+// prepend puts the identity before a body that was read ahead for Options.Key,
+// when the identity was not known yet.
+func (b *requestBody) prepend(identity []byte) {
+	buf := slices.Insert((*b.buffer)[:len(b.ahead)], 0, identity...)
+	*b.buffer = buf
+	b.identity, b.ahead = buf[:len(identity)], buf[len(identity):]
+}
+
+// restore gives back to r what was read ahead of its body, for a request that
+// passes through. It changes r itself, as http.MaxBytesReader is used to: a copy
+// would hide from outer middleware, and from the server, what they find in r
+// afterwards: trailers, a parsed form with its files, r.Pattern, and the part of
+// the body that the handler left.
+//
+// The buffer goes with the body: a goroutine that the handler leaves behind may
+// still read from it.
+func (b *requestBody) restore(r *http.Request) {
+	if len(b.ahead) == 0 {
+		return
+	}
+	r.Body = &restoredBody{rest: r.Body, ahead: b.ahead}
+	b.buffer, b.ahead = nil, nil
+}
+
+// A restoredBody is a body of which the beginning was read before. As the body
+// of net/http, it may be closed while another goroutine reads it.
+type restoredBody struct {
+	rest io.ReadCloser
+
+	mu    sync.Mutex // guards ahead
+	ahead []byte
+}
+
+// Read implements io.Reader.
+func (b *restoredBody) Read(p []byte) (int, error) {
+	b.mu.Lock()
+	if len(b.ahead) > 0 {
+		defer b.mu.Unlock()
+		n := copy(p, b.ahead)
+		b.ahead = b.ahead[n:]
+		return n, nil
+	}
+	b.mu.Unlock()
+	return b.rest.Read(p)
+}
+
+// Close implements io.Closer.
+func (b *restoredBody) Close() error {
+	b.mu.Lock()
+	b.ahead = nil
+	b.mu.Unlock()
+	return b.rest.Close()
+}
+
 // fingerprint returns what tells the request apart. When the body was read
 // whole, it covers all of the request. Otherwise it covers all but the body,
 // whose digest is stored with the response. The letter keeps a large body from
