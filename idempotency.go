@@ -58,6 +58,12 @@
 // The context of its request is not cancelled when the client hangs up. It is
 // cancelled when the lease is lost ([context.Cause] is [ErrLeaseLost]) and
 // after [Options.MaxExecution] ([context.Cause] is [context.DeadlineExceeded]).
+// The deadline of the request's context holds, and its cancellation does if it
+// has a cause other than [context.Canceled], which becomes the handler's. So a
+// server that has to stop cancels the context of its [http.Server.BaseContext]
+// with [context.WithCancelCause]. A client that has hung up before hides what
+// the server does: its handler is not told.
+//
 // A handler that gives up then answers with a 5xx, or calls
 // [Execution.Discard]. When it returns without an answer, its effect is
 // unknown: retries are answered [ErrOutcomeUnknown] and do not run.
