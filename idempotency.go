@@ -71,6 +71,11 @@
 // The response is held back until the handler returns, flushes, or writes more
 // than [Options.MaxResponseBytes]. Connections cannot be hijacked.
 //
+// The request is a copy. Of what a router inside finds out about it, outer
+// middleware sees the Pattern, after the handler has returned or panicked, and
+// not path values or forms. A replay runs no router, so its Pattern is that of
+// the routers outside.
+//
 // # Cost
 //
 // A first execution is two calls of the [Store], a replay is one. Each renewal
@@ -263,6 +268,12 @@ func (c *call) runUnprotected(err error, outer *Execution) {
 // removes the multipart files of the request that it made; callHandler removes
 // those that the handler opened through the copy.
 //
+// The Pattern of an inner router goes back to the request, where tracing and
+// metrics further out look for the route. Nothing else does. A changed Method
+// or a form would make another request of it, should outer middleware send it
+// through again. Path values may share a map with the copy, which a goroutine
+// that the handler left behind may read.
+//
 // A handler that leaves by panic or runtime.Goexit is a crash: nothing is
 // released, the claim ends with its lease, and the panic goes on untouched.
 // Freeing the key instead would be worse than it looks. When a connection
@@ -274,6 +285,9 @@ func (c *call) callHandler(w http.ResponseWriter, ctx context.Context) {
 	c.body.handOver(r)
 	returned := false
 	defer func() {
+		if r.Pattern != c.r.Pattern { // written only then, as the router itself would
+			c.r.Pattern = r.Pattern
+		}
 		if r.MultipartForm != nil && r.MultipartForm != c.r.MultipartForm {
 			_ = r.MultipartForm.RemoveAll()
 		}
