@@ -58,8 +58,9 @@ type Event struct {
 	// logs.
 	Err error
 
-	// Request is the request as the middleware got it. It belongs to the
-	// server, so it is valid only during the call of OnEvent.
+	// Request is the request as the middleware got it. When the handler ran, it
+	// has the Pattern that the handler's router found. It belongs to the server,
+	// so it is valid only during the call of OnEvent.
 	Request *http.Request
 }
 

@@ -58,12 +58,23 @@
 // The context of its request is not cancelled when the client hangs up. It is
 // cancelled when the lease is lost ([context.Cause] is [ErrLeaseLost]) and
 // after [Options.MaxExecution] ([context.Cause] is [context.DeadlineExceeded]).
+// The deadline of the request's context holds, and its cancellation does if it
+// has a cause other than [context.Canceled], which becomes the handler's. So a
+// server that has to stop cancels the context of its [http.Server.BaseContext]
+// with [context.WithCancelCause]. A client that has hung up before hides what
+// the server does: its handler is not told.
+//
 // A handler that gives up then answers with a 5xx, or calls
 // [Execution.Discard]. When it returns without an answer, its effect is
 // unknown: retries are answered [ErrOutcomeUnknown] and do not run.
 //
 // The response is held back until the handler returns, flushes, or writes more
 // than [Options.MaxResponseBytes]. Connections cannot be hijacked.
+//
+// The request is a copy. Of what a router inside finds out about it, outer
+// middleware sees the Pattern, after the handler has returned or panicked, and
+// not path values or forms. A replay runs no router, so its Pattern is that of
+// the routers outside.
 //
 // # Cost
 //
@@ -261,6 +272,12 @@ func (c *call) runUnprotected(err error, outer *Execution) {
 // removes the multipart files of the request that it made; callHandler removes
 // those that the handler opened through the copy.
 //
+// The Pattern of an inner router goes back to the request, where tracing and
+// metrics further out look for the route. Nothing else does. A changed Method
+// or a form would make another request of it, should outer middleware send it
+// through again. Path values may share a map with the copy, which a goroutine
+// that the handler left behind may read.
+//
 // A handler that leaves by panic or runtime.Goexit is a crash: nothing is
 // released, the claim ends with its lease, and the panic goes on untouched.
 // Freeing the key instead would be worse than it looks. When a connection
@@ -272,6 +289,9 @@ func (c *call) callHandler(w http.ResponseWriter, ctx context.Context) {
 	c.body.handOver(r)
 	returned := false
 	defer func() {
+		if r.Pattern != c.r.Pattern { // written only then, as the router itself would
+			c.r.Pattern = r.Pattern
+		}
 		if r.MultipartForm != nil && r.MultipartForm != c.r.MultipartForm {
 			_ = r.MultipartForm.RemoveAll()
 		}

@@ -169,12 +169,26 @@ type Options struct {
 
 	// ShouldStore says which responses are final and stored. Any other frees
 	// the key, so that a retry runs. Commit and Discard decide before it. It
-	// gets the header as the handler left it, and is not called when the
-	// handler gave no answer. If it panics, the response is stored.
+	// gets the HTTP status and the header as the handler left it: trailers are
+	// in it, under their names or with http.TrailerPrefix before them. It is not
+	// called when the handler gave no answer. If it panics, the response is
+	// stored.
 	//
 	// Default nil: all responses are final but 401, 403, 407, 408, 425, 429,
 	// 5xx, and 409 with Retry-After, which another instance of this middleware
 	// answers while a request is running. With AtMostOnce a 5xx is final too.
+	//
+	// By default a response of gRPC or gRPC-Web, which its Content-Type tells,
+	// counts as what its Grpc-Status says. UNAUTHENTICATED is 401,
+	// PERMISSION_DENIED 403, RESOURCE_EXHAUSTED 429. CANCELLED, UNKNOWN,
+	// DEADLINE_EXCEEDED, ABORTED, UNIMPLEMENTED, INTERNAL, UNAVAILABLE and
+	// DATA_LOSS are 5xx. All others are final. So is a response without a valid
+	// Grpc-Status. Once a gRPC-Web response has a message, its status is in the
+	// body, and that of a Connect stream always is. Such a status is not seen,
+	// and the response is stored: a handler that failed calls Discard.
+	// RESOURCE_EXHAUSTED is also what gRPC servers answer when a reply is over
+	// their limit, although the handler has finished: it calls Commit before an
+	// effect that must not be repeated.
 	ShouldStore func(status int, h http.Header) bool
 
 	// ReplayHeader says which of the headers and trailers that the handler set

@@ -17,7 +17,7 @@ type facts struct {
 	unanswered bool // the handler wrote nothing; its context ended or the body broke off
 	cutOff     bool // the body broke off under the handler, without Options.AtMostOnce
 	final      bool // ShouldStore says that the response is final
-	status     int  // of the response
+	status     int  // what the response counts as, which for gRPC is not its HTTP status
 }
 
 // A verdict is what a retry of the request gets.
@@ -181,7 +181,7 @@ func (s *settlement) gather() {
 	f.committed, f.discarded, f.attached = s.execution.end()
 	digest, broken := s.request.body.finish()
 	s.recorder.finish()
-	s.digest, f.status = digest, s.recorder.status
+	s.digest, f.status = digest, effectiveStatus(s.recorder.status, s.recorder.header)
 	f.cutOff = broken && !f.atMostOnce
 	f.unanswered = s.recorder.wroteNothing && (broken || s.context.hasEnded())
 	switch {
@@ -200,7 +200,7 @@ func (s *settlement) shouldStore() (final bool) {
 	}
 	final = true
 	defer s.contain(s.request.r.Context(), "ShouldStore")
-	return s.opts.ShouldStore(s.facts.status, s.recorder.header)
+	return s.opts.ShouldStore(s.recorder.status, s.recorder.header)
 }
 
 // saysNothingWasDone reports whether the response says that the handler did
@@ -280,7 +280,7 @@ func (s *settlement) encode(v verdict) Result {
 	}
 	if r.Value == nil {
 		s.notStored = ErrResponseNotStored
-		r.Value, r.parts = encodeNotStored(s.facts.status, s.digest), nil
+		r.Value, r.parts = encodeNotStored(s.recorder.status, s.digest), nil
 	}
 	if s.opts.AEAD == nil {
 		return r
@@ -288,7 +288,7 @@ func (s *settlement) encode(v verdict) Result {
 	sealed := s.seal(r)
 	if sealed == nil {
 		s.notStored = ErrResponseNotStored
-		sealed = encodeNotStored(s.facts.status, s.digest)
+		sealed = encodeNotStored(s.recorder.status, s.digest)
 	}
 	r.Value = sealed
 	return r
