@@ -108,8 +108,9 @@ func (o *RedisOptions) withDefaults() RedisOptions {
 // much less than a lease, because a failover changes from one to the other.
 type RedisStore struct {
 	client redis.UniversalClient
-	pipe   *redisPipe // nil unless client is that of one server
 	opts   RedisOptions
+
+	small, large *redisPipe // for commands without and with a large value; nil unless client is that of one server
 
 	mu            sync.Mutex                // guards what follows and what it points to
 	questions     map[string]*redisQuestion // that are on their way, by the name of the key
@@ -150,7 +151,7 @@ func NewRedisStore(client redis.UniversalClient, opts *RedisOptions) *RedisStore
 	case oneServer:
 		// Not for a Cluster, where one node that is down would hold up what
 		// goes to the others.
-		s.pipe = &redisPipe{client: server}
+		s.small, s.large = newRedisPipes(server)
 	}
 	return s
 }
@@ -350,10 +351,12 @@ func (s *RedisStore) send(ctx context.Context, name string, cmd redis.Cmder, cla
 	switch {
 	case claims && s.opts.MinReplicas > 0:
 		replicated, err = s.sendAndWait(ctx, name, cmd)
-	case s.pipe != nil:
-		replicated, err = true, s.pipe.process(ctx, cmd)
-	default:
+	case s.small == nil:
 		replicated, err = true, s.client.Process(ctx, cmd)
+	case isLarge(cmd):
+		replicated, err = true, s.large.process(ctx, cmd)
+	default:
+		replicated, err = true, s.small.process(ctx, cmd)
 	}
 	if err != nil && !errors.Is(err, redis.Nil) {
 		s.reloadSlotsAfter(ctx, err)
