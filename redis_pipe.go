@@ -2,7 +2,6 @@ package idempotency
 
 import (
 	"context"
-	"fmt"
 	"sync"
 	"time"
 
@@ -197,15 +196,6 @@ func (p *redisPipe) exec(ctx context.Context, batch []*queuedCommand) (err error
 		_ = pipe.Process(ctx, q.cmd)
 	}
 	return execPipeline(ctx, pipe)
-}
-
-// containRedis is deferred around calls of the client. It makes a panic in a
-// hook or a dialer an error, because on a goroutine of the store a panic would
-// end the process.
-func containRedis(err *error) {
-	if p := recover(); p != nil {
-		*err = fmt.Errorf("idempotency: panic in the Redis client: %v", p)
-	}
 }
 
 // execPipeline returns an error that none of the commands has. The commands
