@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"strings"
 	"time"
 
 	"github.com/redis/go-redis/v9"
@@ -39,9 +38,9 @@ func (s *RedisStore) isWatched(name string) bool {
 // message before they return it. Two short names may meet on one channel, which
 // is a false alarm for one of them.
 func redisChannel(name string) string {
-	const length = 36
-	if len(name) < length {
-		name += strings.Repeat(".", length-len(name))
+	const filler = "...................................." // 36 bytes
+	if len(name) < len(filler) {
+		name += filler[len(name):]
 	}
 	return name
 }
