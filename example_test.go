@@ -289,7 +289,7 @@ func ExampleNewRedisStore() {
 	err := store.Check(context.Background())
 	switch {
 	case errors.Is(err, idempotency.ErrEvictionUnknown):
-		log.Print(err) // someone has looked where the Redis is rented
+		log.Print(err) // the operator has looked at the policy where the Redis is rented
 	case err != nil:
 		log.Fatal(err)
 	}
