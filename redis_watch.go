@@ -262,8 +262,7 @@ func (ss *redisSession) close(pubsub *redis.PubSub) {
 
 // send sends what is pending. Subscriptions that follow each other go in one
 // command.
-func (ss *redisSession) send(pubsub *redis.PubSub) (err error) {
-	defer containRedis(&err)
+func (ss *redisSession) send(pubsub *redis.PubSub) error {
 	ss.store.mu.Lock()
 	pending := ss.pending
 	ss.pending = nil
@@ -324,8 +323,7 @@ func (ss *redisSession) receive(pubsub *redis.PubSub) {
 // next waits for a message for as long as watchPing. Before go-redis tells that
 // the connection broke, it connects again. That may take as long as its
 // DialTimeout unless the context is shorter.
-func (ss *redisSession) next(pubsub *redis.PubSub) (message any, err error) {
-	defer containRedis(&err)
+func (ss *redisSession) next(pubsub *redis.PubSub) (any, error) {
 	ctx, cancel := context.WithTimeout(ss.ctx, watchPing+watchPatience)
 	defer cancel()
 	return pubsub.ReceiveTimeout(ctx, watchPing)
