@@ -10,11 +10,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"net/http"
 	"net/http/httptest"
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/redis/go-redis/v9"
 
 	"github.com/go-idempotency/idempotency"
 )
@@ -383,4 +386,23 @@ func ExampleMiddleware_incorrect() {
 	// wrong request 1
 	// right request 2
 	// right request 3
+}
+
+// Each service on a Redis has a Prefix of its own. With one prefix, an event
+// that a dispatcher sends to two services would run in one of them only, and a
+// gateway that passes a request on with its key would hold that key itself.
+func ExampleNewRedisStore() {
+	client := redis.NewUniversalClient(&redis.UniversalOptions{
+		Addrs:                 []string{"redis:6379"},
+		ContextTimeoutEnabled: true,
+	})
+	store := idempotency.NewRedisStore(client, &idempotency.RedisOptions{Prefix: "shop:"})
+	err := store.Check(context.Background())
+	switch {
+	case errors.Is(err, idempotency.ErrEvictionUnknown):
+		log.Print(err) // the operator has looked at the policy where the Redis is rented
+	case err != nil:
+		log.Fatal(err)
+	}
+	http.Handle("POST /charge", idempotency.Middleware(store, nil)(http.NotFoundHandler()))
 }

@@ -5,7 +5,7 @@
 // middleware of this package runs the handler once, stores its complete
 // response, and answers every retry with that response:
 //
-//	store := idempotency.NewMemoryStore() // NewRedisStore for many replicas
+//	store := idempotency.NewMemoryStore() // NewRedisStore for many replicas, with a Prefix for each service
 //	mux.Handle("POST /charge", idempotency.Middleware(store, nil)(charge))
 //
 // # The promise

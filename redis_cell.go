@@ -317,7 +317,7 @@ func (s *RedisStore) run(ctx context.Context, script *redisScript, claims bool, 
 	if isRedisFull(err) {
 		cmd, replicated, err = s.eval(ctx, script.full, claims, name, args)
 	}
-	if redis.HasErrorPrefix(err, "FOREIGN") {
+	if hasErrorPrefix(err, "FOREIGN") {
 		err = fmt.Errorf("%w (%w)", errForeignCell, err)
 	}
 	return cmd, replicated, err
@@ -330,7 +330,7 @@ func (s *RedisStore) eval(ctx context.Context, source redisSource, claims bool, 
 	call = append(call, args...)
 	cmd = redis.NewCmd(ctx, call...)
 	replicated, err = s.send(ctx, name, cmd, claims)
-	if redis.HasErrorPrefix(err, "NOSCRIPT") {
+	if hasErrorPrefix(err, "NOSCRIPT") {
 		call[0], call[1] = "eval", source.text
 		cmd = redis.NewCmd(ctx, call...)
 		replicated, err = s.send(ctx, name, cmd, claims)
@@ -339,4 +339,10 @@ func (s *RedisStore) eval(ctx context.Context, source redisSource, claims bool, 
 }
 
 // isRedisFull reports whether Redis refused a command for lack of memory.
-func isRedisFull(err error) bool { return redis.HasErrorPrefix(err, "OOM") }
+func isRedisFull(err error) bool { return hasErrorPrefix(err, "OOM") }
+
+// hasErrorPrefix is redis.HasErrorPrefix, which allocates even where there is
+// no error.
+func hasErrorPrefix(err error, prefix string) bool {
+	return err != nil && redis.HasErrorPrefix(err, prefix)
+}
