@@ -74,12 +74,14 @@ package idempotency
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"net/http"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -108,6 +110,7 @@ func Middleware(store Store, opts *Options) func(http.Handler) http.Handler {
 		panic("idempotency: store is nil; use NewMemoryStore() for a single process")
 	}
 	m := &middleware{store: store, opts: opts.withDefaults()}
+	m.background = cmp.Or(m.opts.Background, new(Background))
 	m.watcher, _ = store.(Watcher)
 	m.memory, _ = store.(*MemoryStore)
 	return func(next http.Handler) http.Handler {
@@ -124,7 +127,10 @@ type middleware struct {
 	watcher  Watcher      // the same store; nil if it cannot watch
 	memory   *MemoryStore // the same store; nil if it is another kind
 	opts     Options
-	releases releases
+
+	background *Background // of Options, or one of its own
+	releases   releases
+	unstored   atomic.Int64 // bytes of responses that wait to be stored
 }
 
 // A handler is the middleware around one next handler.
@@ -193,6 +199,8 @@ func (c *call) serve(lines []string) {
 		c.refuse(err)
 		return
 	}
+	c.opts.Background.enter()
+	defer c.opts.Background.leave()
 	c.claim.owner, c.claim.fingerprint = owner{c.middleware, c.storeKey, c.token}, c.fingerprint
 	rec, err := c.claim.get(c.r.Context())
 	switch {
