@@ -101,6 +101,13 @@ func (b *Background) sleepLocked(ctx context.Context) {
 	}
 }
 
+// isAwaited reports whether a program is about to exit.
+func (b *Background) isAwaited() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.waiting > 0
+}
+
 // enter counts a request that is about to ask for its key. A nil Background
 // counts nothing: two atomic operations on one counter would be all that the
 // processors share when the store is a MemoryStore.
@@ -219,8 +226,9 @@ var errTooManyUnstored = errors.New("the responses that wait to be stored take t
 // handler that has finished must not run again because of that. So in the second
 // half of the lease, small takes the place of a result that the store refuses
 // although it renews the claim. It takes two refusals in a row: the first may be
-// that of a store that has just come back. For the same reason small takes the
-// place of a result that exceeds maxUnstored.
+// that of a store that has just come back. While Wait waits, small does not wait
+// for the second half: the program may exit before. A result that exceeds
+// maxUnstored makes room for small at once.
 func (c *claim) completeLater(ctx context.Context, r, small Result) {
 	leaseEnd, _ := c.standing()
 	ctx, o := c.detach(ctx)
@@ -238,7 +246,7 @@ func (c *claim) completeLater(ctx context.Context, r, small Result) {
 	refused := false
 	later.call = func() error {
 		err := o.storeResult(ctx, o.opts.StoreTimeout, r)
-		if err == nil || isFinalError(err) || time.Until(leaseEnd) > o.opts.Lease/2 {
+		if err == nil || isFinalError(err) || time.Until(leaseEnd) > o.opts.Lease/2 && !o.background.isAwaited() {
 			return err
 		}
 		rec, down := o.acquire(ctx, o.opts.StoreTimeout, renewal)
