@@ -271,7 +271,7 @@ func (c *claim) completeLater(ctx context.Context, r, small Result) {
 // requests a second, a store that is down for a lease of 30s would otherwise
 // leave 60,000 timers.
 const (
-	maxPendingReleases = 50_000 // keys that wait to be released; about 30 MiB
+	maxPendingReleases = 50_000 // keys that wait to be released; about 25 MiB
 	maxReleaseCalls    = 16     // store calls at a time, so that a store that comes back is not flooded
 )
 

@@ -45,7 +45,8 @@
 // [Options.MaxResponseBytes]. A response that cannot be kept is sent once, and
 // retries are answered [ErrResponseNotStored]. When the store fails after the
 // handler ran, the response is sent, and storing it goes on in the background
-// for the rest of the lease and [Options.MaxExecution] more.
+// for the rest of the lease and [Options.MaxExecution] more. A program that
+// stops waits for that with [Background.Wait].
 //
 // A finished handler does not run again because its answer cannot be kept:
 // retries are then answered with [ErrResponseNotStored].
