@@ -124,10 +124,10 @@ func Middleware(store Store, opts *Options) func(http.Handler) http.Handler {
 
 // A middleware is what all requests through it share.
 type middleware struct {
-	store    Store
-	watcher  Watcher      // the same store; nil if it cannot watch
-	memory   *MemoryStore // the same store; nil if it is another kind
-	opts     Options
+	store   Store
+	watcher Watcher      // the same store; nil if it cannot watch
+	memory  *MemoryStore // the same store; nil if it is another kind
+	opts    Options
 
 	background *Background // of Options, or one of its own
 	releases   releases
