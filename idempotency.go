@@ -45,7 +45,8 @@
 // [Options.MaxResponseBytes]. A response that cannot be kept is sent once, and
 // retries are answered [ErrResponseNotStored]. When the store fails after the
 // handler ran, the response is sent, and storing it goes on in the background
-// for the rest of the lease and [Options.MaxExecution] more.
+// for the rest of the lease and [Options.MaxExecution] more. A program that
+// stops waits for that with [Background.Wait].
 //
 // A finished handler does not run again because its answer cannot be kept:
 // retries are then answered with [ErrResponseNotStored].
@@ -85,12 +86,14 @@ package idempotency
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"net/http"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -120,6 +123,7 @@ func Middleware(store Store, opts *Options) func(http.Handler) http.Handler {
 	}
 	m := &middleware{store: store, opts: opts.withDefaults()}
 	m.header = http.CanonicalHeaderKey(m.opts.Header)
+	m.background = cmp.Or(m.opts.Background, new(Background))
 	m.watcher, _ = store.(Watcher)
 	m.memory, _ = store.(*MemoryStore)
 	return func(next http.Handler) http.Handler {
@@ -132,12 +136,15 @@ func Middleware(store Store, opts *Options) func(http.Handler) http.Handler {
 
 // A middleware is what all requests through it share.
 type middleware struct {
-	store    Store
-	watcher  Watcher      // the same store; nil if it cannot watch
-	memory   *MemoryStore // the same store; nil if it is another kind
-	opts     Options
-	header   string // Options.Header as it stands in a header map
-	releases releases
+	store   Store
+	watcher Watcher      // the same store; nil if it cannot watch
+	memory  *MemoryStore // the same store; nil if it is another kind
+	opts    Options
+	header  string // Options.Header as it stands in a header map
+
+	background *Background // of Options, or one of its own
+	releases   releases
+	unstored   atomic.Int64 // bytes of responses that wait to be stored
 }
 
 // A handler is the middleware around one next handler.
@@ -208,6 +215,8 @@ func (c *call) serve(lines []string) {
 		c.refuse(err)
 		return
 	}
+	c.opts.Background.enter()
+	defer c.opts.Background.leave()
 	c.claim.owner, c.claim.fingerprint = owner{c.middleware, c.storeKey, c.token}, c.fingerprint
 	rec, err := c.claim.get(c.r.Context())
 	switch {

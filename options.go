@@ -165,6 +165,10 @@ type Options struct {
 	// is kept. A larger one is streamed, and a retry is answered 409
 	// response_not_stored. Headers and trailers together may add 64 KiB.
 	// Default 1 MiB; 1 TiB at most.
+	//
+	// Responses that were sent while the store failed are held until they are
+	// stored, 64 MiB of them in each middleware. Retries of any more are
+	// answered 409 response_not_stored.
 	MaxResponseBytes int64
 
 	// ShouldStore says which responses are final and stored. Any other frees
@@ -240,6 +244,12 @@ type Options struct {
 	// each error (RFC 9457) and a Link header with rel="describedby". Default
 	// "": about:blank and no Link.
 	DocsURL string
+
+	// Background knows what goes on when the server has answered all requests,
+	// so that a program that stops can wait for it: see [Background.Wait].
+	// Default nil: a program that exits while the store is down loses the
+	// responses that are not stored yet, and their requests may run again.
+	Background *Background
 
 	// ErrorHandler writes the middleware's own answers. It may call [WriteError]
 	// with a copy of the Error in which it has changed the Status, as the

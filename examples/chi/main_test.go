@@ -23,7 +23,7 @@ func newAPI(t *testing.T, provider http.Handler, post func(context.Context, stri
 	t.Helper()
 	bank := httptest.NewServer(provider)
 	t.Cleanup(bank.Close)
-	api := httptest.NewServer(newHandler(idempotency.NewMemoryStore(), &server{
+	api := httptest.NewServer(newHandler(idempotency.NewMemoryStore(), nil, &server{
 		users: map[string]string{
 			"Bearer alice-token": "alice", "Bearer alice-new-token": "alice", "Bearer bob-token": "bob",
 		},
@@ -150,7 +150,7 @@ func TestLetterIsPostedOnce(t *testing.T) {
 func TestCrashDoesNotPostAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		posted := 0
-		api := newHandler(idempotency.NewMemoryStore(), &server{
+		api := newHandler(idempotency.NewMemoryStore(), nil, &server{
 			users: map[string]string{"Bearer alice-token": "alice"},
 			post: func(context.Context, string) error {
 				posted++

@@ -20,7 +20,7 @@ const (
 
 func newServer(t *testing.T) *httptest.Server {
 	t.Helper()
-	srv := httptest.NewServer(newHandler(idempotency.NewMemoryStore()))
+	srv := httptest.NewServer(newHandler(idempotency.NewMemoryStore(), nil))
 	t.Cleanup(srv.Close)
 	return srv
 }
