@@ -93,22 +93,6 @@ type claim struct {
 // the claim, or when the store has lost the mark twice.
 var errLateClaim = errors.New("idempotency: the lease was over, or the mark lost, before the handler could start")
 
-// get asks for the key and, while another execution holds it, waits. The
-// cancellation of ctx is the client's. It ends the wait and the watch, but
-// never a call of Acquire: a claim that was cancelled on its way may have been
-// written.
-func (c *claim) get(ctx context.Context) (Record, error) {
-	rec, err := c.try(ctx)
-	if err != nil || rec.State != InProgress {
-		return rec, err
-	}
-	c.heldByOther = true
-	if c.opts.Wait == NoWait {
-		return rec, nil
-	}
-	return c.wait(ctx, rec)
-}
-
 // try asks for the key, and with AtMostOnce marks it. The handler must not
 // start under a lease that is over: a process that was stopped between the
 // question and the answer may have been overtaken by another owner. So try

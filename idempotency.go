@@ -80,6 +80,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -125,6 +126,8 @@ type middleware struct {
 	memory   *MemoryStore // the same store; nil if it is another kind
 	opts     Options
 	releases releases
+	waiting  atomic.Int64 // duplicates that wait at present
+	bodies   sharedBodies
 }
 
 // A handler is the middleware around one next handler.
@@ -194,7 +197,8 @@ func (c *call) serve(lines []string) {
 		return
 	}
 	c.claim.owner, c.claim.fingerprint = owner{c.middleware, c.storeKey, c.token}, c.fingerprint
-	rec, err := c.claim.get(c.r.Context())
+	c.bodies.join(c.storeKey, &c.body)
+	rec, err := c.obtain()
 	switch {
 	case err == nil && rec.State == Acquired:
 		c.run(rec.Attempt, outer)
@@ -328,6 +332,8 @@ func (c *call) replay(rec Record) {
 // refusal is the answer to a request that may not run.
 func (c *call) refusal(state State, err error) *Error {
 	switch {
+	case errors.Is(err, errTooManyWaiting):
+		return c.problem(ErrInProgress, err)
 	case err != nil:
 		return c.problem(ErrStoreUnavailable, err)
 	case state == InProgress:

@@ -46,6 +46,20 @@ type Options struct {
 	// answered 409 in_progress. Default 5s. [NoWait] answers at once.
 	Wait time.Duration
 
+	// MaxWaiting is how many duplicates may wait at a time in this middleware,
+	// those of all keys together. One more is answered 409 in_progress at once,
+	// with Retry-After, and Event.Err says why. Default 1000. It must not be
+	// negative: NoWait is for a service whose duplicates do not wait.
+	//
+	// A duplicate that waits holds its connection, a goroutine and its body up
+	// to MaxBufferedBody, because its handler needs the body if the running
+	// execution dies. Requests of one key with the same bytes share one copy of
+	// a body over 64 KiB, so a thousand duplicates of 1 MiB hold 1 MiB, not
+	// 1 GiB. Requests with other bytes, such as a form with a new multipart
+	// boundary, hold a body each. The most that waiting duplicates hold in all
+	// is therefore MaxWaiting times MaxBufferedBody.
+	MaxWaiting int
+
 	// MaxExecution is the time after which the lease of a running handler is no
 	// longer renewed and its context is cancelled. A handler that goes on runs
 	// under the rest of its lease; after that a retry may run beside it.
@@ -229,6 +243,7 @@ func (o *Options) withDefaults() Options {
 	setDefault(&r.TTL, 24*time.Hour)
 	setDefault(&r.Lease, min(30*time.Second, r.TTL))
 	setDefault(&r.Wait, 5*time.Second)
+	setDefault(&r.MaxWaiting, 1000)
 	setDefault(&r.MaxExecution, 10*time.Minute)
 	setDefault(&r.StoreTimeout, min(time.Second, r.Lease/3))
 	setDefault(&r.Header, "Idempotency-Key")
@@ -283,6 +298,8 @@ func (o *Options) check() error {
 		return fmt.Errorf("Options.Lease %v exceeds Options.TTL %v; lower Lease or raise TTL", o.Lease, o.TTL)
 	case o.Wait < 0 && o.Wait != NoWait:
 		return errors.New("Options.Wait is negative; use NoWait not to wait, or zero for 5s")
+	case o.MaxWaiting < 0:
+		return errors.New("Options.MaxWaiting is negative; set Options.Wait to NoWait not to wait, or leave it zero for 1000")
 	case o.MaxExecution < 0:
 		return errors.New("Options.MaxExecution is negative; leave it zero for 10m")
 	case o.StoreTimeout < 0:

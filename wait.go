@@ -2,9 +2,49 @@ package idempotency
 
 import (
 	"context"
+	"errors"
 	"math/rand/v2"
 	"time"
 )
+
+// errTooManyWaiting is why a duplicate was refused without a wait.
+var errTooManyWaiting = errors.New("as many duplicates as Options.MaxWaiting allows are waiting")
+
+// obtain asks for the key and, while another execution holds it, waits. The
+// client's cancellation ends the wait and the watch, but never a call of
+// Acquire: a claim that was cancelled on its way may have been written.
+func (c *call) obtain() (Record, error) {
+	rec, err := c.claim.try(c.r.Context())
+	if err != nil || rec.State != InProgress {
+		return rec, err
+	}
+	c.claim.heldByOther = true
+	if c.opts.Wait == NoWait {
+		return rec, nil
+	}
+	if !c.beginWait() {
+		return rec, errTooManyWaiting
+	}
+	// A panic on the way, of a Logger say, must not take a place for good.
+	defer c.waiting.Add(-1)
+	c.body.shrink()
+	return c.claim.wait(c.r.Context(), rec)
+}
+
+// beginWait counts one more waiting duplicate, or reports that MaxWaiting are
+// waiting already. It never counts more, not even for a moment: a duplicate
+// that is refused must not take the place of another.
+func (m *middleware) beginWait() bool {
+	for {
+		n := m.waiting.Load()
+		if n >= int64(m.opts.MaxWaiting) {
+			return false
+		}
+		if m.waiting.CompareAndSwap(n, n+1) {
+			return true
+		}
+	}
+}
 
 // A duplicate that polls pauses for at most firstPoll at first. That bound
 // doubles up to lastPoll, so that a handler that takes minutes costs each of

@@ -3,7 +3,9 @@ package idempotency_test
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"log/slog"
+	"net/http"
 	"strings"
 	"sync"
 	"testing"
@@ -137,4 +139,134 @@ type lateWatch struct{ *idempotency.MemoryStore }
 func (s lateWatch) Watch(ctx context.Context, key string) (<-chan struct{}, error) {
 	time.Sleep(2 * time.Second)
 	return s.MemoryStore.Watch(ctx, key)
+}
+
+// As many duplicates wait as MaxWaiting says. One more is answered at once, and
+// each that leaves makes a place: with its answer, because its client has gone,
+// or because it panicked.
+func TestMaxWaiting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		events := &idemtest.EventLog{}
+		logger := slog.New(slog.DiscardHandler)
+		opts := &idempotency.Options{MaxWaiting: 2, Wait: time.Hour, OnEvent: events.Add, Logger: logger}
+		c := idemtest.NewClient(idempotency.NewMemoryStore(), opts, idemtest.Lasting(time.Minute))
+		var all sync.WaitGroup
+		for key, get := range map[string]string{"a": "201 charge", "b": "201 charge"} {
+			all.Go(func() {
+				got, _ := idemtest.Describe(t, c.Do(c.Request(idemtest.Exchange{Key: key})))
+				require.Contains(t, got, get)
+			})
+		}
+		synctest.Wait()
+		ctx, hangUp := context.WithCancel(t.Context())
+		all.Go(func() { c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(ctx)) })
+		all.Go(func() {
+			got, _ := idemtest.Describe(t, c.Do(c.Request(idemtest.Exchange{Key: "b"})))
+			require.Contains(t, got, "replay 201")
+		})
+		synctest.Wait()
+
+		// The duplicates of all keys count together.
+		refused := c.Do(c.Request(idemtest.Exchange{Key: "a"}))
+		require.Equal(t, "1", refused.Header.Get("Retry-After"))
+		got, problem := idemtest.Describe(t, refused)
+		require.Equal(t, "409 in_progress", got)
+		require.True(t, problem.Retryable)
+		require.ErrorIs(t, events.Last().Err, idempotency.ErrInProgress)
+		require.ErrorContains(t, events.Last().Err, "MaxWaiting")
+		require.Zero(t, events.Last().Waited)
+		c.Check(t, 0, idemtest.Exchange{Key: "c", Body: "first of its key", Get: "201 charge 3", Took: time.Minute})
+		all.Wait()
+
+		hangUp()
+		require.Equal(t, 3, c.Runs())
+	})
+}
+
+// A place is free again however a wait ends, and before the handler of a
+// duplicate that got the key starts.
+func TestPlaceOfADuplicateIsFreedHoweverItsWaitEnds(t *testing.T) {
+	for name, row := range map[string]struct {
+		opts  idempotency.Options
+		store idempotency.Store
+		wait  func(c *idemtest.Client, r *http.Request)
+	}{
+		"its client hangs up": {wait: func(c *idemtest.Client, r *http.Request) {
+			ctx, cancel := context.WithTimeout(r.Context(), time.Second)
+			defer cancel()
+			c.Do(r.WithContext(ctx))
+		}},
+		"its Wait is over": {
+			opts: idempotency.Options{Wait: time.Second},
+			wait: func(c *idemtest.Client, r *http.Request) { c.Do(r) },
+		},
+		"it panics": {
+			opts:  idempotency.Options{Logger: slog.New(panickingLog{slog.DiscardHandler})},
+			store: panickingWatch{anyStore{idempotency.NewMemoryStore()}},
+			wait: func(c *idemtest.Client, r *http.Request) {
+				if c.Do(r) != nil {
+					panic("the log was to panic")
+				}
+			},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				if row.store == nil {
+					row.store = idempotency.NewMemoryStore()
+				}
+				events := &idemtest.EventLog{}
+				row.opts.MaxWaiting, row.opts.OnEvent = 1, events.Add
+				c := idemtest.NewClient(row.store, &row.opts, idemtest.Lasting(time.Minute))
+				go c.Do(c.Request(idemtest.Exchange{Key: "a"}))
+				synctest.Wait()
+				for range 3 {
+					row.wait(c, c.Request(idemtest.Exchange{Key: "a"}))
+				}
+				for _, e := range events.Events() {
+					require.NotContains(t, fmt.Sprint(e.Err), "MaxWaiting")
+				}
+				time.Sleep(time.Minute) // the first ends
+			})
+		})
+	}
+	t.Run("it gets the key", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			opts := &idempotency.Options{MaxWaiting: 1, Wait: time.Hour, Lease: time.Second}
+			c := idemtest.NewClient(idempotency.NewMemoryStore(), opts, func(w http.ResponseWriter, r *http.Request) {
+				if idemtest.Run(r) == 2 {
+					time.Sleep(time.Minute)
+				}
+				idemtest.PanicOnce(w, r)
+			})
+			c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "panic"})
+			var all sync.WaitGroup
+			all.Go(func() { c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 attempt 2"}) })
+			time.Sleep(2 * time.Second) // its handler runs
+			c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "replay 201 attempt 2"})
+			all.Wait()
+		})
+	})
+}
+
+// panickingLog is a log that panics on every line.
+type panickingLog struct{ slog.Handler }
+
+func (panickingLog) Enabled(context.Context, slog.Level) bool  { return true }
+func (panickingLog) Handle(context.Context, slog.Record) error { panic("log is broken") }
+
+// The middlewares of two routes have a limit each.
+func TestMaxWaitingOfTwoMiddlewares(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store, opts := idempotency.NewMemoryStore(), &idempotency.Options{MaxWaiting: 1}
+		var all sync.WaitGroup
+		for range 2 {
+			c := idemtest.NewClient(store, opts, idemtest.Lasting(time.Second))
+			key := fmt.Sprintf("%p", c)
+			all.Go(func() { c.Check(t, 0, idemtest.Exchange{Key: key, Get: "201 charge 1"}) })
+			synctest.Wait()
+			all.Go(func() { c.Check(t, 1, idemtest.Exchange{Key: key, Get: "replay 201 charge 1"}) })
+		}
+		all.Wait()
+	})
 }
