@@ -115,6 +115,10 @@ type Options struct {
 	//
 	// The host is not part of a key. A service for which it matters puts r.Host
 	// into the scope.
+	//
+	// A change of Scope forgets all keys: a retry of a finished request then
+	// runs again. A service makes the change on new paths, or while no client
+	// retries.
 	Scope func(r *http.Request) string
 
 	// FingerprintHeaders are further request headers that a retry must repeat,
@@ -129,10 +133,11 @@ type Options struct {
 	FingerprintHeaders []string
 
 	// Fingerprint replaces the query, the Content-Type and the body in what
-	// tells two requests under one key apart. It must not read r.Body, which
-	// was read into body, and must not keep body. With it, a body over
-	// MaxBufferedBody is answered 413. Default nil: query, Content-Type and
-	// body count, byte by byte.
+	// tells two requests under one key apart. A retry of a request that was
+	// stored under another Fingerprint is answered 422. Fingerprint must not
+	// read r.Body, which was read into body, and must not keep body. With it, a
+	// body over MaxBufferedBody is answered 413. Default nil: query,
+	// Content-Type and body count, byte by byte.
 	Fingerprint func(r *http.Request, body []byte) []byte
 
 	// MaxBufferedBody is the size in bytes up to which a request body is read
@@ -170,7 +175,8 @@ type Options struct {
 	// are never kept. What outer middleware sets is always that of the current
 	// request. If ReplayHeader panics, retries are answered 409
 	// response_not_stored. Default nil: all but Set-Cookie, which would give a
-	// retry the session of the first request.
+	// retry the session of the first request. The retry of a login therefore
+	// gets no session, so leave login routes outside of the middleware.
 	ReplayHeader func(name string) bool
 
 	// AtMostOnce never runs a key again unless the handler's own answer said
@@ -196,9 +202,11 @@ type Options struct {
 	FailOpen bool
 
 	// CancelOnDisconnect keeps the client's cancellation on the handler's
-	// context. When a handler then returns without an answer, retries are
-	// answered 409 outcome_unknown. Default false: a client that hangs up is
-	// the client that will retry, so the handler finishes and its answer is
+	// context. A handler that streams until its client leaves, as server-sent
+	// events do, needs it, and what it sent until then is replayed. When a
+	// handler returns without an answer after the client has hung up, retries
+	// are answered 409 outcome_unknown. Default false: a client that hangs up
+	// is the client that will retry, so the handler finishes and its answer is
 	// stored.
 	CancelOnDisconnect bool
 

@@ -21,7 +21,8 @@ var ErrTooFewReplicas = errors.New("idempotency: too few Redis replicas acknowle
 type RedisOptions struct {
 	// Prefix is put before every key and every Pub/Sub channel. Default
 	// "idem:". Services that share one Redis need a Prefix each, unless they
-	// are to share their keys.
+	// are to share their keys. A change of Prefix forgets all keys: a retry of
+	// a finished request then runs again.
 	Prefix string
 
 	// MinReplicas is how many replicas must acknowledge a claim before the
