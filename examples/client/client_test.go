@@ -278,6 +278,7 @@ func TestWhichAnswersAreRepeated(t *testing.T) {
 		{"500 broken problem", 500, problemJSON, `{"retryable":`, true},
 		{"409 other media type", 409, nil, `{"retryable":true}`, false},
 		{"500 replayed", 500, http.Header{"Idempotent-Replayed": {"true"}}, "", false},
+		{"500 not replayed", 500, http.Header{"Idempotent-Replayed": {"false"}}, "", true},
 		{"200 that talks", 200, problemJSON, `{"retryable":true}`, false},
 	}
 	for _, tt := range tests {
@@ -580,15 +581,16 @@ func TestBackoff(t *testing.T) {
 	for tries, ceiling := range map[int]time.Duration{
 		1: time.Second, 2: 2 * time.Second, 3: 4 * time.Second, 4: 5 * time.Second, 1000: 5 * time.Second,
 	} {
-		var longest time.Duration
+		shortest, longest := ceiling, time.Duration(0)
 		for range 1000 {
 			pause := client.backoff(tries)
 			require.GreaterOrEqual(t, pause, time.Duration(0))
 			require.Less(t, pause, ceiling)
-			longest = max(longest, pause)
+			shortest, longest = min(shortest, pause), max(longest, pause)
 		}
-		// All thousand in the lower half: less likely than 1 in 10^300.
+		// All thousand in one half: less likely than 1 in 10^300.
 		require.Greater(t, longest, ceiling/2, "tries %d", tries)
+		require.Less(t, shortest, ceiling/2, "tries %d", tries)
 	}
 }
 
@@ -674,8 +676,10 @@ func TestContextEndsTheTry(t *testing.T) {
 		})}}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
+		start := time.Now()
 		_, err := client.Do(ctx, Operation{Key: "order-17", Method: http.MethodPost, URL: "http://bank.test/"})
 		require.ErrorIs(t, err, context.DeadlineExceeded)
 		require.Equal(t, 1, tries)
+		require.Equal(t, time.Second, time.Since(start))
 	})
 }
