@@ -145,6 +145,8 @@ type middleware struct {
 	background *Background // of Options, or one of its own
 	releases   releases
 	unstored   atomic.Int64 // bytes of responses that wait to be stored
+	waiting    atomic.Int64 // duplicates that wait at present
+	bodies     sharedBodies
 }
 
 // A handler is the middleware around one next handler.
@@ -218,7 +220,8 @@ func (c *call) serve(lines []string) {
 	c.opts.Background.enter()
 	defer c.opts.Background.leave()
 	c.claim.owner, c.claim.fingerprint = owner{c.middleware, c.storeKey, c.token}, c.fingerprint
-	rec, err := c.claim.get(c.r.Context())
+	c.bodies.join(c.storeKey, &c.body)
+	rec, err := c.obtain()
 	switch {
 	case err == nil && rec.State == Acquired:
 		c.run(rec.Attempt, outer)
@@ -361,6 +364,8 @@ func (c *call) replay(rec Record) {
 // refusal is the answer to a request that may not run.
 func (c *call) refusal(state State, err error) *Error {
 	switch {
+	case errors.Is(err, errTooManyWaiting):
+		return c.problem(ErrInProgress, err)
 	case err != nil:
 		return c.problem(ErrStoreUnavailable, err)
 	case state == InProgress:

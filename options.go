@@ -46,6 +46,20 @@ type Options struct {
 	// answered 409 in_progress. Default 5s. [NoWait] answers at once.
 	Wait time.Duration
 
+	// MaxWaiting is how many duplicates may wait at a time in this middleware,
+	// those of all keys together. One more is answered 409 in_progress at once,
+	// with Retry-After, and Event.Err says why. Default 1000. It must not be
+	// negative: NoWait is for a service whose duplicates do not wait.
+	//
+	// A duplicate that waits holds its connection, a goroutine and its body up
+	// to MaxBufferedBody, because its handler needs the body if the running
+	// execution dies. Requests of one key with the same bytes share one copy of
+	// a body over 64 KiB, so a thousand duplicates of 1 MiB hold 1 MiB, not
+	// 1 GiB. Requests with other bytes, such as a form with a new multipart
+	// boundary, hold a body each. The most that waiting duplicates hold in all
+	// is therefore MaxWaiting times MaxBufferedBody.
+	MaxWaiting int
+
 	// MaxExecution is the time after which the lease of a running handler is no
 	// longer renewed and its context is cancelled. A handler that goes on runs
 	// under the rest of its lease; after that a retry may run beside it.
@@ -127,6 +141,10 @@ type Options struct {
 	//
 	// The host is not part of a key. A service for which it matters puts r.Host
 	// into the scope.
+	//
+	// A change of Scope forgets all keys: a retry of a finished request then
+	// runs again. A service makes the change on new paths, or while no client
+	// retries.
 	Scope func(r *http.Request) string
 
 	// FingerprintHeaders are further request headers that a retry must repeat,
@@ -141,10 +159,11 @@ type Options struct {
 	FingerprintHeaders []string
 
 	// Fingerprint replaces the query, the Content-Type and the body in what
-	// tells two requests under one key apart. It must not read r.Body, which
-	// was read into body, and must not keep body. With it, a body over
-	// MaxBufferedBody is answered 413. Default nil: query, Content-Type and
-	// body count, byte by byte.
+	// tells two requests under one key apart. A retry of a request that was
+	// stored under another Fingerprint is answered 422. Fingerprint must not
+	// read r.Body, which was read into body, and must not keep body. With it, a
+	// body over MaxBufferedBody is answered 413. Default nil: query,
+	// Content-Type and body count, byte by byte.
 	Fingerprint func(r *http.Request, body []byte) []byte
 
 	// MaxBufferedBody is the size in bytes up to which a request body is read
@@ -200,7 +219,8 @@ type Options struct {
 	// are never kept. What outer middleware sets is always that of the current
 	// request. If ReplayHeader panics, retries are answered 409
 	// response_not_stored. Default nil: all but Set-Cookie, which would give a
-	// retry the session of the first request.
+	// retry the session of the first request. The retry of a login therefore
+	// gets no session, so leave login routes outside of the middleware.
 	ReplayHeader func(name string) bool
 
 	// AtMostOnce never runs a key again unless the handler's own answer said
@@ -226,9 +246,11 @@ type Options struct {
 	FailOpen bool
 
 	// CancelOnDisconnect keeps the client's cancellation on the handler's
-	// context. When a handler then returns without an answer, retries are
-	// answered 409 outcome_unknown. Default false: a client that hangs up is
-	// the client that will retry, so the handler finishes and its answer is
+	// context. A handler that streams until its client leaves, as server-sent
+	// events do, needs it, and what it sent until then is replayed. When a
+	// handler returns without an answer after the client has hung up, retries
+	// are answered 409 outcome_unknown. Default false: a client that hangs up
+	// is the client that will retry, so the handler finishes and its answer is
 	// stored.
 	CancelOnDisconnect bool
 
@@ -284,6 +306,7 @@ func (o *Options) withDefaults() Options {
 	setDefault(&r.TTL, 24*time.Hour)
 	setDefault(&r.Lease, min(30*time.Second, r.TTL))
 	setDefault(&r.Wait, 5*time.Second)
+	setDefault(&r.MaxWaiting, 1000)
 	setDefault(&r.MaxExecution, 10*time.Minute)
 	setDefault(&r.StoreTimeout, min(time.Second, r.Lease/3))
 	setDefault(&r.Header, "Idempotency-Key")
@@ -337,6 +360,8 @@ func (o *Options) check() error {
 		return fmt.Errorf("Options.Lease %v exceeds Options.TTL %v; lower Lease or raise TTL", o.Lease, o.TTL)
 	case o.Wait < 0 && o.Wait != NoWait:
 		return errors.New("Options.Wait is negative; use NoWait not to wait, or zero for 5s")
+	case o.MaxWaiting < 0:
+		return errors.New("Options.MaxWaiting is negative; set Options.Wait to NoWait not to wait, or leave it zero for 1000")
 	case o.MaxExecution < 0:
 		return errors.New("Options.MaxExecution is negative; leave it zero for 10m")
 	case o.StoreTimeout < 0:

@@ -27,6 +27,9 @@ type RedisOptions struct {
 	// the same request. An event that a dispatcher sends to both runs in one of
 	// them only. A gateway that passes its request on with the key holds the key
 	// itself, so the service behind it answers 409 and never runs.
+	//
+	// A change of Prefix forgets all keys: a retry of a finished request then runs
+	// again.
 	Prefix string
 
 	// MinReplicas is how many replicas must acknowledge a claim before the

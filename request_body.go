@@ -27,6 +27,7 @@ type requestBody struct {
 	identity []byte        // what the fingerprint covers before the body
 	ahead    []byte        // what was read of the body before the key was claimed
 	whole    bool          // ahead is the whole body
+	shared   *sharedBody   // of a large buffer that duplicates may share; nil if none
 	request  *http.Request // the client's, whose body is read
 	copy     *http.Request // the handler's
 
@@ -294,6 +295,7 @@ func (b *requestBody) free() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.closed = true
+	b.leave()
 	if buffer := b.buffer; buffer != nil {
 		b.buffer, b.identity, b.ahead = nil, nil, nil
 		if cap(*buffer) <= maxPooledBuffer {

@@ -307,7 +307,7 @@ func (s *settlement) encodeResponse(r *Result) {
 	// A MemoryStore copies what is small before it returns, and the request no
 	// longer needs its buffer. Other stores may still hold Value in the
 	// background, or after a call that timed out.
-	buffer := s.request.body.buffer
+	buffer := s.request.body.scratch()
 	r.Value, r.parts = s.recorder.encode((*buffer)[:0], s.digest, s.opts.ReplayHeader, false)
 	if r.Value != nil {
 		*buffer = r.Value[:0]
