@@ -2,6 +2,7 @@ package fuzz
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"mime/multipart"
@@ -65,7 +66,7 @@ func readParts(body, boundary string) string {
 		part, err := r.NextRawPart()
 		if err != nil {
 			// Errors quote the line at which they occurred.
-			fmt.Fprint(&b, "end ", err == io.EOF)
+			fmt.Fprint(&b, "end ", errors.Is(err, io.EOF))
 			return b.String()
 		}
 		content, err := io.ReadAll(part)
