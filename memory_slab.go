@@ -2,33 +2,45 @@ package idempotency
 
 import (
 	"encoding/binary"
+	"math/bits"
 	"slices"
 	"time"
 )
 
-// A memoryQueue holds what a shard keeps for one TTL. Cells of one TTL expire
-// in the order they came, so the oldest are always in front: the store never
-// searches or sweeps. A program has few TTLs: those of its options, and its
-// leases.
+// A memoryQueue holds what a shard keeps for TTLs of one class. Cells of one TTL
+// expire in the order they came, so the oldest are always in front: the store
+// never searches or sweeps. A cell may expire before one of a longer TTL in front
+// of it. It then stays in memory for a quarter of its TTL at most.
 type memoryQueue struct {
-	ttl         time.Duration
+	class       time.Duration
 	first, last *memoryCell // linked, as a renewal takes a cell from the middle
 	slabs       []*slab     // of packed records, which stay until they expire
 }
 
-// empty reports whether the queue can go: the next cell of its TTL makes it
+// ttlClass returns the lower end of the class of ttl: its three highest bits.
+// That makes four classes of an octave. A thousand TTLs between an hour and a
+// day share 19 queues, so that they cost a request no more than one TTL does.
+func ttlClass(ttl time.Duration) time.Duration {
+	if low := bits.Len64(uint64(ttl)) - 3; low > 0 {
+		return ttl >> low << low
+	}
+	return ttl
+}
+
+// empty reports whether the queue can go: the next cell of its class makes it
 // anew.
 func (q *memoryQueue) empty() bool { return q.first == nil && len(q.slabs) == 0 }
 
-// queue returns the queue of ttl, and makes it if there is none. A search of a
+// queue returns the queue for ttl, and makes it if there is none. A search of a
 // short slice is faster than a map.
 func (sh *memoryShard) queue(ttl time.Duration) *memoryQueue {
+	class := ttlClass(ttl)
 	for _, q := range sh.queues {
-		if q.ttl == ttl {
+		if q.class == class {
 			return q
 		}
 	}
-	q := &memoryQueue{ttl: ttl}
+	q := &memoryQueue{class: class}
 	sh.queues = append(sh.queues, q)
 	return q
 }
@@ -42,14 +54,14 @@ func (s *MemoryStore) insert(sh *memoryShard, cell *memoryCell, now int64, ttl t
 	sh.cells[cell.key] = cell
 	sh.peak = max(sh.peak, len(sh.cells))
 	s.bytes.Add(cell.cost())
-	sh.queue(ttl).push(cell, now)
+	sh.queue(ttl).push(cell, expiry(now, ttl))
 }
 
 // requeue starts the TTL of a cell anew, in the queue of that TTL: a marker, for
 // one, is kept for another time than its claim.
 func (s *MemoryStore) requeue(sh *memoryShard, cell *memoryCell, now int64, ttl time.Duration) {
 	cell.unlink()
-	sh.queue(ttl).push(cell, now)
+	sh.queue(ttl).push(cell, expiry(now, ttl))
 }
 
 // remove takes a cell out of the shard.
@@ -66,9 +78,9 @@ func (sh *memoryShard) detach(cell *memoryCell) (cost int64) {
 	return cost
 }
 
-// push puts a cell behind the others, as the last to expire.
-func (q *memoryQueue) push(cell *memoryCell, now int64) {
-	cell.expiry = expiry(now, q.ttl)
+// push puts a cell behind the others.
+func (q *memoryQueue) push(cell *memoryCell, expiry int64) {
+	cell.expiry = expiry
 	cell.queue, cell.prev, cell.next = q, q.last, nil
 	if q.last == nil {
 		q.first = cell
@@ -115,24 +127,16 @@ func (sh *memoryShard) recycle(cell *memoryCell) {
 	}
 }
 
-// retire frees up to limit expired cells of each TTL, all of them if limit is
-// negative. Cells and packed records share the limit, because a request pays for
-// both.
-func (s *MemoryStore) retire(sh *memoryShard, now int64, limit int) {
-	for i := 0; i < len(sh.queues); i++ {
-		q := sh.queues[i]
-		n := limit
-		for ; n != 0 && q.first != nil && q.first.expiry <= now; n-- {
-			s.remove(sh, q.first)
+// retire frees up to limit expired cells in each of so many queues, or all if
+// limit is negative. The queues take turns. Cells and packed records share the
+// limit, because a request pays for both.
+func (s *MemoryStore) retire(sh *memoryShard, now int64, limit, queues int) {
+	for queues = min(queues, len(sh.queues)); queues > 0; queues-- {
+		sh.turn++
+		if sh.turn >= len(sh.queues) {
+			sh.turn = 0
 		}
-		s.bytes.Add(-sh.packed.retire(q, now, n))
-		if q.empty() { // the last one takes its index; their order does not matter
-			last := len(sh.queues) - 1
-			sh.queues[i] = sh.queues[last]
-			sh.queues[last] = nil
-			sh.queues = sh.queues[:last]
-			i--
-		}
+		s.retireQueue(sh, now, limit)
 	}
 	// One peak must not cost its memory for good. A rebuild is paid for by the
 	// thousand removals before it.
@@ -142,13 +146,28 @@ func (s *MemoryStore) retire(sh *memoryShard, now int64, limit int) {
 	}
 }
 
+// retireQueue is retire for the queue whose turn it is.
+func (s *MemoryStore) retireQueue(sh *memoryShard, now int64, limit int) {
+	q := sh.queues[sh.turn]
+	for ; limit != 0 && q.first != nil && q.first.expiry <= now; limit-- {
+		s.remove(sh, q.first)
+	}
+	s.bytes.Add(-sh.packed.retire(q, now, limit))
+	if q.empty() { // the last one takes its index; their order does not matter
+		last := len(sh.queues) - 1
+		sh.queues[sh.turn] = sh.queues[last]
+		sh.queues[last] = nil
+		sh.queues = sh.queues[:last]
+	}
+}
+
 // retireAll is retire for every shard. It holds one lock at a time, so other
 // shards go on.
 func (s *MemoryStore) retireAll(limit int) {
 	for i := range s.shards {
 		sh := &s.shards[i]
 		sh.mu.Lock()
-		s.retire(sh, memoryNow(), limit)
+		s.retire(sh, memoryNow(), limit, len(sh.queues))
 		sh.mu.Unlock()
 	}
 }
@@ -279,7 +298,7 @@ func (r *packedRecords) add(q *memoryQueue, hash uint64, key, token string, res 
 	sl := r.slabFor(q, size)
 	ref := recordRef{sl.id, uint32(len(sl.data))}
 	b := sl.data
-	b = binary.LittleEndian.AppendUint64(b, uint64(expiry(now, q.ttl)))
+	b = binary.LittleEndian.AppendUint64(b, uint64(expiry(now, res.TTL)))
 	b = binary.LittleEndian.AppendUint64(b, hash)
 	b = binary.LittleEndian.AppendUint32(b, uint32(size))
 	b = binary.LittleEndian.AppendUint16(b, uint16(len(key)))

@@ -14,7 +14,7 @@ import (
 func TestMemoryStoreEqualHashes(t *testing.T) {
 	const hash = 42
 	var packed packedRecords
-	q := &memoryQueue{ttl: time.Minute}
+	q := &memoryQueue{class: time.Minute}
 	now := int64(0)
 	lookup := func(key string) string {
 		b, ok := packed.lookup(hash, key, now)
@@ -24,15 +24,15 @@ func TestMemoryStoreEqualHashes(t *testing.T) {
 		_, _, _, value := b.fields()
 		return string(value)
 	}
-	require.True(t, packed.add(q, hash, "a", "token", Result{Value: []byte("one")}, now))
+	require.True(t, packed.add(q, hash, "a", "token", Result{Value: []byte("one"), TTL: time.Minute}, now))
 	require.Equal(t, "one", lookup("a"))
 	require.Empty(t, lookup("b"), "another key")
-	require.False(t, packed.add(q, hash, "b", "token", Result{Value: []byte("two")}, now), "the hash is taken")
+	require.False(t, packed.add(q, hash, "b", "token", Result{Value: []byte("two"), TTL: time.Minute}, now), "the hash is taken")
 	require.Equal(t, "one", lookup("a"))
 
 	now += int64(time.Minute) // the first has expired and is still there
 	require.Empty(t, lookup("a"))
-	require.True(t, packed.add(q, hash, "b", "token", Result{Value: []byte("two")}, now))
+	require.True(t, packed.add(q, hash, "b", "token", Result{Value: []byte("two"), TTL: time.Minute}, now))
 	require.Equal(t, "two", lookup("b"))
 	require.Empty(t, lookup("a"))
 	packed.retire(q, now, -1)
@@ -48,7 +48,7 @@ func TestMemoryStoreDisplacedRecord(t *testing.T) {
 	s := NewMemoryStore()
 	key := "b"
 	sh, hash := s.lock(key, memoryNow())
-	require.True(t, sh.packed.add(sh.queue(time.Hour), hash, "a", "1", Result{Value: []byte("one")}, memoryNow()))
+	require.True(t, sh.packed.add(sh.queue(time.Hour), hash, "a", "1", Result{Value: []byte("one"), TTL: time.Hour}, memoryNow()))
 	sh.mu.Unlock()
 
 	rec, err := s.Acquire(t.Context(), key, Claim{Token: "2", Lease: time.Minute, TTL: time.Hour})
@@ -69,9 +69,9 @@ func TestMemoryStoreDisplacedRecord(t *testing.T) {
 // it.
 func TestPackedFieldsHaveNoCapacity(t *testing.T) {
 	var packed packedRecords
-	q := &memoryQueue{ttl: time.Minute}
+	q := &memoryQueue{class: time.Minute}
 	for hash, key := range []string{"a", "b"} {
-		require.True(t, packed.add(q, uint64(hash), key, "token", Result{Fingerprint: []byte("one"), Value: []byte("done")}, 0))
+		require.True(t, packed.add(q, uint64(hash), key, "token", Result{Fingerprint: []byte("one"), Value: []byte("done"), TTL: time.Minute}, 0))
 	}
 	b, ok := packed.lookup(0, "a", 0)
 	require.True(t, ok)
@@ -104,5 +104,39 @@ func TestMemoryStoreDropsEmptyQueues(t *testing.T) {
 		for i := range s.shards {
 			require.Empty(t, s.shards[i].queues)
 		}
+	})
+}
+
+// A record of a thousand TTLs is freed as the store is used, a quarter of its TTL
+// late at most, and none of them is answered after its own TTL.
+func TestMemoryStoreOfManyTTLs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const ttls = 1000
+		s := NewMemoryStore()
+		ttl := func(i int) time.Duration { return time.Hour + time.Duration(i)*23*time.Hour/ttls }
+		state := func(i int) State {
+			rec, err := s.Acquire(t.Context(), fmt.Sprint(i), Claim{Attempt: 1, Token: "x", Lease: time.Nanosecond, TTL: time.Nanosecond})
+			require.NoError(t, err)
+			return rec.State
+		}
+		for i := range ttls {
+			require.NoError(t, s.Complete(t.Context(), fmt.Sprint(i), "1", Result{TTL: ttl(i)}))
+		}
+		for i := range s.shards {
+			require.LessOrEqual(t, len(s.shards[i].queues), 20)
+		}
+		started := time.Now()
+		for i := range ttls {
+			time.Sleep(ttl(i) - 1 - time.Since(started))
+			require.Equal(t, Lost, state(i), "a completed record cannot be renewed")
+			time.Sleep(1)
+			require.Equal(t, Acquired, state(i), "it has expired")
+		}
+		time.Sleep(ttl(ttls)/4 + 1)
+		for i := range 100 * ttls { // each of which frees a few
+			sh, _ := s.lock(fmt.Sprint(i), memoryNow())
+			sh.mu.Unlock()
+		}
+		require.Zero(t, s.bytes.Load())
 	})
 }
