@@ -32,7 +32,7 @@ func field(name, content string) string {
 }
 
 // formRequest returns a POST of a form under key "a". Its body comes in pieces
-// of cut bytes.
+// of at most cut bytes.
 func formRequest(c *idemtest.Client, contentType, body string, cut int) *http.Request {
 	r := c.Request(idemtest.Exchange{Key: "a", Body: body, Header: http.Header{"Content-Type": {contentType}}})
 	r.Body = io.NopCloser(&pieces{strings.NewReader(body), cut})
@@ -116,7 +116,10 @@ func TestFormEncodedAnew(t *testing.T) {
 				t.Run(fmt.Sprintf("%s/%s, %d bytes a time", name, mode, cut), func(t *testing.T) {
 					// The second body comes first in the second round.
 					for i := range 2 {
-						c := idemtest.NewClient(idempotency.NewMemoryStore(), &opts, reading(-1))
+						c := idemtest.NewClient(idempotency.NewMemoryStore(), &opts, func(w http.ResponseWriter, r *http.Request) {
+							r.Body = io.NopCloser(&pieces{r.Body, cut})
+							reading(-1)(w, r)
+						})
 						types := [2]string{"multipart/form-data; boundary=" + a, "multipart/form-data; boundary=" + b}
 						for _, try := range []struct {
 							n   int
@@ -195,6 +198,20 @@ func TestFormIsNotItsBytes(t *testing.T) {
 	require.Equal(t, "201 ", got)
 	got, _ = idemtest.Describe(t, c.Do(formRequest(c, "multipart/mixed; boundary=", body, 100)))
 	require.Equal(t, "422 key_reused", got)
+}
+
+// Of a body that is no form, each byte counts, those that a boundary might
+// begin with too.
+func TestFormThatIsNone(t *testing.T) {
+	for _, opts := range []idempotency.Options{{}, {MaxBufferedBody: 1}} {
+		for _, end := range []string{"-", "--", "--a"} {
+			c := idemtest.NewClient(idempotency.NewMemoryStore(), &opts, reading(-1))
+			for i, try := range []struct{ body, get string }{{"text", "201 "}, {"text" + end, "422 key_reused"}, {"text", "replay 201 "}} {
+				got, _ := idemtest.Describe(t, c.Do(formRequest(c, "multipart/form-data; boundary=aaa", try.body, 100)))
+				require.Equal(t, try.get, got, i)
+			}
+		}
+	}
 }
 
 // When the handler stops reading, the same part of a retry counts, whatever the
