@@ -241,8 +241,8 @@ func (q *request) appendIdentity(b []byte, custom bool) ([]byte, error) {
 // a body after that counts byte by byte.
 //
 // When MultipartForm is empty, the outer middleware may have called
-// MultipartReader and read some of the parts. What is left of the body then has
-// the boundary in it, so the boundary counts.
+// MultipartReader and read some of the parts, which cannot be seen. The boundary
+// then counts: another form of the same client most likely has another one.
 func (q *request) appendContent(b []byte) ([]byte, error) {
 	_, query := target(q.r)
 	query = normalize(query)
