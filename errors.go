@@ -47,7 +47,9 @@ var (
 	// ErrBodyIncomplete: 400, the request body broke off. The handler did not
 	// run, because the request could not be told from others under the key, or
 	// Options.Key not be asked for its key. Or the handler ran, met the break in
-	// a large body and returned without an answer.
+	// a large body and returned without an answer. The status is 500 when outer
+	// middleware has parsed a form and one of its files cannot be read again:
+	// the client has sent all of it.
 	ErrBodyIncomplete = errors.New("idempotency: request body incomplete")
 
 	// ErrBodyTooLarge: 413, the request body is over MaxBufferedBody and a

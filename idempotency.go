@@ -13,7 +13,8 @@
 // While the store keeps its records, for each scope, method, path and key: at
 // most one running execution holds the lease, at most one response is stored,
 // every replay equals that response, and a different request under the same key
-// is neither executed nor answered with it.
+// is neither executed nor answered with it. A multipart form that a client
+// encodes anew, with another boundary, is the same request.
 //
 // The handler can run again only when
 //
@@ -111,9 +112,10 @@ import (
 // authenticates, limits, compresses, recovers or adds CORS headers. Put it
 // inside of http.TimeoutHandler too: further out, it would see the 503 of the
 // TimeoutHandler and free the key while the handler is still running. Put it
-// outside of middleware that reads the body. When a request meets two of these
-// middlewares under one scope, method, path and key, the outer one protects it
-// and the inner one passes it on.
+// outside of middleware that reads the body: of a body that was read outside,
+// only a form that is parsed into the request counts ([Options.Fingerprint]).
+// When a request meets two of these middlewares under one scope, method, path
+// and key, the outer one protects it and the inner one passes it on.
 //
 // Middleware panics if store is nil or an option is invalid. What it returns
 // panics if the next handler is nil, and is safe for concurrent use.

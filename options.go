@@ -162,12 +162,28 @@ type Options struct {
 	// tells two requests under one key apart. A retry of a request that was
 	// stored under another Fingerprint is answered 422. Fingerprint must not
 	// read r.Body, which was read into body, and must not keep body. With it, a
-	// body over MaxBufferedBody is answered 413. Default nil: query,
-	// Content-Type and body count, byte by byte.
+	// body over MaxBufferedBody is answered 413. It gets a multipart body as it
+	// came, with its boundaries, and nothing of a form that outer middleware has
+	// parsed.
+	//
+	// Default nil: query, Content-Type and body count, byte by byte. There are
+	// two exceptions. In a multipart body, the boundary (RFC 2046, section
+	// 5.1.1) does not count: many clients pick another one for every try. Names,
+	// headers, contents and the order of parts count. The boundary does count
+	// when the Content-Type leaves doubt about it, or when the body is not
+	// exactly what an encoder writes, with the boundary within a part, say.
+	//
+	// When outer middleware has parsed a form (ParseForm, ParseMultipartForm,
+	// PostFormValue), what it parsed counts in the place of the body: values,
+	// and the names, headers and contents of files. The files are read once
+	// more. If one cannot be read, the request is answered 500 body_incomplete.
+	// Parts that outer middleware took with MultipartReader cannot be seen.
 	Fingerprint func(r *http.Request, body []byte) []byte
 
 	// MaxBufferedBody is the size in bytes up to which a request body is read
-	// before its key is claimed. Default 1 MiB; 1 TiB at most.
+	// before its key is claimed. The boundaries of a multipart body do not add
+	// to its size, as long as they take less than 64 KiB. Default 1 MiB; 1 TiB
+	// at most.
 	//
 	// A larger body is streamed to the handler and hashed on the way. Two such
 	// requests that differ only in the body are told apart when the handler has

@@ -72,6 +72,9 @@ func (q *request) findKey(lines []string) (string, *Error) {
 // refused: its key cannot be known, and the client that repeats the request
 // will have one.
 func (q *request) askForKey() (string, *Error) {
+	if q.opts.Fingerprint == nil {
+		q.body.boundary = formBoundary(q.r) // decides what is too large
+	}
 	if err := q.body.readAhead(q.r, (*q.body.buffer)[:0], q.opts.MaxBufferedBody); err != nil {
 		return "", q.bodyProblem(err)
 	}
@@ -141,9 +144,16 @@ const fingerprintBytes = 16
 func (q *request) takeFingerprint() *Error {
 	custom := q.opts.Fingerprint != nil
 	if q.opts.Key != nil { // which has read the body
-		q.body.prepend(q.appendIdentity(nil, custom))
+		identity, err := q.appendIdentity(nil, custom)
+		if err != nil {
+			return q.formProblem(err)
+		}
+		q.body.prepend(identity)
 	} else {
-		identity := q.appendIdentity(q.body.unused(), custom)
+		identity, err := q.appendIdentity(q.body.unused(), custom)
+		if err != nil {
+			return q.formProblem(err)
+		}
 		if err := q.body.readAhead(q.r, identity, q.opts.MaxBufferedBody); err != nil {
 			return q.bodyProblem(err)
 		}
@@ -169,6 +179,18 @@ func (q *request) bodyProblem(err error) *Error {
 		return q.problem(ErrBodyTooLarge, err)
 	}
 	return q.problem(ErrBodyIncomplete, err)
+}
+
+// formProblem is the answer to a form that an outer middleware has parsed, and
+// of which a file cannot be read again. Without the file, the request cannot be
+// told from another one. The client has sent all of it, so the status is 500,
+// and the cause is logged.
+func (q *request) formProblem(cause error) *Error {
+	err := q.problem(ErrBodyIncomplete, cause)
+	err.Status = http.StatusInternalServerError
+	err.Detail = "A file of the form could not be read again. This attempt was not processed. " +
+		"Repeat the request with the same key."
+	return err
 }
 
 // maxDrain is how many bytes drain reads of a body that the handler did not ask
@@ -249,8 +271,10 @@ var preconditions = []string{"If-Match", "If-None-Match", "If-Modified-Since", "
 // store cannot confirm guesses of short payloads. Credentials are part of it
 // only where there is no scope: a scope says whose request it is, and
 // credentials may change between two tries. A letter before each part that may
-// be missing keeps one part from passing as another.
-func (q *request) appendIdentity(b []byte, custom bool) []byte {
+// be missing keeps one part from passing as another. The last letter says how
+// the body counts after it: 'f' by the custom fingerprint, 'm' as a form without
+// its boundaries, 'd' byte by byte.
+func (q *request) appendIdentity(b []byte, custom bool) ([]byte, error) {
 	header := q.r.Header
 	b = append(b, 'f') // short, for a block of SHA-256 less: 50 ns
 	b = appendField(b, q.key)
@@ -268,15 +292,43 @@ func (q *request) appendIdentity(b []byte, custom bool) []byte {
 		}
 	}
 	if custom {
-		return append(b, 'f')
+		return append(b, 'f'), nil
 	}
-	b = append(b, 'b')
+	return q.appendContent(b)
+}
+
+// appendContent appends the query, the Content-Type, and what an outer
+// middleware has parsed of the body, which cannot be read again. What is left of
+// a body after that counts byte by byte.
+//
+// When MultipartForm is empty, the outer middleware may have called
+// MultipartReader and read some of the parts, which cannot be seen. The boundary
+// then counts: another form of the same client most likely has another one.
+func (q *request) appendContent(b []byte) ([]byte, error) {
 	_, query := target(q.r)
-	b = appendField(b, normalize(query))
-	b = appendFields(b, header["Content-Type"])
+	query = normalize(query)
+	parsed := q.r.MultipartForm
+	typ, isForm := parseMultipartType(q.r.Header["Content-Type"])
+	if isForm && (parsed == nil || len(parsed.Value)+len(parsed.File) > 0) {
+		b = appendField(append(b, 'm'), query)
+		b = appendField(b, typ.before)
+		b = appendField(b, typ.after)
+	} else {
+		isForm = false
+		b = appendField(append(b, 'b'), query)
+		b = appendFields(b, q.r.Header["Content-Type"])
+	}
 	if q.r.PostForm != nil {
-		// An outer middleware has read the body, so the form that it parsed counts.
 		b = appendField(append(b, 'p'), q.r.PostForm.Encode())
 	}
-	return append(b, 'd')
+	if parsed != nil {
+		var err error
+		b, err = appendParsedForm(append(b, 'q'), parsed)
+		return append(b, 'd'), err
+	}
+	if isForm {
+		q.body.boundary = typ.boundary
+		return append(b, 'm'), nil
+	}
+	return append(b, 'd'), nil
 }
