@@ -181,13 +181,8 @@ func (s *settlement) gather() {
 	f.committed, f.discarded, f.attached = s.execution.end()
 	digest, broken := s.request.body.finish()
 	s.recorder.finish()
-<<<<<<< HEAD
-	s.digest, f.status = digest, s.recorder.status
-	f.cutOff = broken && !f.atMostOnce && !s.recorder.wroteAround
-=======
 	s.digest, f.status = digest, effectiveStatus(s.recorder.status, s.recorder.header)
-	f.cutOff = broken && !f.atMostOnce
->>>>>>> main
+	f.cutOff = broken && !f.atMostOnce && !s.recorder.wroteAround
 	f.unanswered = s.recorder.wroteNothing && (broken || s.context.hasEnded())
 	switch {
 	case s.recorder.wroteAround:
