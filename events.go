@@ -94,3 +94,10 @@ func (m *middleware) warn(ctx context.Context, storeKey, msg string, err error) 
 	m.opts.logger().LogAttrs(context.WithoutCancel(ctx), slog.LevelWarn, "idempotency: "+msg,
 		slog.String("store_key", storeKey), slog.Any("error", err))
 }
+
+// mistake logs that a program is put together in a way in which retries do not
+// get the response. status is what the client gets.
+func (m *middleware) mistake(ctx context.Context, storeKey, msg string, status int) {
+	m.opts.logger().LogAttrs(context.WithoutCancel(ctx), slog.LevelError, "idempotency: "+msg+", see docs/frameworks.md",
+		slog.String("store_key", storeKey), slog.Int("status", status))
+}

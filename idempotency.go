@@ -248,6 +248,7 @@ func (c *call) run(attempt int, outer *Execution) {
 	c.context = handlerContext{&c.cancellation, &c.execution}
 	defer c.context.cancel(nil)
 	c.recorder.init(c.w, c.r.ProtoMajor, c.opts.MaxResponseBytes)
+	c.recorder.late = lateAnswer{middleware: c.middleware, storeKey: c.storeKey, request: c.r.Context()}
 	c.claim.handler = &c.cancellation
 	c.lease.claim, c.lease.ctx, c.lease.handler = &c.claim, &c.context, &c.cancellation
 	c.lease.start()
@@ -324,7 +325,7 @@ func (c *call) crashed() {
 	c.execution.end()
 	if c.execution.claim != nil {
 		c.lease.stop()
-		c.recorder.drop()
+		c.recorder.crash()
 	}
 	c.report(OutcomePanicked, 0, nil)
 }
@@ -400,9 +401,9 @@ func (c *call) refuseAs(outcome Outcome, err *Error) {
 func (c *call) deliver(a answer) {
 	switch {
 	case a.problem == nil:
-		c.recorder.send()
+		c.recorder.send(a.outcome == OutcomeExecuted)
 		c.report(a.outcome, c.recorder.status, a.err)
-	case !c.recorder.drop():
+	case !c.recorder.withdraw():
 		c.refuseAs(a.outcome, a.problem)
 	default:
 		c.warn(c.r.Context(), c.storeKey, "a response was withheld that had begun to stream", a.problem)

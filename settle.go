@@ -182,9 +182,14 @@ func (s *settlement) gather() {
 	digest, broken := s.request.body.finish()
 	s.recorder.finish()
 	s.digest, f.status = digest, effectiveStatus(s.recorder.status, s.recorder.header)
-	f.cutOff = broken && !f.atMostOnce
+	f.cutOff = broken && !f.atMostOnce && !s.recorder.wroteAround
 	f.unanswered = s.recorder.wroteNothing && (broken || s.context.hasEnded())
 	switch {
+	case s.recorder.wroteAround:
+		// The status may be that of an outer timeout, which has answered in the
+		// place of the handler, so it must not free the key.
+		f.final = true
+		s.mistake(s.request.r.Context(), s.claim.storeKey, "the handler answered around the middleware, and retries get 409 response_not_stored", f.status)
 	case f.unanswered:
 		s.cause = context.Cause(s.context)
 	case !f.committed && !f.discarded: // which decide before ShouldStore
