@@ -532,28 +532,151 @@ func TestBackgroundHoldsNoRequest(t *testing.T) {
 }
 
 // What goes on in the background keeps nothing of the request in memory, which may
-// be large.
+// be large: not for a response, nor for a key, nor for a claim that was refused.
 func TestBackgroundLetsGoOfTheRequest(t *testing.T) {
 	type valueKey struct{}
 	synctest.Test(t, func(t *testing.T) {
-		s := downFor(time.Now(), time.Minute)
-		for _, status := range []int{http.StatusCreated, http.StatusTooManyRequests} {
-			c := idemtest.NewClient(s, &idempotency.Options{}, idemtest.Answering(status))
+		start := time.Now()
+		s := downFor(start, time.Minute).(*idemtest.ScriptedStore)
+		for _, status := range []int{http.StatusCreated, http.StatusTooManyRequests, http.StatusServiceUnavailable} {
+			if status == http.StatusServiceUnavailable {
+				s.OnAcquire = func(int, context.Context, string, idempotency.Claim) (idempotency.Record, error) {
+					return idempotency.Record{}, idemtest.ErrDown
+				}
+			}
+			background := new(idempotency.Background)
+			c := idemtest.NewClient(s, &idempotency.Options{Background: background}, idemtest.Answering(status))
 			value := func() weak.Pointer[[]byte] {
 				large := make([]byte, 1<<20)
 				r := c.Request(idemtest.Exchange{Key: "a", Target: fmt.Sprint("/", status)})
-				c.Do(r.WithContext(context.WithValue(r.Context(), valueKey{}, &large)))
+				resp := c.Do(r.WithContext(context.WithValue(r.Context(), valueKey{}, &large)))
+				require.Equal(t, status, resp.StatusCode)
 				return weak.Make(&large)
 			}()
 			// A timer that was stopped may hold it for a moment yet.
 			for try := 0; value.Value() != nil; try++ {
-				require.Less(t, try, 20, status)
+				require.Less(t, try, 10, status)
 				time.Sleep(time.Second)
 				runtime.GC()
 			}
+			over, cancel := context.WithCancel(t.Context())
+			cancel()
+			require.Error(t, background.Wait(over), "it goes on")
 		}
 		time.Sleep(2 * time.Minute)
 	})
+}
+
+// When a store is down, 50,000 refused requests leave about 25 MiB behind, and
+// none of what their contexts hold.
+func TestRefusedRequestsTakeLittleRoom(t *testing.T) {
+	if idemtest.RaceDetector {
+		t.Skip("it is about numbers")
+	}
+	type valueKey struct{}
+	synctest.Test(t, func(t *testing.T) {
+		const requests, bound, perContext = 50_000, 45 << 20, 4 << 10
+		s, up := &idemtest.ScriptedStore{MemoryStore: idempotency.NewMemoryStore()}, atomic.Bool{}
+		s.OnAcquire = func(int, context.Context, string, idempotency.Claim) (idempotency.Record, error) {
+			return idempotency.Record{}, idemtest.ErrDown
+		}
+		s.OnRelease = func(context.Context, string, string, time.Duration) error {
+			if !up.Load() {
+				return idemtest.ErrDown
+			}
+			return nil
+		}
+		background := new(idempotency.Background)
+		c := idemtest.NewClient(s, &idempotency.Options{Background: background}, nil)
+		before := heap()
+		for i := range requests {
+			r := c.Request(idemtest.Exchange{Key: fmt.Sprint(i)})
+			large := make([]byte, perContext) // what an error tracker keeps there, say
+			require.Equal(t, 503, c.Do(r.WithContext(context.WithValue(r.Context(), valueKey{}, large))).StatusCode)
+		}
+		after := heap()
+		over, cancel := context.WithCancel(t.Context())
+		cancel()
+		require.ErrorContains(t, background.Wait(over), "50000 keys not freed")
+		t.Logf("%.1f MiB", float64(after-before)/(1<<20))
+		require.Less(t, after-before, int64(bound))
+		up.Store(true)
+		require.NoError(t, background.Wait(t.Context()))
+		require.Less(t, heap()-before, int64(bound/4))
+	})
+}
+
+// A router reuses what it puts into a context, so a log line of the background
+// that looked there would name the route of another request.
+func TestLogHasNoOtherRequest(t *testing.T) {
+	for name, row := range map[string]struct {
+		status int
+		work   time.Duration
+		line   string
+	}{
+		"a response": {http.StatusCreated, 0, "storing a response failed"},
+		"a key":      {http.StatusInternalServerError, 0, "freeing a key failed"},
+		"a renewal":  {http.StatusCreated, 10*time.Second + time.Millisecond, ""}, // that fails when all is done
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := downFor(time.Now(), time.Hour).(*idemtest.ScriptedStore)
+				s.OnAcquire = func(n int, ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+					if n > 1 {
+						<-ctx.Done()
+						return idempotency.Record{}, ctx.Err()
+					}
+					return s.MemoryStore.Acquire(ctx, key, c)
+				}
+				log := new(routeHandler)
+				c := idemtest.NewClient(s, &idempotency.Options{Logger: slog.New(log), StoreTimeout: 5 * time.Second}, func(w http.ResponseWriter, r *http.Request) {
+					time.Sleep(row.work)
+					w.WriteHeader(row.status)
+				})
+				if row.work > 0 {
+					s.OnComplete = nil
+				}
+				route := &atomic.Value{}
+				route.Store("/mine")
+				r := c.Request(idemtest.Exchange{Key: "a"})
+				resp := c.Do(r.WithContext(context.WithValue(r.Context(), routeKey{}, route)))
+				require.Equal(t, row.status, resp.StatusCode)
+				route.Store("/of another request")
+				time.Sleep(2 * time.Hour)
+				synctest.Wait()
+				require.Contains(t, log.lines(), row.line)
+				require.NotContains(t, log.lines(), "another")
+			})
+		})
+	}
+}
+
+type routeKey struct{}
+
+// A routeHandler logs the route of the request that the context is of.
+type routeHandler struct {
+	mu   sync.Mutex // guards text
+	text strings.Builder
+}
+
+func (*routeHandler) Enabled(context.Context, slog.Level) bool { return true }
+func (h *routeHandler) WithAttrs([]slog.Attr) slog.Handler     { return h }
+func (h *routeHandler) WithGroup(string) slog.Handler          { return h }
+func (h *routeHandler) Handle(ctx context.Context, r slog.Record) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	fmt.Fprint(&h.text, r.Message)
+	if route, ok := ctx.Value(routeKey{}).(*atomic.Value); ok {
+		fmt.Fprint(&h.text, " ", route.Load())
+	}
+	h.text.WriteString("\n")
+	return nil
+}
+
+func (h *routeHandler) lines() string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.text.String()
 }
 
 // downFor is a store that takes claims and fails everything else for d.

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -16,10 +18,12 @@ var (
 	ErrKeyMissing = errors.New("idempotency: key missing")
 
 	// ErrKeyInvalid: 400, the header is empty, repeated, too long, malformed,
-	// or refused by ValidateKey.
+	// or refused by ValidateKey. With Options.Key: Key returned an error or a
+	// key that is too long.
 	ErrKeyInvalid = errors.New("idempotency: key invalid")
 
-	// ErrKeyReused: 422, a request with another query, body or credentials came
+	// ErrKeyReused: 422, a request with another query, body, Content-Type,
+	// precondition, header of FingerprintHeaders or other credentials came
 	// before under the key.
 	ErrKeyReused = errors.New("idempotency: key reused for a different request")
 
@@ -41,9 +45,11 @@ var (
 	ErrRecordUnreadable = errors.New("idempotency: stored record unreadable")
 
 	// ErrBodyIncomplete: 400, the request body broke off. The handler did not
-	// run, because the request could not be told from others under the key. Or
-	// the handler ran, met the break in a large body and returned without an
-	// answer.
+	// run, because the request could not be told from others under the key, or
+	// Options.Key not be asked for its key. Or the handler ran, met the break in
+	// a large body and returned without an answer. The status is 500 when outer
+	// middleware has parsed a form and one of its files cannot be read again:
+	// the client has sent all of it.
 	ErrBodyIncomplete = errors.New("idempotency: request body incomplete")
 
 	// ErrBodyTooLarge: 413, the request body is over MaxBufferedBody and a
@@ -70,7 +76,7 @@ type Error struct {
 	Code string
 
 	// Detail is a sentence for a person. It never contains what a store said.
-	// For key_invalid it may be the text of ValidateKey.
+	// For key_invalid it may be the text of ValidateKey or Key.
 	Detail string
 
 	// Type is Options.DocsURL, or about:blank.
@@ -79,6 +85,11 @@ type Error struct {
 	// RetryAfter is when the client may try again, from now. [WriteError]
 	// rounds it up to whole seconds. Zero: no advice.
 	RetryAfter time.Duration
+
+	// Retryable tells a program that the same request may succeed later, with
+	// the same key. It is true for in_progress, store_unavailable and
+	// body_incomplete.
+	Retryable bool
 
 	// OriginalStatus is the HTTP status of a response that was not stored.
 	// Zero: there is none.
@@ -96,7 +107,8 @@ func (e *Error) Error() string { return e.Err.Error() }
 func (e *Error) Unwrap() error { return e.Err }
 
 // problem is what clients see of one sentinel. The first three titles are those
-// of draft-ietf-httpapi-idempotency-key-header, "Error Scenarios".
+// of draft-ietf-httpapi-idempotency-key-header, "Error Scenarios". In a detail,
+// "{key}" stands for what the client knows the key as: the name of its header.
 type problem struct {
 	err        error
 	status     int
@@ -104,36 +116,35 @@ type problem struct {
 	title      string
 	detail     string
 	retryAfter time.Duration
-	retryable  bool // the same request may succeed later
+	retryable  bool
 }
 
-// problems are all of them. A new sentinel needs a row, or newError panics.
+// problems are all of them. A new sentinel needs a row, or middleware.problem
+// panics.
 var problems = []problem{
 	{err: ErrKeyMissing, status: http.StatusBadRequest, code: "key_missing",
 		title:  "Idempotency-Key is missing",
-		detail: "This operation requires an idempotency key in the request header."},
+		detail: "The request has no {key}, which this operation requires."},
 	{err: ErrKeyReused, status: http.StatusUnprocessableEntity, code: "key_reused",
-		title: "Idempotency-Key is already used",
-		detail: "This key was used for a request with another query, body or credentials. " +
-			"Use a new key for a new operation, and repeat an operation with the same credentials; " +
-			"a service whose credentials change with every request has to configure a scope."},
+		title:  "Idempotency-Key is already used",
+		detail: "Another request came before under this {key}, and it may have succeeded."},
 	{err: ErrInProgress, status: http.StatusConflict, code: "in_progress",
 		title:      "A request is outstanding for this Idempotency-Key",
-		detail:     "A request with this key is still being processed. Repeat it later with the same key.",
+		detail:     "A request with this {key} is still being processed. Repeat it later with the same key.",
 		retryAfter: time.Second, retryable: true},
 	{err: ErrKeyInvalid, status: http.StatusBadRequest, code: "key_invalid",
 		title:  "Idempotency-Key is invalid",
-		detail: "The idempotency key is malformed."},
+		detail: "This {key} is not valid."},
 	{err: ErrOutcomeUnknown, status: http.StatusConflict, code: "outcome_unknown",
 		title: "The outcome of this request is unknown",
-		detail: "A request with this key was started and never reported its outcome. It is not repeated. " +
+		detail: "A request with this {key} was started and never reported its outcome. It is not repeated. " +
 			"Find out what happened before using a new key."},
 	{err: ErrResponseNotStored, status: http.StatusConflict, code: "response_not_stored",
 		title:  "The response to this request was not stored",
-		detail: "The request with this key was processed and is not repeated, but its response could not be kept."},
+		detail: "The request with this {key} was processed and is not repeated, but its response could not be kept."},
 	{err: ErrRecordUnreadable, status: http.StatusInternalServerError, code: "record_unreadable",
 		title:  "The stored response is unreadable",
-		detail: "The request with this key was processed and is not repeated, but its stored response cannot be read."},
+		detail: "The request with this {key} was processed and is not repeated, but its stored response cannot be read."},
 	{err: ErrBodyIncomplete, status: http.StatusBadRequest, code: "body_incomplete",
 		title:     "The request body is incomplete",
 		detail:    "The request body broke off. This attempt was not processed. Repeat the request with the same key.",
@@ -148,15 +159,18 @@ var problems = []problem{
 		retryAfter: time.Second, retryable: true},
 }
 
-// newError returns the answer for one of the sentinels above. The cause is for
+// problem returns the Error for one of the sentinels above. The cause is for
 // logs and errors.Is only.
-func newError(sentinel, cause error, docsURL string) *Error {
+func (m *middleware) problem(sentinel, cause error) *Error {
 	for _, p := range problems {
 		if !errors.Is(sentinel, p.err) {
 			continue
 		}
-		e := &Error{Status: p.status, Code: p.code, Detail: p.detail, Type: docsURL, RetryAfter: p.retryAfter, Err: sentinel}
-		if docsURL == "" {
+		e := &Error{
+			Status: p.status, Code: p.code, Detail: strings.ReplaceAll(p.detail, "{key}", m.keyName()),
+			Type: m.opts.DocsURL, RetryAfter: p.retryAfter, Retryable: p.retryable, Err: sentinel,
+		}
+		if e.Type == "" {
 			e.Type = "about:blank"
 		}
 		if cause != nil {
@@ -165,6 +179,45 @@ func newError(sentinel, cause error, docsURL string) *Error {
 		return e
 	}
 	panic("idempotency: no problem for " + sentinel.Error())
+}
+
+// keyName is what clients know the key as. With Options.Key it is in no header
+// that this package knows of.
+func (m *middleware) keyName() string {
+	if m.opts.Key != nil {
+		return "idempotency key"
+	}
+	return m.opts.Header
+}
+
+// reusedAdvice ends the detail of a 422. Its reader is the client, who is tempted
+// to send the request once more under a new key.
+const reusedAdvice = " To get the answer to the first request, repeat it exactly as it was. " +
+	"If you cannot, because a token was refreshed, say, find out in another way what became of it. " +
+	"A new key is right only for a new operation: the same operation under a new key may be done twice."
+
+// reused is the answer to a request that differs from the one before it under
+// the key. It is written for the client, and names what may differ: what the
+// options count, and credentials only where no scope says whose request it is.
+func (q *request) reused() *Error {
+	var parts []string
+	if q.opts.Fingerprint == nil {
+		parts = append(parts, "query", "body", "Content-Type")
+	} else {
+		parts = append(parts, "the content that this operation compares")
+	}
+	if q.scope == "" {
+		parts = append(parts, "credentials (Authorization, Cookie)")
+	}
+	for _, name := range q.opts.FingerprintHeaders {
+		if !slices.Contains(preconditions, name) {
+			parts = append(parts, name)
+		}
+	}
+	err := q.problem(ErrKeyReused, nil)
+	err.Detail += " The two differ in at least one of: " + strings.Join(parts, ", ") +
+		", preconditions (" + strings.Join(preconditions, ", ") + ")." + reusedAdvice
+	return err
 }
 
 // isLinkTarget reports whether s can stand in the angle brackets of a Link
@@ -196,11 +249,11 @@ func WriteError(w http.ResponseWriter, _ *http.Request, err *Error) {
 		OriginalStatus int    `json:"original_status,omitempty"`
 	}{
 		Type: err.Type, Title: http.StatusText(err.Status), Status: err.Status, Detail: err.Detail,
-		Code: err.Code, OriginalStatus: err.OriginalStatus,
+		Code: err.Code, Retryable: err.Retryable, OriginalStatus: err.OriginalStatus,
 	}
 	for _, p := range problems {
 		if p.code == err.Code {
-			body.Title, body.Retryable = p.title, p.retryable
+			body.Title = p.title
 		}
 	}
 	// Strings and numbers always marshal; invalid UTF-8 becomes U+FFFD.

@@ -58,8 +58,9 @@ type Event struct {
 	// logs.
 	Err error
 
-	// Request is the request as the middleware got it. It belongs to the
-	// server, so it is valid only during the call of OnEvent.
+	// Request is the request as the middleware got it. When the handler ran, it
+	// has the Pattern that the handler's router found. It belongs to the server,
+	// so it is valid only during the call of OnEvent.
 	Request *http.Request
 }
 
@@ -92,4 +93,11 @@ func (m *middleware) contain(ctx context.Context, callback string) {
 func (m *middleware) warn(ctx context.Context, storeKey, msg string, err error) {
 	m.opts.logger().LogAttrs(context.WithoutCancel(ctx), slog.LevelWarn, "idempotency: "+msg,
 		slog.String("store_key", storeKey), slog.Any("error", err))
+}
+
+// mistake logs that a program is put together in a way in which retries do not
+// get the response. status is what the client gets.
+func (m *middleware) mistake(ctx context.Context, storeKey, msg string, status int) {
+	m.opts.logger().LogAttrs(context.WithoutCancel(ctx), slog.LevelError, "idempotency: "+msg+", see docs/frameworks.md",
+		slog.String("store_key", storeKey), slog.Int("status", status))
 }

@@ -3,13 +3,21 @@ package idempotency_test
 import (
 	"bytes"
 	"context"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"log"
 	"net/http"
 	"net/http/httptest"
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/redis/go-redis/v9"
 
 	"github.com/go-idempotency/idempotency"
 )
@@ -239,6 +247,113 @@ func ExampleStore() {
 	// 200 replayed: true
 }
 
+// A webhook has its key in its body. Key checks the signature first: whoever
+// can send a key can occupy it. The sender may change other parts of the event
+// between two deliveries, so the id is all that counts.
+func ExampleOptions_key() {
+	sign := func(body []byte) string {
+		mac := hmac.New(sha256.New, []byte("secret"))
+		mac.Write(body)
+		return hex.EncodeToString(mac.Sum(nil))
+	}
+	opts := &idempotency.Options{
+		RequireKey: true,
+		Key: func(r *http.Request, body []byte) (string, error) {
+			if !hmac.Equal([]byte(r.Header.Get("Signature")), []byte(sign(body))) {
+				return "", errors.New("the signature is wrong")
+			}
+			var event struct{ ID string }
+			if err := json.Unmarshal(body, &event); err != nil {
+				return "", errors.New("the event is not JSON")
+			}
+			return event.ID, nil
+		},
+		Fingerprint: func(*http.Request, []byte) []byte { return nil },
+	}
+	h := idempotency.Middleware(idempotency.NewMemoryStore(), opts)(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		fmt.Printf("shipping for %s\n", body)
+	}))
+
+	deliver := func(event, signature string) {
+		r := httptest.NewRequest("POST", "/webhooks", strings.NewReader(event))
+		r.Header.Set("Signature", signature)
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, r)
+		fmt.Println(w.Code, "replayed:", w.Header().Get("Idempotent-Replayed") == "true")
+	}
+	first, again := `{"id":"evt_1","pending_webhooks":2}`, `{"id":"evt_1","pending_webhooks":1}`
+	deliver(first, "forged")
+	deliver(first, sign([]byte(first)))
+	deliver(again, sign([]byte(again)))
+	// Output:
+	// 400 replayed: false
+	// shipping for {"id":"evt_1","pending_webhooks":2}
+	// 200 replayed: false
+	// 200 replayed: true
+}
+
+// Some APIs answer 409 to another payload under a key, as the Universal Commerce
+// Protocol does. The code of the error stays key_reused, which tells it from a
+// request that is still running.
+func ExampleOptions_errorHandlerConflict() {
+	opts := &idempotency.Options{
+		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err *idempotency.Error) {
+			answer := *err // the Event of the request has the Error too
+			if errors.Is(err, idempotency.ErrKeyReused) {
+				answer.Status = http.StatusConflict
+			}
+			idempotency.WriteError(w, r, &answer)
+		},
+	}
+	h := idempotency.Middleware(idempotency.NewMemoryStore(), opts)(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "text/plain")
+		w.WriteHeader(http.StatusCreated)
+	}))
+
+	for _, body := range []string{`{"amount":100}`, `{"amount":200}`} {
+		r := httptest.NewRequest("POST", "/checkout-sessions", strings.NewReader(body))
+		r.Header.Set("Idempotency-Key", "a")
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, r)
+		fmt.Println(w.Code, w.Header().Get("Content-Type"))
+	}
+	// Output:
+	// 201 text/plain
+	// 409 application/problem+json
+}
+
+// Some clients take a 409 for final, whatever its Retry-After says: urllib3 and
+// go-retryablehttp do. Both repeat a request that is answered 503 with
+// Retry-After, urllib3 only if it is told to repeat a POST.
+func ExampleOptions_errorHandlerUnavailable() {
+	opts := &idempotency.Options{
+		Wait: idempotency.NoWait,
+		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err *idempotency.Error) {
+			answer := *err // the Event of the request has the Error too
+			if errors.Is(err, idempotency.ErrInProgress) {
+				answer.Status = http.StatusServiceUnavailable
+			}
+			idempotency.WriteError(w, r, &answer)
+		},
+	}
+	var h http.Handler
+	post := func(who string) {
+		r := httptest.NewRequest("POST", "/charge", nil)
+		r.Header.Set("Idempotency-Key", "a")
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, r)
+		fmt.Println(who, w.Code, "Retry-After:", w.Header().Get("Retry-After"))
+	}
+	h = idempotency.Middleware(idempotency.NewMemoryStore(), opts)(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+		post("while it is running:") // a client that does not wait for the first answer
+	}))
+	post("the first:")
+	// Output:
+	// while it is running: 503 Retry-After: 1
+	// the first: 200 Retry-After:
+}
+
 // What sets a header for every request belongs outside of Middleware. Inside it
 // is part of what the handler did: a replay brings the request id of the first
 // request back. It is worse with http.TimeoutHandler: inside, its 503 frees the
@@ -271,4 +386,23 @@ func ExampleMiddleware_incorrect() {
 	// wrong request 1
 	// right request 2
 	// right request 3
+}
+
+// Each service on a Redis has a Prefix of its own. With one prefix, an event
+// that a dispatcher sends to two services would run in one of them only, and a
+// gateway that passes a request on with its key would hold that key itself.
+func ExampleNewRedisStore() {
+	client := redis.NewUniversalClient(&redis.UniversalOptions{
+		Addrs:                 []string{"redis:6379"},
+		ContextTimeoutEnabled: true,
+	})
+	store := idempotency.NewRedisStore(client, &idempotency.RedisOptions{Prefix: "shop:"})
+	err := store.Check(context.Background())
+	switch {
+	case errors.Is(err, idempotency.ErrEvictionUnknown):
+		log.Print(err) // the operator has looked at the policy where the Redis is rented
+	case err != nil:
+		log.Fatal(err)
+	}
+	http.Handle("POST /charge", idempotency.Middleware(store, nil)(http.NotFoundHandler()))
 }

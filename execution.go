@@ -52,7 +52,7 @@ func (e *Execution) covers(storeKey string) bool {
 	return false
 }
 
-// Key returns the client's key, unquoted.
+// Key returns the client's key, unquoted, or what [Options.Key] returned.
 func (e *Execution) Key() string { return e.key }
 
 // Attempt returns 1 for the first run under the key, and more when earlier runs
@@ -201,9 +201,11 @@ func (e *Execution) end() (committed, discarded, attached bool) {
 }
 
 // A handlerContext is the context of a handler. It has the values and the
-// deadline of the request's context. It has the client's cancellation only with
-// CancelOnDisconnect: a client that hangs up is the client that will retry, so
-// by default the handler finishes and its answer is stored.
+// deadline of the request's context, and ends when that context is cancelled
+// with a cause of its own: a server that stops tells its handlers so. It has
+// the client's cancellation only with CancelOnDisconnect: a client that hangs
+// up is the client that will retry, so by default the handler finishes and its
+// answer is stored.
 type handlerContext struct {
 	*cancellation
 	execution *Execution
@@ -222,9 +224,9 @@ func (c *handlerContext) Value(key any) any {
 func (c *handlerContext) String() string { return "idempotency.handlerContext" }
 
 // A cancellation is the end of a handler's context. The context that can be
-// cancelled is made when the handler first asks for it. Most handlers that take
-// microseconds do not ask, and its four allocations are a tenth of such a
-// request.
+// cancelled is made when the handler first asks for its end, and only from then
+// on follows the request's context. Most handlers that take microseconds do not
+// ask, and its allocations would be a tenth of such a request.
 type cancellation struct {
 	request    context.Context
 	keepCancel bool // CancelOnDisconnect
@@ -233,27 +235,20 @@ type cancellation struct {
 	parent   context.Context
 	observed bool // the handler has asked for the end of its context
 	stop     context.CancelCauseFunc
+	unfollow func() bool // ends the registration with the request's context; nil if there is none
 	ended    bool
 }
 
-// inner returns the context that does the work. All lookups of values go
-// through it, because package context finds the parent of a context by a value.
-func (c *cancellation) inner() context.Context {
+// observe returns the context that does the work, to a handler that can see its
+// end.
+func (c *cancellation) observe() context.Context {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.parent == nil {
 		c.makeLocked()
 	}
-	return c.parent
-}
-
-// observe is inner for a handler that can see the end of its context.
-func (c *cancellation) observe() context.Context {
-	inner := c.inner()
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	c.observed = true
-	return inner
+	return c.parent
 }
 
 // hasEnded reports whether the handler can have seen the end of its context. A
@@ -265,23 +260,48 @@ func (c *cancellation) hasEnded() bool {
 	return c.observed && c.parent.Err() != nil
 }
 
-// makeLocked makes the context. WithoutCancel drops the deadline together with
-// the cancellation, so the deadline is set again.
+// makeLocked makes the context.
 func (c *cancellation) makeLocked() {
-	ctx := c.request
-	deadline, limited := ctx.Deadline()
-	if !c.keepCancel {
-		ctx = context.WithoutCancel(ctx)
+	if c.keepCancel {
+		c.parent, c.stop = context.WithCancelCause(c.request)
+	} else {
+		c.followLocked()
 	}
-	c.parent, c.stop = context.WithCancelCause(ctx)
-	if limited {
+	if c.ended {
+		c.endLocked(nil)
+	}
+}
+
+// followLocked makes a context that ends when the request's context is
+// cancelled with a cause of its own. WithoutCancel drops the deadline together
+// with the cancellation, so the deadline is set again: it holds for a handler
+// whose client has hung up, too.
+func (c *cancellation) followLocked() {
+	c.parent, c.stop = context.WithCancelCause(context.WithoutCancel(c.request))
+	if cause := c.serverCause(); cause != nil {
+		c.stop(cause) // before the deadline, which may be over by now
+	}
+	if deadline, limited := c.request.Deadline(); limited {
 		cancel, stop := c.stop, context.CancelFunc(nil)
 		c.parent, stop = context.WithDeadline(c.parent, deadline)
 		c.stop = func(cause error) { cancel(cause); stop() }
 	}
-	if c.ended {
-		c.stop(nil)
+	c.unfollow = context.AfterFunc(c.request, func() {
+		if cause := c.serverCause(); cause != nil {
+			c.cancel(cause)
+		}
+	})
+}
+
+// serverCause returns the cause with which the request's context was cancelled.
+// It returns nil for a client that hung up, whose cause is context.Canceled, and
+// for a deadline, which the handler's context has itself.
+func (c *cancellation) serverCause() error {
+	cause := context.Cause(c.request)
+	if errors.Is(cause, context.Canceled) || errors.Is(c.request.Err(), context.DeadlineExceeded) {
+		return nil
 	}
+	return cause
 }
 
 // cancel ends the context, if it has not ended yet. Without a cause, the cause
@@ -297,7 +317,16 @@ func (c *cancellation) cancel(cause error) {
 	}
 	c.ended = true
 	if c.parent != nil {
-		c.stop(cause)
+		c.endLocked(cause)
+	}
+}
+
+// endLocked ends the context that was made. The request's context may live as
+// long as its server, so nothing of the handler stays registered with it.
+func (c *cancellation) endLocked(cause error) {
+	c.stop(cause)
+	if c.unfollow != nil {
+		c.unfollow()
 	}
 }
 
@@ -310,12 +339,14 @@ func (c *cancellation) Done() <-chan struct{} { return c.observe().Done() }
 // Err implements context.Context.
 func (c *cancellation) Err() error { return c.observe().Err() }
 
-// value is Value without the Execution.
+// value is Value without the Execution. Package context looks for the context
+// that it can cancel by such a key as an *int, and must find the handler's and
+// not the request's. WithoutCancel keeps it from the request's under any key.
 func (c *cancellation) value(key any) any {
 	if _, ok := key.(*int); ok {
 		// context.Cause finds the cause by such a key. Before Go 1.26 it did so
 		// without calling Err, and then this is where the handler sees the end.
 		return c.observe().Value(key)
 	}
-	return c.inner().Value(key)
+	return context.WithoutCancel(c.request).Value(key)
 }

@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"regexp"
 	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -164,6 +166,341 @@ func TestHandlerContextTellsItsFirstCause(t *testing.T) {
 			})
 		}
 	}
+}
+
+// A server that stops cancels its BaseContext with a cause, and then its
+// handlers are told. A client that hangs up leaves the cause at
+// context.Canceled, wrapped by outer middleware or not. The first of them
+// counts: what comes after a hang-up cannot be seen.
+func TestHandlerContextEndsWithTheServer(t *testing.T) {
+	errStopping := errors.New("the server stops")
+	hungUp := fmt.Errorf("client gone: %w", context.Canceled)
+	for name, row := range map[string]struct {
+		cancelled []error // the causes, one after the other
+		deadline  time.Duration
+		opts      idempotency.Options
+		cause     error // nil: the handler goes on
+	}{
+		"the server stops":                       {cancelled: []error{errStopping}, cause: errStopping},
+		"the server stops before the deadline":   {cancelled: []error{errStopping}, deadline: time.Hour, cause: errStopping},
+		"the server stops for lack of time":      {cancelled: []error{context.DeadlineExceeded}, cause: context.DeadlineExceeded},
+		"the client hangs up":                    {cancelled: []error{nil}},
+		"outer middleware says who hung up":      {cancelled: []error{hungUp}},
+		"the client hangs up before the server":  {cancelled: []error{nil, errStopping}},
+		"the server stops before the client":     {cancelled: []error{errStopping, nil}, cause: errStopping},
+		"the client counts":                      {cancelled: []error{hungUp}, opts: idempotency.Options{CancelOnDisconnect: true}, cause: hungUp},
+		"the server counts, and the client does": {cancelled: []error{errStopping}, opts: idempotency.Options{CancelOnDisconnect: true}, cause: errStopping},
+	} {
+		for _, late := range []bool{false, true} {
+			t.Run(fmt.Sprint(name, ", asked late ", late), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					request, cancel := context.WithCancelCause(context.Background())
+					if row.deadline > 0 {
+						var stop context.CancelFunc
+						request, stop = context.WithTimeout(request, row.deadline)
+						defer stop()
+					}
+					h := idempotency.Middleware(idempotency.NewMemoryStore(), &row.opts)(http.HandlerFunc(
+						func(w http.ResponseWriter, r *http.Request) {
+							ctx := r.Context()
+							if !late {
+								require.NoError(t, ctx.Err())
+							}
+							for _, cause := range row.cancelled {
+								cancel(cause)
+								synctest.Wait()
+							}
+							derived, stop := context.WithCancel(ctx)
+							defer stop()
+							for _, ctx := range []context.Context{ctx, derived} {
+								require.Equal(t, row.cause, context.Cause(ctx))
+								require.Equal(t, row.cause != nil, ctx.Err() != nil)
+								require.Equal(t, row.cause != nil, isDone(ctx))
+							}
+							w.WriteHeader(http.StatusCreated)
+						}))
+					w := httptest.NewRecorder()
+					h.ServeHTTP(w, new(idemtest.Client).Request(idemtest.Exchange{Key: "a"}).WithContext(request))
+					require.Equal(t, http.StatusCreated, w.Code)
+				})
+			})
+		}
+	}
+}
+
+// isDone reports whether the channel of ctx says that it has ended.
+func isDone(ctx context.Context) bool {
+	select {
+	case <-ctx.Done():
+		return true
+	default:
+		return false
+	}
+}
+
+// What came first counts, also for a handler that asks when all have come.
+func TestHandlerContextEndsForTheFirstReason(t *testing.T) {
+	errStopping := errors.New("the server stops")
+	for name, row := range map[string]struct {
+		stops, deadline, execution time.Duration
+		cause                      error
+	}{
+		"the server":    {stops: 1, deadline: 2, execution: 3, cause: errStopping},
+		"the deadline":  {stops: 2, deadline: 1, execution: 3, cause: context.DeadlineExceeded},
+		"MaxExecution":  {stops: 3, deadline: 2, execution: 1, cause: context.DeadlineExceeded},
+		"no deadline":   {stops: 1, execution: 2, cause: errStopping},
+		"not even then": {stops: 2, execution: 1, cause: context.DeadlineExceeded},
+	} {
+		for _, late := range []bool{false, true} {
+			t.Run(fmt.Sprint(name, ", asked late ", late), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					request, stop := context.WithCancelCause(context.Background())
+					if row.deadline > 0 {
+						var cancel context.CancelFunc
+						request, cancel = context.WithTimeout(request, row.deadline*time.Minute)
+						defer cancel()
+					}
+					time.AfterFunc(row.stops*time.Minute, func() { stop(errStopping) })
+					h := idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{MaxExecution: row.execution * time.Minute})(
+						http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+							if !late {
+								<-r.Context().Done()
+								require.Equal(t, row.cause, context.Cause(r.Context()))
+							}
+							time.Sleep(5 * time.Minute)
+							require.Equal(t, row.cause, context.Cause(r.Context()))
+							w.WriteHeader(http.StatusCreated)
+						}))
+					w := httptest.NewRecorder()
+					h.ServeHTTP(w, new(idemtest.Client).Request(idemtest.Exchange{Key: "a"}).WithContext(request))
+					require.Equal(t, http.StatusCreated, w.Code)
+				})
+			})
+		}
+	}
+}
+
+// A handler whose client has hung up is still bound by its deadline.
+func TestDeadlineOutlivesTheClient(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		request, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+			start := time.Now()
+			require.NoError(t, r.Context().Err())
+			cancel()
+			<-r.Context().Done()
+			require.Equal(t, time.Minute, time.Since(start))
+			require.Equal(t, context.DeadlineExceeded, r.Context().Err())
+			w.WriteHeader(http.StatusGatewayTimeout)
+		})
+		resp := c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(request))
+		require.Equal(t, http.StatusGatewayTimeout, resp.StatusCode)
+	})
+}
+
+// A baseContext lives as long as its server, and counts who waits for its end.
+type baseContext struct {
+	context.Context
+	registered atomic.Int64
+}
+
+// AfterFunc is what package context calls.
+func (c *baseContext) AfterFunc(f func()) (stop func() bool) {
+	c.registered.Add(1)
+	stopFunc := context.AfterFunc(c.Context, f)
+	return func() bool {
+		c.registered.Add(-1)
+		return stopFunc()
+	}
+}
+
+// Value hides the context inside, so that package context calls AfterFunc.
+func (c *baseContext) Value(any) any { return nil }
+
+// However a handler ends, it leaves nothing behind on the context of the
+// server, and a handler that does not look at its context registers nothing.
+func TestNothingStaysRegisteredWithTheServer(t *testing.T) {
+	for name, row := range map[string]struct {
+		handler func(w http.ResponseWriter, r *http.Request)
+		want    int64 // while the handler runs
+	}{
+		"looks at nothing": {func(_ http.ResponseWriter, r *http.Request) { _ = r.Context().Value(tenantKey{}) }, 0},
+		"looks":            {func(_ http.ResponseWriter, r *http.Request) { _ = r.Context().Err() }, 1},
+		"looks and fails": {func(w http.ResponseWriter, r *http.Request) {
+			_ = r.Context().Err()
+			w.WriteHeader(http.StatusInternalServerError)
+		}, 1},
+		"derives": {func(_ http.ResponseWriter, r *http.Request) {
+			_, cancel := context.WithCancel(r.Context())
+			t.Cleanup(cancel) // later than it should
+		}, 1},
+		"loses its lease": {func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, 0},
+	} {
+		for _, panics := range []bool{false, true} {
+			t.Run(fmt.Sprint(name, ", panics ", panics), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					server, stop := context.WithCancel(context.Background())
+					defer stop()
+					base := &baseContext{Context: server}
+					var kept context.Context
+					opts := &idempotency.Options{MaxExecution: time.Minute}
+					c := &idemtest.Client{Handler: idempotency.Middleware(idempotency.NewMemoryStore(), opts)(
+						http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+							kept = r.Context()
+							row.handler(w, r)
+							require.Equal(t, row.want, base.registered.Load())
+							if panics {
+								panic("boom")
+							}
+						}))}
+					resp := c.Do(c.Request(idemtest.Exchange{Key: "a"}).WithContext(base))
+					require.Equal(t, panics, resp == nil)
+					require.Zero(t, base.registered.Load())
+					require.Error(t, kept.Err(), "asked by a goroutine that the handler left behind")
+					require.Zero(t, base.registered.Load())
+				})
+			})
+		}
+	}
+}
+
+// The end of the server and that of the lease come at once. One of them is the
+// cause, for everyone who asks and for good.
+func TestServerThatStopsWhileTheLeaseEnds(t *testing.T) {
+	errStopping := errors.New("the server stops")
+	for range 200 {
+		synctest.Test(t, func(t *testing.T) {
+			request, stop := context.WithCancelCause(t.Context())
+			time.AfterFunc(time.Minute, func() { stop(errStopping) })
+			var causes []error
+			h := idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{MaxExecution: time.Minute})(
+				http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					derived, cancel := context.WithCancel(r.Context())
+					defer cancel()
+					<-derived.Done()
+					time.Sleep(time.Minute)
+					causes = []error{context.Cause(r.Context()), context.Cause(derived)}
+					w.WriteHeader(http.StatusServiceUnavailable)
+				}))
+			h.ServeHTTP(httptest.NewRecorder(), new(idemtest.Client).Request(idemtest.Exchange{Key: "a"}).WithContext(request))
+			require.Contains(t, []error{errStopping, context.DeadlineExceeded}, causes[0])
+			require.Equal(t, causes[0], causes[1])
+		})
+	}
+}
+
+// A server that has to stop tells its handlers by the cause of its BaseContext,
+// or of the ConnContext of a connection, and Shutdown returns once they have
+// answered. What a handler answers then decides about its key, as ever.
+func TestShutdownOfAServerWhoseHandlerWaits(t *testing.T) {
+	errStopping := errors.New("the server stops")
+	for name, row := range map[string]struct {
+		answer http.HandlerFunc
+		first  int
+		retry  string
+	}{
+		"answers that it was not done": {
+			answer: func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusServiceUnavailable) },
+			first:  http.StatusServiceUnavailable, retry: "200 again",
+		},
+		"returns without a word": {
+			answer: func(http.ResponseWriter, *http.Request) {},
+			first:  http.StatusConflict, retry: "409 outcome_unknown",
+		},
+	} {
+		for _, ofConn := range []bool{false, true} {
+			t.Run(fmt.Sprint(name, ", ConnContext ", ofConn), func(t *testing.T) {
+				eachProto(t, func(t *testing.T, proto int) {
+					store, started := idempotency.NewMemoryStore(), make(chan struct{})
+					var cause error
+					server := httptest.NewUnstartedServer(idempotency.Middleware(store, nil)(http.HandlerFunc(
+						func(w http.ResponseWriter, r *http.Request) {
+							close(started)
+							<-r.Context().Done()
+							cause = context.Cause(r.Context())
+							row.answer(w, r)
+						})))
+					base, stop := context.WithCancelCause(context.Background())
+					if ofConn {
+						server.Config.ConnContext = func(context.Context, net.Conn) context.Context { return base }
+					} else {
+						server.Config.BaseContext = func(net.Listener) context.Context { return base }
+					}
+					server.EnableHTTP2 = proto == 2
+					server.StartTLS()
+					defer server.Close()
+
+					status := make(chan int, 1)
+					go func() {
+						status <- postTo(server, context.Background())
+					}()
+					<-started
+					down := make(chan error, 1)
+					go func() { down <- server.Config.Shutdown(context.Background()) }()
+					stop(errStopping)
+					require.NoError(t, <-down)
+					require.Equal(t, row.first, <-status)
+					require.Equal(t, errStopping, cause)
+
+					again := idemtest.NewClient(store, &idempotency.Options{}, func(w http.ResponseWriter, _ *http.Request) {
+						_, _ = w.Write([]byte("again"))
+					})
+					again.Check(t, 0, idemtest.Exchange{Key: "a", Get: row.retry})
+				})
+			})
+		}
+	}
+}
+
+// postTo sends the request of key a and returns the status, or 0.
+func postTo(server *httptest.Server, ctx context.Context) int {
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, server.URL+"/charge", strings.NewReader(`{"amount":1}`))
+	idemtest.Must(err)
+	r.Header.Set("Content-Type", "application/json")
+	r.Header.Set("Idempotency-Key", "a")
+	resp, err := server.Client().Do(r)
+	if err != nil {
+		return 0
+	}
+	_ = resp.Body.Close()
+	return resp.StatusCode
+}
+
+// net/http gives no cause to the hang-up of a client, by which the middleware
+// knows it. The handler finishes and the retry gets its answer.
+func TestHangUpOnTheWire(t *testing.T) {
+	eachProto(t, func(t *testing.T, proto int) {
+		var outer context.Context
+		started, ended := make(chan struct{}), make(chan error, 1)
+		h := idempotency.Middleware(idempotency.NewMemoryStore(), nil)(http.HandlerFunc(
+			func(w http.ResponseWriter, r *http.Request) {
+				_ = r.Context().Done() // it listens from here on
+				close(started)
+				<-outer.Done() // the client has hung up
+				ended <- r.Context().Err()
+				w.WriteHeader(http.StatusCreated)
+			}))
+		server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if outer == nil {
+				outer = r.Context()
+			}
+			h.ServeHTTP(w, r)
+		}))
+		server.EnableHTTP2 = proto == 2
+		server.StartTLS()
+		defer server.Close()
+
+		ctx, hangUp := context.WithCancel(context.Background())
+		first := make(chan int, 1)
+		go func() { first <- postTo(server, ctx) }()
+		<-started
+		hangUp()
+		require.Zero(t, <-first)
+		require.NoError(t, <-ended)
+		require.Equal(t, context.Canceled, context.Cause(outer))
+		require.Equal(t, http.StatusCreated, postTo(server, context.Background()))
+	})
 }
 
 func TestCommitFailures(t *testing.T) {

@@ -90,3 +90,37 @@ func markTransient(fields []headerField, keep func(string) bool, connection []st
 		f.transient = wrongLength || isConnectionLevel(name, connection) || !keep(name)
 	}
 }
+
+// A headerScratch holds the usual header without an allocation.
+type headerScratch struct {
+	fields [4]headerField
+	values [4]string
+}
+
+// difference returns what turns base into header. The values are copied: the
+// handler may go on changing them. A list that begins with the values of base
+// is an opAdd, so that a Vary of outer middleware is not stored and replayed
+// twice.
+func (s *headerScratch) difference(base, header http.Header) []headerField {
+	backing, fields := s.values[:0], s.fields[:0]
+	for name, values := range header {
+		f := headerField{op: opSet, name: name}
+		if outer, ok := base[name]; ok {
+			if slices.Equal(outer, values) {
+				continue
+			}
+			if len(outer) > 0 && len(outer) < len(values) && slices.Equal(outer, values[:len(outer)]) {
+				f.op, values = opAdd, values[len(outer):]
+			}
+		}
+		backing = append(backing, values...)
+		f.values = slices.Clip(backing[len(backing)-len(values):])
+		fields = append(fields, f)
+	}
+	for name := range base {
+		if _, ok := header[name]; !ok {
+			fields = append(fields, headerField{op: opDelete, name: name})
+		}
+	}
+	return fields
+}

@@ -5,7 +5,7 @@
 // middleware of this package runs the handler once, stores its complete
 // response, and answers every retry with that response:
 //
-//	store := idempotency.NewMemoryStore() // NewRedisStore for many replicas
+//	store := idempotency.NewMemoryStore() // NewRedisStore for many replicas, with a Prefix for each service
 //	mux.Handle("POST /charge", idempotency.Middleware(store, nil)(charge))
 //
 // # The promise
@@ -13,7 +13,8 @@
 // While the store keeps its records, for each scope, method, path and key: at
 // most one running execution holds the lease, at most one response is stored,
 // every replay equals that response, and a different request under the same key
-// is neither executed nor answered with it.
+// is neither executed nor answered with it. A multipart form that a client
+// encodes anew, with another boundary, is the same request.
 //
 // The handler can run again only when
 //
@@ -45,7 +46,8 @@
 // [Options.MaxResponseBytes]. A response that cannot be kept is sent once, and
 // retries are answered [ErrResponseNotStored]. When the store fails after the
 // handler ran, the response is sent, and storing it goes on in the background
-// for the rest of the lease and [Options.MaxExecution] more.
+// for the rest of the lease and [Options.MaxExecution] more. A program that
+// stops waits for that with [Background.Wait].
 //
 // A finished handler does not run again because its answer cannot be kept:
 // retries are then answered with [ErrResponseNotStored].
@@ -58,12 +60,23 @@
 // The context of its request is not cancelled when the client hangs up. It is
 // cancelled when the lease is lost ([context.Cause] is [ErrLeaseLost]) and
 // after [Options.MaxExecution] ([context.Cause] is [context.DeadlineExceeded]).
+// The deadline of the request's context holds, and its cancellation does if it
+// has a cause other than [context.Canceled], which becomes the handler's. So a
+// server that has to stop cancels the context of its [http.Server.BaseContext]
+// with [context.WithCancelCause]. A client that has hung up before hides what
+// the server does: its handler is not told.
+//
 // A handler that gives up then answers with a 5xx, or calls
 // [Execution.Discard]. When it returns without an answer, its effect is
 // unknown: retries are answered [ErrOutcomeUnknown] and do not run.
 //
 // The response is held back until the handler returns, flushes, or writes more
 // than [Options.MaxResponseBytes]. Connections cannot be hijacked.
+//
+// The request is a copy. Of what a router inside finds out about it, outer
+// middleware sees the Pattern, after the handler has returned or panicked, and
+// not path values or forms. A replay runs no router, so its Pattern is that of
+// the routers outside.
 //
 // # Cost
 //
@@ -74,12 +87,14 @@ package idempotency
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"net/http"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -97,9 +112,10 @@ import (
 // authenticates, limits, compresses, recovers or adds CORS headers. Put it
 // inside of http.TimeoutHandler too: further out, it would see the 503 of the
 // TimeoutHandler and free the key while the handler is still running. Put it
-// outside of middleware that reads the body. When a request meets two of these
-// middlewares under one scope, method, path and key, the outer one protects it
-// and the inner one passes it on.
+// outside of middleware that reads the body: of a body that was read outside,
+// only a form that is parsed into the request counts ([Options.Fingerprint]).
+// When a request meets two of these middlewares under one scope, method, path
+// and key, the outer one protects it and the inner one passes it on.
 //
 // Middleware panics if store is nil or an option is invalid. What it returns
 // panics if the next handler is nil, and is safe for concurrent use.
@@ -108,6 +124,8 @@ func Middleware(store Store, opts *Options) func(http.Handler) http.Handler {
 		panic("idempotency: store is nil; use NewMemoryStore() for a single process")
 	}
 	m := &middleware{store: store, opts: opts.withDefaults()}
+	m.header = http.CanonicalHeaderKey(m.opts.Header)
+	m.background = cmp.Or(m.opts.Background, new(Background))
 	m.watcher, _ = store.(Watcher)
 	m.memory, _ = store.(*MemoryStore)
 	return func(next http.Handler) http.Handler {
@@ -120,11 +138,17 @@ func Middleware(store Store, opts *Options) func(http.Handler) http.Handler {
 
 // A middleware is what all requests through it share.
 type middleware struct {
-	store    Store
-	watcher  Watcher      // the same store; nil if it cannot watch
-	memory   *MemoryStore // the same store; nil if it is another kind
-	opts     Options
-	releases releases
+	store   Store
+	watcher Watcher      // the same store; nil if it cannot watch
+	memory  *MemoryStore // the same store; nil if it is another kind
+	opts    Options
+	header  string // Options.Header as it stands in a header map
+
+	background *Background // of Options, or one of its own
+	releases   releases
+	unstored   atomic.Int64 // bytes of responses that wait to be stored
+	waiting    atomic.Int64 // duplicates that wait at present
+	bodies     sharedBodies
 }
 
 // A handler is the middleware around one next handler.
@@ -133,11 +157,12 @@ type handler struct {
 	next http.Handler
 }
 
-// ServeHTTP implements http.Handler. A request without a key costs one lookup
-// in the header map, and gets the ResponseWriter and the Request as they came.
+// ServeHTTP implements http.Handler. Without Options.Key, a request without a
+// key costs one lookup in the header map, and gets the ResponseWriter and the
+// Request as they came.
 func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	lines, ok := r.Header[h.opts.Header]
-	if !ok && !h.opts.RequireKey || !h.isEligible(r.Method) {
+	lines, ok := r.Header[h.header]
+	if !ok && !h.opts.RequireKey && h.opts.Key == nil || !h.isEligible(r.Method) {
 		h.next.ServeHTTP(w, r)
 		return
 	}
@@ -176,8 +201,8 @@ type call struct {
 }
 
 // serve answers a request that has a key, or that RequireKey says must have
-// one. The steps that need neither the body nor the store come first, so that
-// refusing a request is cheap.
+// one. With Options.Key it is any eligible request. The steps that need neither
+// the body nor the store come first, so that refusing a request is cheap.
 func (c *call) serve(lines []string) {
 	defer c.body.free()
 	if err := c.identify(lines); err != nil {
@@ -185,7 +210,8 @@ func (c *call) serve(lines []string) {
 		return
 	}
 	outer, _ := FromContext(c.r.Context())
-	if outer.covers(c.storeKey) {
+	if c.key == "" || outer.covers(c.storeKey) {
+		c.body.restore(c.r)
 		c.next.ServeHTTP(c.w, c.r)
 		return
 	}
@@ -193,8 +219,11 @@ func (c *call) serve(lines []string) {
 		c.refuse(err)
 		return
 	}
+	c.opts.Background.enter()
+	defer c.opts.Background.leave()
 	c.claim.owner, c.claim.fingerprint = owner{c.middleware, c.storeKey, c.token}, c.fingerprint
-	rec, err := c.claim.get(c.r.Context())
+	c.bodies.join(c.storeKey, &c.body)
+	rec, err := c.obtain()
 	switch {
 	case err == nil && rec.State == Acquired:
 		c.run(rec.Attempt, outer)
@@ -219,6 +248,7 @@ func (c *call) run(attempt int, outer *Execution) {
 	c.context = handlerContext{&c.cancellation, &c.execution}
 	defer c.context.cancel(nil)
 	c.recorder.init(c.w, c.r.ProtoMajor, c.opts.MaxResponseBytes)
+	c.recorder.late = lateAnswer{middleware: c.middleware, storeKey: c.storeKey, request: c.r.Context()}
 	c.claim.handler = &c.cancellation
 	c.lease.claim, c.lease.ctx, c.lease.handler = &c.claim, &c.context, &c.cancellation
 	c.lease.start()
@@ -257,6 +287,12 @@ func (c *call) runUnprotected(err error, outer *Execution) {
 // removes the multipart files of the request that it made; callHandler removes
 // those that the handler opened through the copy.
 //
+// The Pattern of an inner router goes back to the request, where tracing and
+// metrics further out look for the route. Nothing else does. A changed Method
+// or a form would make another request of it, should outer middleware send it
+// through again. Path values may share a map with the copy, which a goroutine
+// that the handler left behind may read.
+//
 // A handler that leaves by panic or runtime.Goexit is a crash: nothing is
 // released, the claim ends with its lease, and the panic goes on untouched.
 // Freeing the key instead would be worse than it looks. When a connection
@@ -268,6 +304,9 @@ func (c *call) callHandler(w http.ResponseWriter, ctx context.Context) {
 	c.body.handOver(r)
 	returned := false
 	defer func() {
+		if r.Pattern != c.r.Pattern { // written only then, as the router itself would
+			c.r.Pattern = r.Pattern
+		}
 		if r.MultipartForm != nil && r.MultipartForm != c.r.MultipartForm {
 			_ = r.MultipartForm.RemoveAll()
 		}
@@ -286,7 +325,7 @@ func (c *call) crashed() {
 	c.execution.end()
 	if c.execution.claim != nil {
 		c.lease.stop()
-		c.recorder.drop()
+		c.recorder.crash()
 	}
 	c.report(OutcomePanicked, 0, nil)
 }
@@ -311,7 +350,7 @@ func (c *call) replay(rec Record) {
 	}
 	switch {
 	case !same:
-		c.refuse(c.problem(ErrKeyReused, nil))
+		c.refuse(c.reused())
 	case resp.unknown:
 		c.refuse(c.problem(ErrOutcomeUnknown, nil))
 	case resp.notStored:
@@ -328,12 +367,14 @@ func (c *call) replay(rec Record) {
 // refusal is the answer to a request that may not run.
 func (c *call) refusal(state State, err error) *Error {
 	switch {
+	case errors.Is(err, errTooManyWaiting):
+		return c.problem(ErrInProgress, err)
 	case err != nil:
 		return c.problem(ErrStoreUnavailable, err)
 	case state == InProgress:
 		return c.problem(ErrInProgress, nil)
 	case state == Mismatch:
-		return c.problem(ErrKeyReused, nil)
+		return c.reused()
 	case state == Abandoned:
 		return c.problem(ErrOutcomeUnknown, nil)
 	}
@@ -360,9 +401,9 @@ func (c *call) refuseAs(outcome Outcome, err *Error) {
 func (c *call) deliver(a answer) {
 	switch {
 	case a.problem == nil:
-		c.recorder.send()
+		c.recorder.send(a.outcome == OutcomeExecuted)
 		c.report(a.outcome, c.recorder.status, a.err)
-	case !c.recorder.drop():
+	case !c.recorder.withdraw():
 		c.refuseAs(a.outcome, a.problem)
 	default:
 		c.warn(c.r.Context(), c.storeKey, "a response was withheld that had begun to stream", a.problem)
@@ -384,9 +425,4 @@ func (c *call) recycle() {
 		c.w, c.next = nil, nil
 		calls.Put(c)
 	}
-}
-
-// problem returns the Error for a sentinel, with the DocsURL of the options.
-func (m *middleware) problem(sentinel, cause error) *Error {
-	return newError(sentinel, cause, m.opts.DocsURL)
 }

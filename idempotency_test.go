@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"runtime"
@@ -597,4 +598,127 @@ func TestServerLoad(t *testing.T) {
 	s.Client().CloseIdleConnections()
 	waitFor(t, func() bool { return runtime.NumGoroutine() <= before })
 	waitFor(t, func() bool { return store.Len() == 0 && store.Bytes() == 0 })
+}
+
+// What a router inside finds out about a request is on the request afterwards,
+// for tracing and metrics outside, as if the middleware were not there.
+func TestPatternOfAnInnerRouter(t *testing.T) {
+	inner := http.NewServeMux()
+	inner.HandleFunc("POST /orders/{id}", func(http.ResponseWriter, *http.Request) {})
+	inner.HandleFunc("POST /panic/{id}", func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) })
+	inner.HandleFunc("POST /write/{id}", func(w http.ResponseWriter, r *http.Request) {
+		w.WriteHeader(http.StatusCreated)
+		_, _ = io.WriteString(w, r.PathValue("id"))
+	})
+	copies := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		inner.ServeHTTP(w, r.WithContext(r.Context())) // which hides it without the middleware, too
+	})
+	for _, row := range []struct {
+		name, target, want string
+		handler            http.Handler
+	}{
+		{"no word", "/orders/1", "POST /orders/{id}", inner},
+		{"an answer", "/write/1", "POST /write/{id}", inner},
+		{"a panic", "/panic/1", "POST /panic/{id}", inner},
+		{"not found", "/nowhere", "", inner},
+		{"another copy", "/orders/1", "", copies},
+		{"no router", "/orders/1", "", http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})},
+	} {
+		for _, mounted := range []bool{false, true} {
+			for name, store := range map[string]idempotency.Store{
+				"":           idempotency.NewMemoryStore(),
+				", FailOpen": downStore(),
+			} {
+				t.Run(fmt.Sprint(row.name, ", mounted ", mounted, name), func(t *testing.T) {
+					var event string
+					h := idempotency.Middleware(store, &idempotency.Options{
+						FailOpen: true, Logger: slog.New(slog.DiscardHandler),
+						OnEvent: func(_ context.Context, e idempotency.Event) { event = e.Request.Pattern },
+					})(row.handler)
+					want := row.want
+					if mounted {
+						outer := http.NewServeMux()
+						outer.Handle("/", h)
+						h = outer
+						if want == "" && row.name != "not found" {
+							want = "/"
+						}
+					}
+					c := &idemtest.Client{Handler: h}
+					for _, key := range []string{"", "a"} {
+						r := c.Request(idemtest.Exchange{Target: row.target, Key: key})
+						c.Do(r)
+						require.Equal(t, want, r.Pattern, "key %q", key)
+					}
+					require.Equal(t, want, event)
+				})
+			}
+		}
+	}
+}
+
+// downStore returns a store that is down.
+func downStore() idempotency.Store {
+	store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+	store.Fail("Acquire", idemtest.ErrDown)
+	return store
+}
+
+// A replay runs no router. Outer middleware keeps what it had.
+func TestPatternOfAReplay(t *testing.T) {
+	inner := http.NewServeMux()
+	inner.HandleFunc("POST /charge", func(http.ResponseWriter, *http.Request) {})
+	outer := http.NewServeMux()
+	outer.Handle("/", idempotency.Middleware(idempotency.NewMemoryStore(), nil)(inner))
+	c := &idemtest.Client{Handler: outer}
+	for _, want := range []string{"POST /charge", "/"} {
+		r := c.Request(idemtest.Exchange{Key: "a"})
+		c.Do(r)
+		require.Equal(t, want, r.Pattern)
+	}
+}
+
+// Outer middleware that sends its request through again sends the same one: a
+// handler that changes the request, or parses its form, does not make another
+// of it.
+func TestRequestThatOuterMiddlewareRepeats(t *testing.T) {
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+		require.Equal(t, "1", r.FormValue("amount"))
+		r.SetPathValue("id", "1")
+		r.Method, r.RequestURI, r.RemoteAddr = "PATCH", "/elsewhere", "192.0.2.9"
+		w.WriteHeader(http.StatusCreated)
+	})
+	r := c.Request(idemtest.Exchange{Key: "a", Header: http.Header{"Content-Type": {"application/x-www-form-urlencoded"}}})
+	for _, want := range []string{"201 ", "replay 201 "} {
+		r.Body = io.NopCloser(strings.NewReader("amount=1"))
+		got, _ := idemtest.Describe(t, c.Do(r))
+		require.Equal(t, want, got)
+		require.Nil(t, r.Form)
+		require.Nil(t, r.PostForm)
+		require.Empty(t, r.PathValue("id"))
+	}
+}
+
+// A goroutine that the handler left behind may go on with the request. That is
+// no data race with the end of the request.
+func TestRequestThatAGoroutineGoesOnWith(t *testing.T) {
+	mux, done := http.NewServeMux(), make(chan struct{})
+	release := make(chan struct{})
+	mux.HandleFunc("POST /charge/{id}", func(w http.ResponseWriter, r *http.Request) {
+		go func() {
+			defer close(done)
+			<-release
+			_ = r.Pattern + r.PathValue("id")
+			r.SetPathValue("id", "2")
+			r.Pattern = "the goroutine's"
+		}()
+		w.WriteHeader(http.StatusCreated)
+	})
+	c := &idemtest.Client{Handler: idempotency.Middleware(idempotency.NewMemoryStore(), nil)(mux)}
+	r := c.Request(idemtest.Exchange{Target: "/charge/1", Key: "a"})
+	c.Do(r)
+	close(release)
+	require.Equal(t, "POST /charge/{id}", r.Pattern)
+	<-done
+	require.Equal(t, "POST /charge/{id}", r.Pattern)
 }

@@ -75,8 +75,8 @@ func storedBy(t *testing.T, opts idempotency.Options, handler http.HandlerFunc) 
 	return key, cell
 }
 
-// answering has all that a response may have.
-func answering(body string) http.HandlerFunc {
+// answeringAll has all that a response may have.
+func answeringAll(body string) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		h := w.Header()
 		h.Add("X-A", "1")
@@ -95,7 +95,7 @@ func TestCellResponse(t *testing.T) {
 	for name, aead := range map[string]cipher.AEAD{"in the clear": nil, "sealed": newAEAD(t, 'a')} {
 		for size, body := range map[string]string{"small": "hello", "in parts": strings.Repeat("large ", 50_000)} {
 			t.Run(name+", "+size, func(t *testing.T) {
-				key, cell := storedBy(t, idempotency.Options{AEAD: aead}, answering(body))
+				key, cell := storedBy(t, idempotency.Options{AEAD: aead}, answeringAll(body))
 				resp, err := cell.Response(key, aead)
 				require.NoError(t, err)
 				require.Equal(t, idempotency.OutcomeReplayed, resp.Outcome)
@@ -112,7 +112,7 @@ func TestCellResponse(t *testing.T) {
 }
 
 func TestCellResponseThatWasNotKept(t *testing.T) {
-	key, cell := storedBy(t, idempotency.Options{MaxResponseBytes: 3}, answering("hello"))
+	key, cell := storedBy(t, idempotency.Options{MaxResponseBytes: 3}, answeringAll("hello"))
 	resp, err := cell.Response(key, nil)
 	require.NoError(t, err)
 	require.Equal(t, &idempotency.StoredResponse{Outcome: idempotency.OutcomeResponseNotStored, Status: 201}, resp)

@@ -13,30 +13,30 @@ const maxKeyBytes = 255
 // the same key: a client library that is upgraded between two tries may change
 // the form.
 //
-// When there is no valid key, detail tells the client why. An invalid key is
-// never passed through as if it were missing: the client believes that its
-// request is protected.
-func parseKey(lines []string) (key, detail string) {
+// When there is no valid key, detail tells the client why, with the name of the
+// header. An invalid key is never passed through as if it were missing: the
+// client believes that its request is protected.
+func parseKey(lines []string, header string) (key, detail string) {
 	// Several lines are as good as one with commas (RFC 9110, section 5.3), and
 	// the middleware cannot know which of two keys the client means.
 	if len(lines) > 1 {
-		return "", "The idempotency key header appears more than once."
+		return "", "The " + header + " header appears more than once. Send it once."
 	}
 	key = strings.Trim(strings.Join(lines, ""), " \t")
 	if strings.HasPrefix(key, `"`) {
 		var rest string
 		var ok bool
 		if key, rest, ok = cutString(key); !ok || !isParameters(rest) {
-			return "", "The idempotency key is not a well-formed quoted string."
+			return "", "The " + header + " header is not a well-formed quoted string."
 		}
 	} else if !isBare(key) {
-		return "", "An unquoted idempotency key must be visible ASCII without quotes, commas and spaces."
+		return "", "An unquoted " + header + " must be visible ASCII without quotes, commas and spaces."
 	}
 	switch {
 	case key == "":
-		return "", "The idempotency key is empty."
+		return "", "The " + header + " header is empty."
 	case len(key) > maxKeyBytes:
-		return "", "The idempotency key is longer than 255 bytes."
+		return "", "The key in the " + header + " header is longer than 255 bytes."
 	}
 	return key, ""
 }

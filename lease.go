@@ -84,17 +84,17 @@ func (l *lease) tick() {
 // for a few more tries before the lease ends.
 func (l *lease) renew() {
 	_, err := l.claim.renew(l.ctx, false)
-	next := l.claim.opts.Lease / 3
-	if err != nil {
-		l.claim.warn(l.ctx, l.claim.storeKey, "renewing a lease failed", err)
-		next = l.claim.opts.Lease / 12
-	}
 	end, lost := l.claim.standing()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.renewing = false
 	if l.stopped {
-		return
+		return // the request may be over, and what its context holds may be in use for another
+	}
+	next := l.claim.opts.Lease / 3
+	if err != nil {
+		l.claim.warn(l.ctx, l.claim.storeKey, "renewing a lease failed", err)
+		next = l.claim.opts.Lease / 12
 	}
 	if lost {
 		l.stopped = true

@@ -46,6 +46,20 @@ type Options struct {
 	// answered 409 in_progress. Default 5s. [NoWait] answers at once.
 	Wait time.Duration
 
+	// MaxWaiting is how many duplicates may wait at a time in this middleware,
+	// those of all keys together. One more is answered 409 in_progress at once,
+	// with Retry-After, and Event.Err says why. Default 1000. It must not be
+	// negative: NoWait is for a service whose duplicates do not wait.
+	//
+	// A duplicate that waits holds its connection, a goroutine and its body up
+	// to MaxBufferedBody, because its handler needs the body if the running
+	// execution dies. Requests of one key with the same bytes share one copy of
+	// a body over 64 KiB, so a thousand duplicates of 1 MiB hold 1 MiB, not
+	// 1 GiB. Requests with other bytes, such as a form with a new multipart
+	// boundary, hold a body each. The most that waiting duplicates hold in all
+	// is therefore MaxWaiting times MaxBufferedBody.
+	MaxWaiting int
+
 	// MaxExecution is the time after which the lease of a running handler is no
 	// longer renewed and its context is cancelled. A handler that goes on runs
 	// under the rest of its lease; after that a retry may run beside it.
@@ -63,10 +77,34 @@ type Options struct {
 	// less. It must not exceed half of Lease, or a renewal could come too late.
 	StoreTimeout time.Duration
 
-	// Header is the request header that carries the key. Default
-	// "Idempotency-Key", the header of
+	// Header is the request header that carries the key. Names are compared
+	// without regard to case, and errors name the header as it is written here.
+	// Default "Idempotency-Key", the header of
 	// draft-ietf-httpapi-idempotency-key-header.
 	Header string
+
+	// Key says what the key of a request is, in the place of Header, which is
+	// then not read. It is for webhooks, whose event id is in the body, and is
+	// called for every request with an eligible method, before anything else is
+	// done.
+	//
+	// Key gets the body, or nil if that is over MaxBufferedBody; it may then
+	// look at a header. It must not read r.Body or parse a form of r, and must
+	// not change or keep body. It returns 1 to 255 bytes of any kind. "" means
+	// that the request has no key: it passes through with its body whole, or is
+	// answered 400 key_missing with RequireKey. An error is answered 400
+	// key_invalid, and its text is shown to the client. So is a longer key.
+	// Before Key is called, a body that breaks off is answered 400
+	// body_incomplete, even if the request has no key.
+	//
+	// Whoever can send a key can occupy it. So check the signature of a webhook
+	// in Key, or in middleware outside of this one. A handler that refuses a
+	// forged event with 400 is too late: that answer is stored under the id of
+	// the true event. If the sender changes the body between two tries, as
+	// Stripe may do with pending_webhooks, set Fingerprint to what stays.
+	//
+	// Default nil: the key is in Header.
+	Key func(r *http.Request, body []byte) (string, error)
 
 	// Methods are the eligible methods, in upper case; all others pass through.
 	// Methods of requests are compared without regard to case, and "patch" names
@@ -81,8 +119,8 @@ type Options struct {
 
 	// ValidateKey is an extra rule for keys, UUIDs only, say. It sees the key
 	// unquoted, after the rule that always holds: 1 to 255 bytes of printable
-	// ASCII. The text of its error is shown to the client, with 400
-	// key_invalid. Default nil: no extra rule.
+	// ASCII, or of any kind if it comes from Key. The text of its error is shown
+	// to the client, with 400 key_invalid. Default nil: no extra rule.
 	ValidateKey func(key string) error
 
 	// Scope says whose key it is: the tenant or the user that an outer
@@ -93,7 +131,9 @@ type Options struct {
 	// Authorization and Cookie headers are part of the fingerprint instead. The
 	// same holds for a request for which Scope returns "". A client that learns
 	// the key of another client then gets 422 and never the stored response.
-	// But a client whose credentials changed between two tries gets 422 too. So
+	// But a key belongs to the client that sends it first. If this middleware is
+	// outside of authentication, a stranger without credentials can occupy keys.
+	// And a client whose credentials changed between two tries gets 422 too. So
 	// a service needs a Scope if its credentials change with every request
 	// (signed requests, rotating tokens, rolling cookies), or if it tells its
 	// clients apart in another way (client certificates, say; for an API key in
@@ -101,6 +141,10 @@ type Options struct {
 	//
 	// The host is not part of a key. A service for which it matters puts r.Host
 	// into the scope.
+	//
+	// A change of Scope forgets all keys: a retry of a finished request then
+	// runs again. A service makes the change on new paths, or while no client
+	// retries.
 	Scope func(r *http.Request) string
 
 	// FingerprintHeaders are further request headers that a retry must repeat,
@@ -115,14 +159,31 @@ type Options struct {
 	FingerprintHeaders []string
 
 	// Fingerprint replaces the query, the Content-Type and the body in what
-	// tells two requests under one key apart. It must not read r.Body, which
-	// was read into body, and must not keep body. With it, a body over
-	// MaxBufferedBody is answered 413. Default nil: query, Content-Type and
-	// body count, byte by byte.
+	// tells two requests under one key apart. A retry of a request that was
+	// stored under another Fingerprint is answered 422. Fingerprint must not
+	// read r.Body, which was read into body, and must not keep body. With it, a
+	// body over MaxBufferedBody is answered 413. It gets a multipart body as it
+	// came, with its boundaries, and nothing of a form that outer middleware has
+	// parsed.
+	//
+	// Default nil: query, Content-Type and body count, byte by byte. There are
+	// two exceptions. In a multipart body, the boundary (RFC 2046, section
+	// 5.1.1) does not count: many clients pick another one for every try. Names,
+	// headers, contents and the order of parts count. The boundary does count
+	// when the Content-Type leaves doubt about it, or when the body is not
+	// exactly what an encoder writes, with the boundary within a part, say.
+	//
+	// When outer middleware has parsed a form (ParseForm, ParseMultipartForm,
+	// PostFormValue), what it parsed counts in the place of the body: values,
+	// and the names, headers and contents of files. The files are read once
+	// more. If one cannot be read, the request is answered 500 body_incomplete.
+	// Parts that outer middleware took with MultipartReader cannot be seen.
 	Fingerprint func(r *http.Request, body []byte) []byte
 
 	// MaxBufferedBody is the size in bytes up to which a request body is read
-	// before its key is claimed. Default 1 MiB; 1 TiB at most.
+	// before its key is claimed. The boundaries of a multipart body do not add
+	// to its size, as long as they take less than 64 KiB. Default 1 MiB; 1 TiB
+	// at most.
 	//
 	// A larger body is streamed to the handler and hashed on the way. Two such
 	// requests that differ only in the body are told apart when the handler has
@@ -139,16 +200,34 @@ type Options struct {
 	// is kept. A larger one is streamed, and a retry is answered 409
 	// response_not_stored. Headers and trailers together may add 64 KiB.
 	// Default 1 MiB; 1 TiB at most.
+	//
+	// Responses that were sent while the store failed are held until they are
+	// stored, 64 MiB of them in each middleware. Retries of any more are
+	// answered 409 response_not_stored.
 	MaxResponseBytes int64
 
 	// ShouldStore says which responses are final and stored. Any other frees
 	// the key, so that a retry runs. Commit and Discard decide before it. It
-	// gets the header as the handler left it, and is not called when the
-	// handler gave no answer. If it panics, the response is stored.
+	// gets the HTTP status and the header as the handler left it: trailers are
+	// in it, under their names or with http.TrailerPrefix before them. It is not
+	// called when the handler gave no answer. If it panics, the response is
+	// stored.
 	//
 	// Default nil: all responses are final but 401, 403, 407, 408, 425, 429,
 	// 5xx, and 409 with Retry-After, which another instance of this middleware
 	// answers while a request is running. With AtMostOnce a 5xx is final too.
+	//
+	// By default a response of gRPC or gRPC-Web, which its Content-Type tells,
+	// counts as what its Grpc-Status says. UNAUTHENTICATED is 401,
+	// PERMISSION_DENIED 403, RESOURCE_EXHAUSTED 429. CANCELLED, UNKNOWN,
+	// DEADLINE_EXCEEDED, ABORTED, UNIMPLEMENTED, INTERNAL, UNAVAILABLE and
+	// DATA_LOSS are 5xx. All others are final. So is a response without a valid
+	// Grpc-Status. Once a gRPC-Web response has a message, its status is in the
+	// body, and that of a Connect stream always is. Such a status is not seen,
+	// and the response is stored: a handler that failed calls Discard.
+	// RESOURCE_EXHAUSTED is also what gRPC servers answer when a reply is over
+	// their limit, although the handler has finished: it calls Commit before an
+	// effect that must not be repeated.
 	ShouldStore func(status int, h http.Header) bool
 
 	// ReplayHeader says which of the headers and trailers that the handler set
@@ -156,7 +235,8 @@ type Options struct {
 	// are never kept. What outer middleware sets is always that of the current
 	// request. If ReplayHeader panics, retries are answered 409
 	// response_not_stored. Default nil: all but Set-Cookie, which would give a
-	// retry the session of the first request.
+	// retry the session of the first request. The retry of a login therefore
+	// gets no session, so leave login routes outside of the middleware.
 	ReplayHeader func(name string) bool
 
 	// AtMostOnce never runs a key again unless the handler's own answer said
@@ -182,9 +262,11 @@ type Options struct {
 	FailOpen bool
 
 	// CancelOnDisconnect keeps the client's cancellation on the handler's
-	// context. When a handler then returns without an answer, retries are
-	// answered 409 outcome_unknown. Default false: a client that hangs up is
-	// the client that will retry, so the handler finishes and its answer is
+	// context. A handler that streams until its client leaves, as server-sent
+	// events do, needs it, and what it sent until then is replayed. When a
+	// handler returns without an answer after the client has hung up, retries
+	// are answered 409 outcome_unknown. Default false: a client that hangs up
+	// is the client that will retry, so the handler finishes and its answer is
 	// stored.
 	CancelOnDisconnect bool
 
@@ -201,14 +283,25 @@ type Options struct {
 	// "": about:blank and no Link.
 	DocsURL string
 
-	// ErrorHandler writes the middleware's own answers. Default [WriteError].
+	// Background knows what goes on when the server has answered all requests,
+	// so that a program that stops can wait for it: see [Background.Wait].
+	// Default nil: a program that exits while the store is down loses the
+	// responses that are not stored yet, and their requests may run again.
+	Background *Background
+
+	// ErrorHandler writes the middleware's own answers. It may call [WriteError]
+	// with a copy of the Error in which it has changed the Status, as the
+	// examples of Options do: one for an API that wants 409 for another payload
+	// under a key, as the Universal Commerce Protocol does, and one for clients
+	// that take a 409 for final. An [Event] has the status of the Error as the
+	// middleware made it. Default [WriteError].
 	ErrorHandler func(http.ResponseWriter, *http.Request, *Error)
 
 	// OnEvent is called once for each request that has a key, or should have
 	// one. It runs on the request's goroutine, after the request was answered
 	// or its handler panicked, so it holds up the end of the request. It is not
-	// called when Scope, ValidateKey, Fingerprint or ErrorHandler panicked, nor
-	// by the inner of two middlewares that a request meets under one key. A
+	// called when Key, ValidateKey, Scope, Fingerprint or ErrorHandler panicked,
+	// nor by the inner of two middlewares that a request meets under one key. A
 	// panic in it is logged. Default nil.
 	OnEvent func(context.Context, Event)
 
@@ -229,12 +322,12 @@ func (o *Options) withDefaults() Options {
 	setDefault(&r.TTL, 24*time.Hour)
 	setDefault(&r.Lease, min(30*time.Second, r.TTL))
 	setDefault(&r.Wait, 5*time.Second)
+	setDefault(&r.MaxWaiting, 1000)
 	setDefault(&r.MaxExecution, 10*time.Minute)
 	setDefault(&r.StoreTimeout, min(time.Second, r.Lease/3))
 	setDefault(&r.Header, "Idempotency-Key")
 	setDefault(&r.MaxBufferedBody, 1<<20)
 	setDefault(&r.MaxResponseBytes, 1<<20)
-	r.Header = http.CanonicalHeaderKey(r.Header)
 	r.Methods = slices.Clone(r.Methods)
 	if len(r.Methods) == 0 {
 		r.Methods = []string{http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete}
@@ -283,6 +376,8 @@ func (o *Options) check() error {
 		return fmt.Errorf("Options.Lease %v exceeds Options.TTL %v; lower Lease or raise TTL", o.Lease, o.TTL)
 	case o.Wait < 0 && o.Wait != NoWait:
 		return errors.New("Options.Wait is negative; use NoWait not to wait, or zero for 5s")
+	case o.MaxWaiting < 0:
+		return errors.New("Options.MaxWaiting is negative; set Options.Wait to NoWait not to wait, or leave it zero for 1000")
 	case o.MaxExecution < 0:
 		return errors.New("Options.MaxExecution is negative; leave it zero for 10m")
 	case o.StoreTimeout < 0:

@@ -23,6 +23,7 @@ func TestOptionsThatAreNonsense(t *testing.T) {
 		"Lease is under 1ms":                  {Lease: -1},
 		"exceeds Options.TTL":                 {Lease: time.Hour, TTL: time.Minute},
 		"use NoWait":                          {Wait: -2},
+		"MaxWaiting is negative":              {MaxWaiting: -1},
 		"MaxExecution is negative":            {MaxExecution: -1},
 		"StoreTimeout is negative":            {StoreTimeout: -1},
 		"exceeds half of":                     {StoreTimeout: 20 * time.Second},

@@ -327,7 +327,7 @@ func (s *RedisStore) run(ctx context.Context, script *redisScript, claims bool, 
 	if isRedisFull(err) {
 		cmd, replicated, err = s.eval(ctx, script.full, claims, name, args)
 	}
-	if redis.HasErrorPrefix(err, "FOREIGN") {
+	if hasErrorPrefix(err, "FOREIGN") {
 		err = fmt.Errorf("%w (%w)", errForeignCell, err)
 	}
 	return cmd, replicated, err
@@ -340,7 +340,7 @@ func (s *RedisStore) eval(ctx context.Context, source redisSource, claims bool, 
 	call = append(call, args...)
 	cmd = redis.NewCmd(ctx, call...)
 	replicated, err = s.send(ctx, name, cmd, claims)
-	if redis.HasErrorPrefix(err, "NOSCRIPT") {
+	if hasErrorPrefix(err, "NOSCRIPT") {
 		call[0], call[1] = "eval", source.text
 		cmd = redis.NewCmd(ctx, call...)
 		replicated, err = s.send(ctx, name, cmd, claims)
@@ -349,4 +349,10 @@ func (s *RedisStore) eval(ctx context.Context, source redisSource, claims bool, 
 }
 
 // isRedisFull reports whether Redis refused a command for lack of memory.
-func isRedisFull(err error) bool { return redis.HasErrorPrefix(err, "OOM") }
+func isRedisFull(err error) bool { return hasErrorPrefix(err, "OOM") }
+
+// hasErrorPrefix is redis.HasErrorPrefix, which allocates even where there is
+// no error.
+func hasErrorPrefix(err error, prefix string) bool {
+	return err != nil && redis.HasErrorPrefix(err, prefix)
+}

@@ -2,7 +2,6 @@ package idempotency
 
 import (
 	"context"
-	"fmt"
 	"sync"
 	"time"
 
@@ -14,40 +13,78 @@ import (
 // one of those, and go together in one pipeline. That costs a third of the
 // processor time for each, on both sides, and hardly any delay: of eight
 // commands on their way, the first is answered after an eighth of a round trip.
+//
+// A store has two of them. Commands with a large value have one of their own,
+// whose connections are few, so that no small command waits until a large value
+// has been sent. What a claim brings back is known only afterwards. It may be a
+// large record, and the other commands of its pipeline wait for that. So a
+// pipeline that moved much is followed by shorter ones.
 type redisPipe struct {
-	client *redis.Client
+	client   *redis.Client
+	maxLanes int // how many commands and pipelines are on their way at a time
 
-	mu        sync.Mutex // guards what follows
-	lanes     int        // in use: commands and pipelines on their way
-	queue     []*queuedCommand
-	unbatched int // how many commands go by themselves, after one with a large value
+	mu    sync.Mutex // guards what follows
+	lanes int        // in use: commands and pipelines on their way
+	batch int        // how many commands the next pipeline may have
+	queue []*queuedCommand
 }
 
 const (
-	// maxLanes is how many commands and pipelines are on their way at a time.
-	// With fewer, eight callers would wait for each other although the server
-	// is idle.
-	maxLanes = 8
+	// smallLanes is maxLanes for small commands. With fewer, eight callers
+	// would wait for each other although the server is idle.
+	smallLanes = 8
+
+	// largeLanes is maxLanes for large commands. Four lanes with full pipelines
+	// move a mebibyte in each round trip, which fills most links.
+	largeLanes = 4
 
 	// maxBatch is how many commands go in a pipeline, so that none waits long
 	// for the replies to the others.
 	maxBatch = 128
 
-	// unbatchedAfterLarge is how many commands go by themselves after one with
-	// a large value: in one pipeline, each would wait for the values of all.
-	unbatchedAfterLarge = 1000
+	// maxBatchBytes is how many bytes of values a pipeline should move, both
+	// ways together, for the same reason. At 1 Gbit/s it takes 2 ms.
+	maxBatchBytes = 256 << 10
 )
 
-// isLarge reports whether a command has a large value, or brought one back.
-// Large is what a MemoryStore would not pack either.
-func isLarge(cmd redis.Cmder) bool {
+// newRedisPipes returns the pipes for small and for large commands. Together
+// they should not need more connections than the client has. Otherwise small
+// commands would wait for connections that large ones hold.
+func newRedisPipes(client *redis.Client) (small, large *redisPipe) {
+	spare := max(1, client.Options().PoolSize-smallLanes)
+	small = &redisPipe{client: client, maxLanes: smallLanes, batch: maxBatch}
+	large = &redisPipe{client: client, maxLanes: min(largeLanes, spare), batch: 1}
+	return small, large
+}
+
+// isLarge reports whether a command sends a value that a MemoryStore would not
+// pack either.
+func isLarge(cmd redis.Cmder) bool { return sentBytes(cmd) > maxPacked }
+
+// sentBytes returns the length of the values that a command sends.
+func sentBytes(cmd redis.Cmder) (n int) {
 	for _, arg := range cmd.Args() {
-		if b, ok := arg.([]byte); ok && len(b) > maxPacked {
-			return true
+		if b, ok := arg.([]byte); ok {
+			n += len(b)
 		}
 	}
-	reply, ok := cmd.(*redis.StringCmd)
-	return ok && len(reply.Val()) > maxPacked
+	return n
+}
+
+// receivedBytes returns the length of the cell that a command brought back.
+func receivedBytes(cmd redis.Cmder) (n int) {
+	switch cmd := cmd.(type) {
+	case *redis.StringCmd:
+		return len(cmd.Val())
+	case *redis.Cmd: // a script
+		reply, _ := cmd.Val().([]any)
+		for _, value := range reply {
+			if s, ok := value.(string); ok {
+				n += len(s)
+			}
+		}
+	}
+	return n
 }
 
 // A queuedCommand waits to be sent with others. When ctx ends, its caller
@@ -64,20 +101,10 @@ type queuedCommand struct {
 // deadlines.
 func (p *redisPipe) process(ctx context.Context, cmd redis.Cmder) error {
 	p.mu.Lock()
-	if isLarge(cmd) {
-		p.unbatched = unbatchedAfterLarge
-	}
-	if p.unbatched > 0 { // a large value came lately: past the lanes
-		p.unbatched--
-		p.mu.Unlock()
-		defer p.noteReply(cmd)
-		return p.client.Process(ctx, cmd)
-	}
-	if p.lanes < maxLanes {
+	if p.lanes < p.maxLanes {
 		p.lanes++
 		p.mu.Unlock()
 		defer p.freeLane()
-		defer p.noteReply(cmd)
 		return p.client.Process(ctx, cmd)
 	}
 	// All lanes are in use, so one of them is freed in time and sends the queue.
@@ -92,23 +119,13 @@ func (p *redisPipe) process(ctx context.Context, cmd redis.Cmder) error {
 	}
 }
 
-// noteReply sees whether a command brought back a large value. A replay does
-// not look large before its reply has come.
-func (p *redisPipe) noteReply(cmd redis.Cmder) {
-	if isLarge(cmd) {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		p.unbatched = unbatchedAfterLarge
-	}
-}
-
 // freeLane has a lane send what is queued, or ends its use. Each use of a lane
 // ends with freeLane, so the queue is empty when no lane is in use: no command
 // is left waiting.
 func (p *redisPipe) freeLane() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	n := min(len(p.queue), maxBatch)
+	n := min(len(p.queue), p.batch)
 	if n == 0 {
 		p.lanes--
 		return
@@ -141,12 +158,28 @@ func (p *redisPipe) send(batch []*queuedCommand) {
 		defer cancel()
 	}
 	err := p.exec(ctx, batch)
+	moved := 0
 	for _, q := range batch {
 		if err != nil { // none of them was sent, or a hook panicked
 			q.cmd.SetErr(err)
 		}
-		p.noteReply(q.cmd)
+		moved += sentBytes(q.cmd) + receivedBytes(q.cmd)
 		close(q.done)
+	}
+	p.adapt(len(batch), moved)
+}
+
+// adapt sets the length of the next pipelines by what one of n commands moved.
+// Half as many commands will move about half as much. The length doubles again
+// with each pipeline that moved little, so a few large records among many small
+// ones make no difference.
+func (p *redisPipe) adapt(n, moved int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if moved > maxBatchBytes {
+		p.batch = max(1, n/2)
+	} else {
+		p.batch = min(2*p.batch, maxBatch)
 	}
 }
 
@@ -163,15 +196,6 @@ func (p *redisPipe) exec(ctx context.Context, batch []*queuedCommand) (err error
 		_ = pipe.Process(ctx, q.cmd)
 	}
 	return execPipeline(ctx, pipe)
-}
-
-// containRedis is deferred around calls of the client. It makes a panic in a
-// hook or a dialer an error, because on a goroutine of the store a panic would
-// end the process.
-func containRedis(err *error) {
-	if p := recover(); p != nil {
-		*err = fmt.Errorf("idempotency: panic in the Redis client: %v", p)
-	}
 }
 
 // execPipeline returns an error that none of the commands has. The commands

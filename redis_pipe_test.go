@@ -29,7 +29,7 @@ type gate struct {
 	deadline  time.Time // of the last pipeline
 	broken    bool      // the hook panics
 	refused   error     // of a pipeline, whose commands do not learn of it
-	reply     string    // to a command that goes by itself, if not empty
+	reply     string    // to a claim, if not empty
 }
 
 func (g *gate) DialHook(redis.DialHook) redis.DialHook {
@@ -45,13 +45,17 @@ func (g *gate) ProcessHook(redis.ProcessHook) redis.ProcessHook {
 		if g.broken {
 			panic("a hook")
 		}
-		if reply, ok := cmd.(*redis.StringCmd); ok && g.reply != "" {
-			reply.SetVal(g.reply)
-			return nil
-		}
-		cmd.SetErr(redis.Nil)
-		return redis.Nil
+		return g.answer(cmd)
 	}
+}
+
+func (g *gate) answer(cmd redis.Cmder) error {
+	if reply, ok := cmd.(*redis.StringCmd); ok && g.reply != "" {
+		reply.SetVal(g.reply)
+		return nil
+	}
+	cmd.SetErr(redis.Nil)
+	return redis.Nil
 }
 
 func (g *gate) ProcessPipelineHook(redis.ProcessPipelineHook) redis.ProcessPipelineHook {
@@ -66,9 +70,9 @@ func (g *gate) ProcessPipelineHook(redis.ProcessPipelineHook) redis.ProcessPipel
 			return g.refused
 		}
 		for _, cmd := range cmds {
-			cmd.SetErr(redis.Nil)
+			_ = g.answer(cmd)
 		}
-		return redis.Nil
+		return cmds[0].Err()
 	}
 }
 
@@ -78,7 +82,7 @@ func (g *gate) ProcessPipelineHook(redis.ProcessPipelineHook) redis.ProcessPipel
 func withGate(t *testing.T, test func(t *testing.T, g *gate, claim func(from, to int) <-chan error)) {
 	synctest.Test(t, func(t *testing.T) {
 		g := &gate{open: make(chan struct{})}
-		client := redis.NewClient(&redis.Options{Addr: "127.0.0.1:0"})
+		client := redis.NewClient(&redis.Options{Addr: "127.0.0.1:0", PoolSize: 20})
 		defer func() { require.NoError(t, client.Close()) }()
 		client.AddHook(g)
 		g.store = idempotency.NewRedisStore(client, nil)
@@ -154,24 +158,95 @@ func TestRedisPipelineDeadline(t *testing.T) {
 	})
 }
 
-// In a pipeline with large values each command would wait for all of them.
-func TestRedisCommandsAreUnbatchedAfterALargeReply(t *testing.T) {
+// A large reply does not keep the commands of others from going together.
+func TestRedisCommandsShareAPipelineAfterALargeReply(t *testing.T) {
 	withGate(t, func(t *testing.T, g *gate, claim func(from, to int) <-chan error) {
 		close(g.open)
 		g.reply = strings.Repeat("x", 1<<20)
 		require.Error(t, <-claim(0, 1), "no record")
-		g.reply = ""
-		g.open = make(chan struct{})
-		for _, want := range []struct{ claims, single int }{{1000, 1000}, {20, 8}} {
-			g.single = 0
-			results := claim(0, want.claims)
-			require.Equal(t, want.single, g.single)
-			close(g.open)
-			requireErrors(t, results, nil)
-			g.open = make(chan struct{})
-		}
-		require.Equal(t, []int{12}, g.pipelines)
+		g.reply, g.open, g.single = "", make(chan struct{}), 0
+		results := claim(0, 8+128)
+		require.Equal(t, 8, g.single)
+		close(g.open)
+		requireErrors(t, results, nil)
+		require.Equal(t, []int{128}, g.pipelines)
 	})
+}
+
+// A pipeline that brought back much is followed by shorter ones, and one that
+// brought back little by longer ones.
+func TestRedisPipelineLengthFollowsWhatTheyMove(t *testing.T) {
+	rows := []struct {
+		claims, reply int
+		want          []int // pipelines
+	}{
+		{8 + 128, 17 << 10, []int{128}}, // 2 MiB
+		{8 + 100, 1 << 10, []int{64, 36}},
+		{8 + 128, 2 << 10, []int{128}},   // 256 KiB, and what was sent
+		{8 + 64, 4<<10 - 200, []int{64}}, // a little less
+		{8 + 128, 0, []int{128}},
+	}
+	withGate(t, func(t *testing.T, g *gate, claim func(from, to int) <-chan error) {
+		for _, row := range rows {
+			g.pipelines, g.reply, g.open = nil, strings.Repeat("x", row.reply), make(chan struct{})
+			results := claim(0, row.claims)
+			close(g.open)
+			for range row.claims {
+				<-results
+			}
+			synctest.Wait()
+			require.ElementsMatch(t, row.want, g.pipelines, row)
+		}
+	})
+}
+
+// Commands with large values have connections of their own, which are few.
+func TestRedisLargeCommandsHaveLanesOfTheirOwn(t *testing.T) {
+	withGate(t, func(t *testing.T, g *gate, claim func(from, to int) <-chan error) {
+		const completes = 20
+		results := make(chan error, completes)
+		for range completes {
+			go func() {
+				results <- g.store.Complete(t.Context(), "key", "A", idempotency.Result{Value: make([]byte, 17<<10), TTL: time.Hour})
+			}()
+		}
+		synctest.Wait()
+		require.Equal(t, 4, g.single)
+		small := claim(0, 8+10)
+		require.Equal(t, 4+8, g.single)
+		close(g.open)
+		requireErrors(t, small, nil)
+		requireErrors(t, results, redis.Nil)
+		sent := 0
+		for _, n := range g.pipelines {
+			require.LessOrEqual(t, n, 16)
+			sent += n
+		}
+		require.Equal(t, completes-4+10, sent)
+	})
+}
+
+// Small commands do not wait for a connection that large ones hold: the lanes
+// together have no more connections than the client, except that each kind has
+// one.
+func TestRedisLargeLanesByPoolSize(t *testing.T) {
+	for poolSize, want := range map[int]int{1: 1, 8: 1, 9: 1, 10: 2, 100: 4} {
+		synctest.Test(t, func(t *testing.T) {
+			g := &gate{open: make(chan struct{})}
+			client := redis.NewClient(&redis.Options{Addr: "127.0.0.1:0", PoolSize: poolSize})
+			defer func() { require.NoError(t, client.Close()) }()
+			client.AddHook(g)
+			store := idempotency.NewRedisStore(client, nil)
+			for range 10 {
+				go func() {
+					_ = store.Complete(t.Context(), "key", "A", idempotency.Result{Value: make([]byte, 17<<10), TTL: time.Hour})
+				}()
+			}
+			synctest.Wait()
+			require.Equal(t, want, g.single, "of %d connections", poolSize)
+			close(g.open)
+		})
+	}
 }
 
 // A call without a deadline leaves its pipeline without one.

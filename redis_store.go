@@ -20,8 +20,16 @@ var ErrTooFewReplicas = errors.New("idempotency: too few Redis replicas acknowle
 // field. RedisOptions may be copied, and NewRedisStore copies them.
 type RedisOptions struct {
 	// Prefix is put before every key and every Pub/Sub channel. Default
-	// "idem:". Services that share one Redis need a Prefix each, unless they
-	// are to share their keys.
+	// "idem:".
+	//
+	// Services that share one Redis need a Prefix each. With one prefix, two
+	// services that get a request with the same method, path and key take it for
+	// the same request. An event that a dispatcher sends to both runs in one of
+	// them only. A gateway that passes its request on with the key holds the key
+	// itself, so the service behind it answers 409 and never runs.
+	//
+	// A change of Prefix forgets all keys: a retry of a finished request then runs
+	// again.
 	Prefix string
 
 	// MinReplicas is how many replicas must acknowledge a claim before the
@@ -108,8 +116,9 @@ func (o *RedisOptions) withDefaults() RedisOptions {
 // much less than a lease, because a failover changes from one to the other.
 type RedisStore struct {
 	client redis.UniversalClient
-	pipe   *redisPipe // nil unless client is that of one server
 	opts   RedisOptions
+
+	small, large *redisPipe // for commands without and with a large value; nil unless client is that of one server
 
 	mu            sync.Mutex                // guards what follows and what it points to
 	questions     map[string]*redisQuestion // that are on their way, by the name of the key
@@ -126,32 +135,19 @@ var (
 
 // NewRedisStore returns a store on client. It does not connect; see
 // [RedisStore.Check]. It panics if client is nil or an option is invalid, and
-// for two kinds of client. A [redis.Ring] moves keys to another server when one
-// is down: claims are not known there, and handlers run twice. A
-// [redis.AutoPipeliner] does not keep to deadlines. With MinReplicas the client
-// must be a *redis.Client or a *redis.ClusterClient.
+// for two kinds of client, or a struct that embeds one. A [redis.Ring] moves
+// keys to another server when one is down: claims are not known there, and
+// handlers run twice. A [redis.AutoPipeliner] does not keep to deadlines. With
+// MinReplicas the client must be a *redis.Client or a *redis.ClusterClient.
+//
+// Services that share one Redis need a Prefix each; see [RedisOptions].
 func NewRedisStore(client redis.UniversalClient, opts *RedisOptions) *RedisStore {
 	s := &RedisStore{client: client, opts: opts.withDefaults(), questions: make(map[string]*redisQuestion)}
-	server, oneServer := client.(*redis.Client)
-	_, cluster := client.(masterFinder)
-	_, ring := client.(*redis.Ring)
-	_, pipelined := client.(*redis.AutoPipeliner)
-	switch {
-	case client == nil:
-		panic("idempotency: NewRedisStore without a client; make one with redis.NewUniversalClient")
-	case pipelined:
-		panic("idempotency: NewRedisStore with a redis.AutoPipeliner, which waits longer than a call may take; " +
-			"use the client that it was made of")
-	case ring:
-		panic("idempotency: NewRedisStore with a redis.Ring, which loses claims when a server is down; " +
-			"use Redis Cluster or Sentinel")
-	case s.opts.MinReplicas > 0 && !oneServer && !cluster:
-		panic("idempotency: RedisOptions.MinReplicas needs the connection that a claim went over; " +
-			"use a *redis.Client or a *redis.ClusterClient")
-	case oneServer:
-		// Not for a Cluster, where one node that is down would hold up what
-		// goes to the others.
-		s.pipe = &redisPipe{client: server}
+	requireRedisClient(client, &s.opts)
+	// Not for a Cluster, where one node that is down would hold up what goes to
+	// the others.
+	if server, ok := client.(*redis.Client); ok {
+		s.small, s.large = newRedisPipes(server)
 	}
 	return s
 }
@@ -351,10 +347,12 @@ func (s *RedisStore) send(ctx context.Context, name string, cmd redis.Cmder, cla
 	switch {
 	case claims && s.opts.MinReplicas > 0:
 		replicated, err = s.sendAndWait(ctx, name, cmd)
-	case s.pipe != nil:
-		replicated, err = true, s.pipe.process(ctx, cmd)
-	default:
+	case s.small == nil:
 		replicated, err = true, s.client.Process(ctx, cmd)
+	case isLarge(cmd):
+		replicated, err = true, s.large.process(ctx, cmd)
+	default:
+		replicated, err = true, s.small.process(ctx, cmd)
 	}
 	if err != nil && !errors.Is(err, redis.Nil) {
 		s.reloadSlotsAfter(ctx, err)

@@ -2,7 +2,6 @@ package idempotency_test
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -101,6 +100,7 @@ func (s watchedStore) Acquire(ctx context.Context, key string, c idempotency.Cla
 
 func TestNewRedisStorePanics(t *testing.T) {
 	client := idemtest.DialRedis(t, "127.0.0.1:1")
+	type inner struct{ redis.UniversalClient }
 	ring := redis.NewRing(&redis.RingOptions{Addrs: map[string]string{"a": "127.0.0.1:1"}})
 	t.Cleanup(func() { _ = ring.Close() })
 	pipeliner, err := client.AutoPipeline()
@@ -113,6 +113,11 @@ func TestNewRedisStorePanics(t *testing.T) {
 	}{
 		{"no client", nil, idempotency.RedisOptions{}, "redis.NewUniversalClient"},
 		{"a Ring", ring, idempotency.RedisOptions{}, "use Redis Cluster or Sentinel"},
+		{"a struct around a Ring", struct{ *redis.Ring }{ring}, idempotency.RedisOptions{}, "use Redis Cluster or Sentinel"},
+		{"a struct around a client that is a Ring", &struct{ redis.UniversalClient }{ring}, idempotency.RedisOptions{}, "use Redis Cluster or Sentinel"},
+		{"a Ring two structs deep", struct{ inner }{inner{ring}}, idempotency.RedisOptions{}, "use Redis Cluster or Sentinel"},
+		{"a struct around an AutoPipeliner", struct{ *redis.AutoPipeliner }{pipeliner}, idempotency.RedisOptions{}, "use the client"},
+		{"a nil pointer", (*redis.Client)(nil), idempotency.RedisOptions{}, "redis.NewUniversalClient"},
 		{"an AutoPipeliner", pipeliner, idempotency.RedisOptions{}, "use the client"},
 		{"MinReplicas over any connection", struct{ redis.UniversalClient }{client}, idempotency.RedisOptions{MinReplicas: 1}, "use a *redis.Client"},
 		{"negative MinReplicas", client, idempotency.RedisOptions{MinReplicas: -1}, "leave it zero"},
@@ -124,6 +129,35 @@ func TestNewRedisStorePanics(t *testing.T) {
 			defer func() { require.Contains(t, recover(), row.fix) }()
 			idempotency.NewRedisStore(row.client, &row.opts)
 		})
+	}
+}
+
+// deeper may be absent from a struct that embeds it.
+type deeper struct{ *redis.Ring }
+
+// A struct around a fit client is taken, whatever else it has.
+func TestNewRedisStoreOfAWrapper(t *testing.T) {
+	client := idemtest.DialRedis(t, miniredis.RunT(t).Addr())
+	ring := redis.NewRing(&redis.RingOptions{})
+	t.Cleanup(func() { _ = ring.Close() })
+	type metered struct {
+		*redis.Client
+		old *redis.Ring
+	}
+	type optional struct {
+		redis.UniversalClient
+		*deeper // two levels down, so its methods do not count
+	}
+	rows := map[string]redis.UniversalClient{
+		"a client":      struct{ *redis.Client }{client},
+		"an interface":  struct{ redis.UniversalClient }{client},
+		"a field":       metered{client, ring},
+		"a pointer":     &metered{client, ring},
+		"a nil pointer": optional{UniversalClient: client},
+	}
+	for name, wrapper := range rows {
+		store := idempotency.NewRedisStore(wrapper, nil)
+		require.Equal(t, idempotency.Acquired, acquireAs(t, store, name, "A").State, name)
 	}
 }
 
@@ -412,81 +446,4 @@ func TestRedisMinReplicasIsARefusal(t *testing.T) {
 	require.Equal(t, "503 Service Unavailable", shop.Post("key"))
 	require.ErrorIs(t, events.Last().Err, idempotency.ErrTooFewReplicas)
 	require.Zero(t, shop.Runs.Load())
-}
-
-func TestRedisCheck(t *testing.T) {
-	server := idemtest.StartRedis(t)
-	admin := idemtest.DialRedis(t, server.Addr)
-	ctx := t.Context()
-	check := func(change ...func(*redis.Options)) error {
-		return idempotency.NewRedisStore(idemtest.DialRedis(t, server.Addr, change...), nil).Check(ctx)
-	}
-	require.NoError(t, check())
-
-	require.NoError(t, admin.ConfigSet(ctx, "maxmemory-policy", "allkeys-lru").Err())
-	require.ErrorContains(t, check(), "set it to noeviction")
-
-	// A user that may not ask for the policy passes.
-	acl := []any{"acl", "setuser", "app", "on", ">secret", "~*", "&*", "+@all", "-config"}
-	require.NoError(t, admin.Do(ctx, acl...).Err())
-	as := func(password string) func(*redis.Options) {
-		return func(o *redis.Options) { o.Username, o.Password = "app", password }
-	}
-	require.NoError(t, check(as("secret")))
-	require.NoError(t, admin.Do(ctx, append(acl, "-info")...).Err())
-	require.NoError(t, check(as("secret")))
-	require.ErrorContains(t, check(as("wrong")), "WRONGPASS")
-
-	server.Kill()
-	require.Error(t, check())
-}
-
-// A program that checks its store at the start can be tested on miniredis.
-func TestRedisCheckOnMiniredis(t *testing.T) {
-	server := miniredis.RunT(t)
-	require.NoError(t, idempotency.NewRedisStore(idemtest.DialRedis(t, server.Addr()), nil).Check(t.Context()))
-}
-
-func TestRedisCheckVersion(t *testing.T) {
-	rows := map[string]string{
-		"# Server\r\nredis_version:6.2.14\r\nredis_mode:standalone\r\n":                     "Redis is version 6.2.14",
-		"# Server\r\nredis_version:7.0.15\r\n":                                              "",
-		"# Server\r\nredis_version:7.2.4\r\nserver_name:valkey\r\nvalkey_version:8.1.0\r\n": "",
-		"# Server\r\nredis_version:10.0.0\r\n":                                              "",
-		"# Server\r\nredis_version:unstable\r\n":                                            "unstable",
-		"# Server\r\nredis_git_sha1:0\r\n":                                                  "",
-	}
-	for info, want := range rows {
-		client := idemtest.DialRedis(t, "127.0.0.1:1")
-		client.AddHook(infoHook(info))
-		err := idempotency.NewRedisStore(client, nil).Check(t.Context())
-		if want == "" {
-			require.NoError(t, err, info)
-		} else {
-			require.ErrorContains(t, err, want, info)
-		}
-	}
-}
-
-// infoHook answers INFO with itself.
-type infoHook string
-
-func (h infoHook) DialHook(next redis.DialHook) redis.DialHook { return next }
-
-func (h infoHook) ProcessHook(redis.ProcessHook) redis.ProcessHook {
-	return func(_ context.Context, cmd redis.Cmder) error {
-		switch cmd := cmd.(type) {
-		case *redis.StringCmd:
-			cmd.SetVal(string(h))
-		case *redis.MapStringStringCmd:
-			cmd.SetVal(map[string]string{"maxmemory-policy": "noeviction"})
-		default:
-			return errors.New("unexpected command")
-		}
-		return nil
-	}
-}
-
-func (h infoHook) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
-	return next
 }

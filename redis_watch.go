@@ -3,8 +3,8 @@ package idempotency
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
-	"strings"
 	"time"
 
 	"github.com/redis/go-redis/v9"
@@ -38,9 +38,9 @@ func (s *RedisStore) isWatched(name string) bool {
 // message before they return it. Two short names may meet on one channel, which
 // is a false alarm for one of them.
 func redisChannel(name string) string {
-	const length = 36
-	if len(name) < length {
-		name += strings.Repeat(".", length-len(name))
+	const filler = "...................................." // 36 bytes
+	if len(name) < len(filler) {
+		name += filler[len(name):]
 	}
 	return name
 }
@@ -59,8 +59,9 @@ type redisSession struct {
 	unconfirmed []*redisWatch          // whose subscription was sent, in order
 	up          bool                   // Redis has confirmed one of them
 	wake        chan struct{}          // pending has something; capacity 1
+	abandoned   bool                   // the connection is not to be closed
 	ctx         context.Context        // ends with the session
-	cancel      context.CancelFunc
+	cancel      context.CancelCauseFunc
 }
 
 // A redisSubscription is a command: to subscribe to the channel of a watch, or
@@ -105,6 +106,7 @@ func (s *RedisStore) Watch(ctx context.Context, key string) (<-chan struct{}, er
 	case <-w.ready:
 		return changed, nil
 	case <-session.ctx.Done():
+		err = context.Cause(session.ctx)
 	case <-timer.C:
 		// A session that is up goes on: other callers have confirmed watches.
 		session.endUnlessUp()
@@ -129,7 +131,7 @@ func (s *RedisStore) join(name string) (*redisSession, *redisWatch, <-chan struc
 			return nil, nil, nil
 		}
 		s.session = &redisSession{store: s, watches: make(map[string]*redisWatch), wake: make(chan struct{}, 1)}
-		s.session.ctx, s.session.cancel = context.WithCancel(context.Background())
+		s.session.ctx, s.session.cancel = context.WithCancelCause(context.Background())
 		go s.session.run()
 	}
 	channel := redisChannel(name)
@@ -156,7 +158,7 @@ func (s *RedisStore) leave(session *redisSession, w *redisWatch) {
 	}
 	delete(session.watches, w.channel)
 	if len(session.watches) == 0 {
-		session.endLocked()
+		session.endLocked(nil)
 		return
 	}
 	session.enqueueLocked(redisSubscription{watch: w, end: true})
@@ -177,26 +179,32 @@ func (ss *redisSession) endUnlessUp() {
 	ss.store.mu.Lock()
 	defer ss.store.mu.Unlock()
 	if !ss.up {
-		ss.endLocked()
+		ss.endLocked(nil)
 	}
 }
 
 // end is endLocked for a caller without the lock.
-func (ss *redisSession) end() {
+func (ss *redisSession) end(cause error) {
 	ss.store.mu.Lock()
 	defer ss.store.mu.Unlock()
-	ss.endLocked()
+	// A go-redis that panicked may still hold the lock that Close waits for.
+	ss.abandoned = ss.abandoned || errors.Is(cause, errRedisPanic)
+	ss.endLocked(cause)
 }
 
-// endLocked ends the session. A session that has watches and was never up has
+// endLocked ends the session; cause tells why, if that is known. A session that has watches and was never up has
 // failed. After a failure the callers poll for watchRetry: each of them would
 // wait for a connection that is likely to fail again.
-func (ss *redisSession) endLocked() {
+func (ss *redisSession) endLocked(cause error) {
 	if ss.store.session != ss {
 		return
 	}
 	ss.store.session = nil
-	ss.cancel()
+	if cause == nil {
+		ss.cancel(errWatchDown)
+	} else {
+		ss.cancel(fmt.Errorf("%w: %w", errWatchDown, cause))
+	}
 	if len(ss.watches) > 0 && !ss.up {
 		ss.store.notBefore = time.Now().Add(watchRetry)
 	}
@@ -220,16 +228,19 @@ func (w *redisWatch) notifyLocked() {
 // loaded again: the subscription may have gone to a server that has left the
 // Cluster.
 func (ss *redisSession) run() {
+	var err error
+	defer func() { ss.end(err) }()
+	defer containRedis(&err)
 	pubsub := ss.store.client.Subscribe(ss.ctx) // to nothing: this does not connect yet
-	defer func() { _ = pubsub.Close() }()
-	defer ss.end()
+	defer ss.close(pubsub)
 	for receiving := false; ; receiving = true {
 		select {
 		case <-ss.wake:
 		case <-ss.ctx.Done():
 			return
 		}
-		if err := ss.send(pubsub); err != nil {
+		if err = ss.send(pubsub); err != nil {
+			ss.end(err)
 			ss.store.reloadSlotsAfter(ss.ctx, err)
 			return
 		}
@@ -239,10 +250,19 @@ func (ss *redisSession) run() {
 	}
 }
 
+// close closes the connection, unless go-redis might wait for itself.
+func (ss *redisSession) close(pubsub *redis.PubSub) {
+	ss.store.mu.Lock()
+	abandoned := ss.abandoned
+	ss.store.mu.Unlock()
+	if !abandoned {
+		_ = pubsub.Close()
+	}
+}
+
 // send sends what is pending. Subscriptions that follow each other go in one
 // command.
-func (ss *redisSession) send(pubsub *redis.PubSub) (err error) {
-	defer containRedis(&err)
+func (ss *redisSession) send(pubsub *redis.PubSub) error {
 	ss.store.mu.Lock()
 	pending := ss.pending
 	ss.pending = nil
@@ -278,9 +298,12 @@ func (ss *redisSession) send(pubsub *redis.PubSub) (err error) {
 // for watchPing, receive sends a PING. When nothing comes for as long again,
 // the connection counts as broken.
 func (ss *redisSession) receive(pubsub *redis.PubSub) {
-	defer ss.end()
+	var err error
+	defer func() { ss.end(err) }()
+	defer containRedis(&err)
 	for idle := false; ; {
-		message, err := ss.next(pubsub)
+		var message any
+		message, err = ss.next(pubsub)
 		var timeout net.Error
 		switch {
 		case err == nil:
@@ -288,7 +311,7 @@ func (ss *redisSession) receive(pubsub *redis.PubSub) {
 			ss.handle(message)
 		case errors.As(err, &timeout) && timeout.Timeout() && !idle:
 			idle = true
-			if pubsub.Ping(ss.ctx) != nil {
+			if err = pubsub.Ping(ss.ctx); err != nil {
 				return
 			}
 		default:
@@ -300,8 +323,7 @@ func (ss *redisSession) receive(pubsub *redis.PubSub) {
 // next waits for a message for as long as watchPing. Before go-redis tells that
 // the connection broke, it connects again. That may take as long as its
 // DialTimeout unless the context is shorter.
-func (ss *redisSession) next(pubsub *redis.PubSub) (message any, err error) {
-	defer containRedis(&err)
+func (ss *redisSession) next(pubsub *redis.PubSub) (any, error) {
 	ctx, cancel := context.WithTimeout(ss.ctx, watchPing+watchPatience)
 	defer cancel()
 	return pubsub.ReceiveTimeout(ctx, watchPing)
@@ -323,7 +345,7 @@ func (ss *redisSession) handle(message any) {
 		switch {
 		case m.Kind != "subscribe":
 		case len(ss.unconfirmed) == 0 || ss.unconfirmed[0].channel != m.Channel:
-			ss.endLocked()
+			ss.endLocked(nil)
 		default:
 			close(ss.unconfirmed[0].ready)
 			ss.unconfirmed, ss.up = ss.unconfirmed[1:], true

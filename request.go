@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"slices"
 	"strings"
 )
 
@@ -17,7 +18,7 @@ type request struct {
 	*middleware
 	r *http.Request // as the middleware got it
 
-	key      string // the client's, unquoted
+	key      string // the client's, unquoted; or of Options.Key, "" if there is none
 	scope    string
 	storeKey string
 	token    string          // names the request as an owner of the key
@@ -28,30 +29,82 @@ type request struct {
 	sum         [sha256.Size]byte // backing of fingerprint
 }
 
-// identify finds out which cell the request belongs to. The body is not read
-// yet, so a request with an invalid key is refused before it costs memory.
+// identify finds out which cell the request belongs to. Only Options.Key needs
+// the body for that. Without it a request with an invalid key is refused before
+// its body costs memory. A request that may pass through without a key has no
+// cell.
 func (q *request) identify(lines []string) *Error {
-	if len(lines) == 0 && q.opts.RequireKey {
-		return q.problem(ErrKeyMissing, nil)
-	}
-	key, detail := parseKey(lines)
-	if detail == "" && q.opts.ValidateKey != nil {
-		if err := q.opts.ValidateKey(key); err != nil {
-			detail = err.Error()
-		}
-	}
-	if detail != "" {
-		err := q.problem(ErrKeyInvalid, nil)
-		err.Detail = detail
+	q.body.buffer = buffers.Get().(*[]byte)
+	key, err := q.findKey(lines)
+	if err != nil || key == "" {
 		return err
+	}
+	if q.opts.ValidateKey != nil {
+		if err := q.opts.ValidateKey(key); err != nil {
+			return q.invalidKey(err.Error(), err)
+		}
 	}
 	q.key = key
 	if q.opts.Scope != nil {
 		q.scope = q.opts.Scope(q.r)
 	}
-	q.body.buffer = buffers.Get().(*[]byte)
 	q.deriveStoreKey()
 	return nil
+}
+
+// findKey returns the key of the header, or of Options.Key. It is "" only if
+// Options.Key found none and the request may pass through.
+func (q *request) findKey(lines []string) (string, *Error) {
+	if q.opts.Key != nil {
+		return q.askForKey()
+	}
+	if len(lines) == 0 && q.opts.RequireKey {
+		return "", q.problem(ErrKeyMissing, nil)
+	}
+	key, detail := parseKey(lines, q.opts.Header)
+	if detail != "" {
+		return "", q.invalidKey(detail, nil)
+	}
+	return key, nil
+}
+
+// askForKey reads the body and asks Options.Key. A body that breaks off is
+// refused: its key cannot be known, and the client that repeats the request
+// will have one.
+func (q *request) askForKey() (string, *Error) {
+	if q.opts.Fingerprint == nil {
+		q.body.boundary = formBoundary(q.r) // decides what is too large
+	}
+	if err := q.body.readAhead(q.r, (*q.body.buffer)[:0], q.opts.MaxBufferedBody); err != nil {
+		return "", q.bodyProblem(err)
+	}
+	var body []byte
+	if q.body.whole {
+		body = slices.Clip(q.body.ahead)
+		if body == nil { // a body that is empty, and not one that is too large
+			body = []byte{}
+		}
+	}
+	switch key, err := q.opts.Key(q.r, body); {
+	case err != nil:
+		return "", q.invalidKey(err.Error(), err)
+	case key == "" && q.opts.RequireKey:
+		return "", q.problem(ErrKeyMissing, nil)
+	case len(key) > maxKeyBytes:
+		return "", q.invalidKey("The idempotency key of this request is longer than 255 bytes.", nil)
+	default:
+		return key, nil
+	}
+}
+
+// invalidKey is the answer to a key that was refused. The detail tells the client
+// why; if it is empty, the client gets that of the problem.
+func (q *request) invalidKey(detail string, cause error) *Error {
+	err := q.problem(ErrKeyInvalid, cause)
+	if detail != "" {
+		err.Detail = detail
+	}
+	return err
 }
 
 const (
@@ -67,7 +120,7 @@ const (
 // free. One string holds both, as both are needed until the request ends.
 func (q *request) deriveStoreKey() {
 	path, _ := target(q.r)
-	sum := hashKey((*q.body.buffer)[:0], q.scope, q.r.Method, path, q.key)
+	sum := hashKey(q.body.unused(), q.scope, q.r.Method, path, q.key)
 	token := newToken()
 	var text [storeKeyBytes + tokenBytes]byte
 	base64.RawURLEncoding.Encode(text[:storeKeyBytes], sum[:])
@@ -90,9 +143,20 @@ const fingerprintBytes = 16
 // or never comes, must not hold a key.
 func (q *request) takeFingerprint() *Error {
 	custom := q.opts.Fingerprint != nil
-	identity := q.appendIdentity((*q.body.buffer)[:0], custom)
-	if err := q.body.readAhead(q.r, identity, q.opts.MaxBufferedBody); err != nil {
-		return q.bodyProblem(err)
+	if q.opts.Key != nil { // which has read the body
+		identity, err := q.appendIdentity(nil, custom)
+		if err != nil {
+			return q.formProblem(err)
+		}
+		q.body.prepend(identity)
+	} else {
+		identity, err := q.appendIdentity(q.body.unused(), custom)
+		if err != nil {
+			return q.formProblem(err)
+		}
+		if err := q.body.readAhead(q.r, identity, q.opts.MaxBufferedBody); err != nil {
+			return q.bodyProblem(err)
+		}
 	}
 	switch {
 	case !custom:
@@ -115,6 +179,18 @@ func (q *request) bodyProblem(err error) *Error {
 		return q.problem(ErrBodyTooLarge, err)
 	}
 	return q.problem(ErrBodyIncomplete, err)
+}
+
+// formProblem is the answer to a form that an outer middleware has parsed, and
+// of which a file cannot be read again. Without the file, the request cannot be
+// told from another one. The client has sent all of it, so the status is 500,
+// and the cause is logged.
+func (q *request) formProblem(cause error) *Error {
+	err := q.problem(ErrBodyIncomplete, cause)
+	err.Status = http.StatusInternalServerError
+	err.Detail = "A file of the form could not be read again. This attempt was not processed. " +
+		"Repeat the request with the same key."
+	return err
 }
 
 // maxDrain is how many bytes drain reads of a body that the handler did not ask
@@ -201,8 +277,10 @@ var preconditions = []string{"If-Match", "If-None-Match", "If-Modified-Since", "
 // store cannot confirm guesses of short payloads. Credentials are part of it
 // only where there is no scope: a scope says whose request it is, and
 // credentials may change between two tries. A letter before each part that may
-// be missing keeps one part from passing as another.
-func (q *request) appendIdentity(b []byte, custom bool) []byte {
+// be missing keeps one part from passing as another. The last letter says how
+// the body counts after it: 'f' by the custom fingerprint, 'm' as a form without
+// its boundaries, 'd' byte by byte.
+func (q *request) appendIdentity(b []byte, custom bool) ([]byte, error) {
 	header := q.r.Header
 	b = append(b, 'f') // short, for a block of SHA-256 less: 50 ns
 	b = appendField(b, q.key)
@@ -220,15 +298,43 @@ func (q *request) appendIdentity(b []byte, custom bool) []byte {
 		}
 	}
 	if custom {
-		return append(b, 'f')
+		return append(b, 'f'), nil
 	}
-	b = append(b, 'b')
+	return q.appendContent(b)
+}
+
+// appendContent appends the query, the Content-Type, and what an outer
+// middleware has parsed of the body, which cannot be read again. What is left of
+// a body after that counts byte by byte.
+//
+// When MultipartForm is empty, the outer middleware may have called
+// MultipartReader and read some of the parts, which cannot be seen. The boundary
+// then counts: another form of the same client most likely has another one.
+func (q *request) appendContent(b []byte) ([]byte, error) {
 	_, query := target(q.r)
-	b = appendField(b, normalize(query))
-	b = appendFields(b, header["Content-Type"])
+	query = normalize(query)
+	parsed := q.r.MultipartForm
+	typ, isForm := parseMultipartType(q.r.Header["Content-Type"])
+	if isForm && (parsed == nil || len(parsed.Value)+len(parsed.File) > 0) {
+		b = appendField(append(b, 'm'), query)
+		b = appendField(b, typ.before)
+		b = appendField(b, typ.after)
+	} else {
+		isForm = false
+		b = appendField(append(b, 'b'), query)
+		b = appendFields(b, q.r.Header["Content-Type"])
+	}
 	if q.r.PostForm != nil {
-		// An outer middleware has read the body, so the form that it parsed counts.
 		b = appendField(append(b, 'p'), q.r.PostForm.Encode())
 	}
-	return append(b, 'd')
+	if parsed != nil {
+		var err error
+		b, err = appendParsedForm(append(b, 'q'), parsed)
+		return append(b, 'd'), err
+	}
+	if isForm {
+		q.body.boundary = typ.boundary
+		return append(b, 'm'), nil
+	}
+	return append(b, 'd'), nil
 }

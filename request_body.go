@@ -25,27 +25,80 @@ var buffers = sync.Pool{New: func() any { return new([]byte) }}
 type requestBody struct {
 	buffer   *[]byte       // the pooled slice that identity and ahead lie in
 	identity []byte        // what the fingerprint covers before the body
+	boundary string        // does not count in the body; empty if all bytes do
 	ahead    []byte        // what was read of the body before the key was claimed
 	whole    bool          // ahead is the whole body
+	shared   *sharedBody   // of a large buffer that duplicates may share; nil if none
 	request  *http.Request // the client's, whose body is read
 	copy     *http.Request // the handler's
 
 	mu      sync.Mutex
-	started bool      // reading has begun: the client was told to continue
-	off     int       // how many bytes of ahead the handler has read
-	read    int64     // how many bytes the handler has read in all
-	hash    hash.Hash // of identity and what the handler has read; nil if whole
-	eof     bool      // the handler has seen the end
-	broken  bool      // the handler has seen the body break off
+	started bool     // reading has begun: the client was told to continue
+	off     int      // how many bytes of ahead the handler has read
+	read    int64    // how many bytes the handler has read in all
+	hash    bodyHash // of identity and what the handler has read; nil if whole
+	eof     bool     // the handler has seen the end
+	broken  bool     // the handler has seen the body break off
 	closed  bool
 }
 
-// readAhead reads the body up to limit bytes. identity must lie in *b.buffer. A
-// body that declares more than limit is left alone: it is streamed in any case,
-// and a client that waits for 100 Continue is not asked to send before the
-// handler wants the body.
+// A bodyHash hashes a body as it is read.
+type bodyHash interface {
+	io.Writer
+
+	// sum returns the hash of the identity and what was written: all of the
+	// body, or its beginning.
+	sum(whole bool) []byte
+
+	// extent returns how much of the body sum covers.
+	extent() int64
+
+	// undecided reports whether extent may become less with the next byte,
+	// because what was written ends in what may be a boundary.
+	undecided() bool
+}
+
+// A plainHash is the bodyHash of a body of which all bytes count.
+type plainHash struct {
+	hash hash.Hash
+	size int64
+}
+
+func (h *plainHash) Write(p []byte) (int, error) {
+	h.size += int64(len(p))
+	return h.hash.Write(p)
+}
+
+func (h *plainHash) sum(bool) []byte { return h.hash.Sum(nil) }
+func (h *plainHash) extent() int64   { return h.size }
+func (h *plainHash) undecided() bool { return false }
+
+// newHash returns the hash of a body of which nothing was read yet.
+func (b *requestBody) newHash() bodyHash {
+	if b.boundary != "" {
+		return newFormHash(b.identity, b.boundary)
+	}
+	h := sha256.New()
+	h.Write(b.identity)
+	return &plainHash{hash: h}
+}
+
+// boundaryRoom is how many bytes of boundaries in a form do not count for the
+// limit of what is read ahead: those of 900 parts at least. Without it, a form
+// of about that limit would be a large one or not, depending on the length of
+// the boundary that a client picked for this try.
+const boundaryRoom = 64 << 10
+
+// readAhead reads the body up to limit bytes, and boundaryRoom more of a form.
+// identity must lie in *b.buffer. A body that declares more is left alone: it is
+// streamed in any case, and a client that waits for 100 Continue is not asked
+// to send before the handler wants the body.
 func (b *requestBody) readAhead(r *http.Request, identity []byte, limit int64) error {
 	b.request = r
+	most := limit
+	if b.boundary != "" {
+		most += boundaryRoom
+	}
 	buf := identity
 	defer func() {
 		*b.buffer = buf
@@ -55,24 +108,25 @@ func (b *requestBody) readAhead(r *http.Request, identity []byte, limit int64) e
 		b.whole = true
 		return nil
 	}
-	if r.ContentLength > limit {
+	if r.ContentLength > most {
 		return nil
 	}
 	b.started = true
 	// A declared length is not trusted with memory before the bytes come. The
 	// spare byte lets the end arrive together with the last of them.
 	buf = slices.Grow(buf, int(min(max(r.ContentLength, 0), maxPooledBuffer))+1)
-	for int64(len(buf)-len(identity)) <= limit {
+	for int64(len(buf)-len(identity)) <= most {
 		if len(buf) == cap(buf) {
 			buf = slices.Grow(buf, len(buf))
 		}
-		space := min(int64(cap(buf)-len(buf)), limit+1-int64(len(buf)-len(identity)))
+		space := min(int64(cap(buf)-len(buf)), most+1-int64(len(buf)-len(identity)))
 		n, err := r.Body.Read(buf[len(buf) : len(buf)+int(space)])
 		buf = buf[:len(buf)+n]
 		if err == io.EOF {
-			// There is space for one byte over limit. A body that fills it is
+			// There is space for one byte over the limit. A body that fills it is
 			// large, whether its end has come with that byte or comes later.
-			b.whole = int64(len(buf)-len(identity)) <= limit
+			size := int64(len(buf) - len(identity))
+			b.whole = size <= limit || size <= most && b.extentOf(buf[len(identity):]) <= limit
 			return nil
 		}
 		if err != nil {
@@ -82,6 +136,74 @@ func (b *requestBody) readAhead(r *http.Request, identity []byte, limit int64) e
 	return nil
 }
 
+// unused returns the space of the buffer behind what was read ahead, as an empty
+// slice.
+func (b *requestBody) unused() []byte {
+	used := len(b.identity) + len(b.ahead)
+	return (*b.buffer)[used:used]
+}
+
+// prepend puts the identity before a body that was read ahead for Options.Key,
+// when the identity was not known yet.
+func (b *requestBody) prepend(identity []byte) {
+	buf := slices.Insert((*b.buffer)[:len(b.ahead)], 0, identity...)
+	*b.buffer = buf
+	b.identity, b.ahead = buf[:len(identity)], buf[len(identity):]
+}
+
+// restore gives back to r what was read ahead of its body, for a request that
+// passes through. It changes r itself, as http.MaxBytesReader is used to: a copy
+// would hide from outer middleware, and from the server, what they find in r
+// afterwards: trailers, a parsed form with its files, r.Pattern, and the part of
+// the body that the handler left.
+//
+// The buffer goes with the body: a goroutine that the handler leaves behind may
+// still read from it.
+func (b *requestBody) restore(r *http.Request) {
+	if len(b.ahead) == 0 {
+		return
+	}
+	r.Body = &restoredBody{rest: r.Body, ahead: b.ahead}
+	b.buffer, b.ahead = nil, nil
+}
+
+// A restoredBody is a body of which the beginning was read before. As the body
+// of net/http, it may be closed while another goroutine reads it.
+type restoredBody struct {
+	rest io.ReadCloser
+
+	mu    sync.Mutex // guards ahead
+	ahead []byte
+}
+
+// Read implements io.Reader.
+func (b *restoredBody) Read(p []byte) (int, error) {
+	b.mu.Lock()
+	if len(b.ahead) > 0 {
+		defer b.mu.Unlock()
+		n := copy(p, b.ahead)
+		b.ahead = b.ahead[n:]
+		return n, nil
+	}
+	b.mu.Unlock()
+	return b.rest.Read(p)
+}
+
+// Close implements io.Closer.
+func (b *restoredBody) Close() error {
+	b.mu.Lock()
+	b.ahead = nil
+	b.mu.Unlock()
+	return b.rest.Close()
+}
+
+// extentOf returns how many bytes of a body count.
+func (b *requestBody) extentOf(body []byte) int64 {
+	h := b.newHash()
+	_, _ = h.Write(body) // a hash never fails
+	return h.extent()
+}
+
 // fingerprint returns what tells the request apart. When the body was read
 // whole, it covers all of the request. Otherwise it covers all but the body,
 // whose digest is stored with the response. The letter keeps a large body from
@@ -89,6 +211,11 @@ func (b *requestBody) readAhead(r *http.Request, identity []byte, limit int64) e
 func (b *requestBody) fingerprint() [sha256.Size]byte {
 	if !b.whole {
 		return sha256.Sum256(append([]byte{'l'}, b.identity...))
+	}
+	if b.boundary != "" {
+		h := b.newHash()
+		_, _ = h.Write(b.ahead)
+		return [sha256.Size]byte(h.sum(true))
 	}
 	return sha256.Sum256((*b.buffer)[:len(b.identity)+len(b.ahead)])
 }
@@ -109,8 +236,7 @@ func (b *requestBody) handOver(r *http.Request) {
 		return
 	}
 	if !b.whole {
-		b.hash = sha256.New()
-		b.hash.Write(b.identity)
+		b.hash = b.newHash()
 	}
 	r.Body = b
 }
@@ -152,7 +278,7 @@ func (b *requestBody) noteLocked(p []byte, err error) {
 	b.started = true
 	b.read += int64(len(p))
 	if b.hash != nil {
-		b.hash.Write(p)
+		_, _ = b.hash.Write(p)
 	}
 	switch {
 	case errors.Is(err, io.EOF):
@@ -186,8 +312,8 @@ func (b *requestBody) hasStarted() bool {
 
 // finish ends the handler's access. broken tells whether the handler met a body
 // that broke off. digest is that of a body that was not whole: a hash over all
-// of it, or, when the handler stopped after n bytes, over those together with
-// n.
+// of it, or, when the handler stopped before the end, over what it has read
+// together with the extent of that.
 func (b *requestBody) finish() (digest []byte, broken bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -195,9 +321,10 @@ func (b *requestBody) finish() (digest []byte, broken bool) {
 	if b.hash == nil {
 		return nil, b.broken
 	}
-	digest = b.hash.Sum(nil)
-	if !b.eof && b.read != b.request.ContentLength {
-		digest = binary.BigEndian.AppendUint64(digest, uint64(b.read))
+	whole := b.eof || b.read == b.request.ContentLength
+	digest = b.hash.sum(whole)
+	if !whole {
+		digest = binary.BigEndian.AppendUint64(digest, uint64(b.hash.extent()))
 	}
 	return digest, b.broken
 }
@@ -205,26 +332,32 @@ func (b *requestBody) finish() (digest []byte, broken bool) {
 // matches reads as much of the body as digest covers and reports whether it is
 // the same. It is called for a body that is not whole and was not handed over.
 func (b *requestBody) matches(digest []byte) (bool, error) {
-	h := sha256.New()
-	h.Write(b.identity)
+	h := b.newHash()
 	body := io.MultiReader(bytes.NewReader(b.ahead), b.request.Body)
-	switch len(digest) {
-	case sha256.Size:
+	if len(digest) != sha256.Size+8 {
 		b.started = true
 		if _, err := io.Copy(h, body); err != nil {
 			return false, err
 		}
-	case sha256.Size + 8:
-		n := binary.BigEndian.Uint64(digest[sha256.Size:])
-		b.started = b.started || n > 0
-		if _, err := io.CopyN(h, body, int64(n)); errors.Is(err, io.EOF) {
+		return bytes.Equal(h.sum(true), digest), nil
+	}
+	sum, extent := digest[:sha256.Size], int64(binary.BigEndian.Uint64(digest[sha256.Size:]))
+	for {
+		missing := extent - h.extent()
+		switch {
+		case missing == 0 && bytes.Equal(h.sum(false), sum):
+			return true, nil
+		case missing <= 0 && !h.undecided():
+			return false, nil
+		}
+		// In the middle of what may be a boundary, the next byte decides.
+		b.started = true
+		if _, err := io.CopyN(h, body, max(missing, 1)); errors.Is(err, io.EOF) {
 			return false, nil // shorter than that
 		} else if err != nil {
 			return false, err
 		}
-		digest = digest[:sha256.Size]
 	}
-	return bytes.Equal(h.Sum(nil), digest), nil
 }
 
 // free returns the buffer to its pool. The lock waits for a Read that copies
@@ -233,6 +366,7 @@ func (b *requestBody) free() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.closed = true
+	b.leave()
 	if buffer := b.buffer; buffer != nil {
 		b.buffer, b.identity, b.ahead = nil, nil, nil
 		if cap(*buffer) <= maxPooledBuffer {

@@ -666,3 +666,99 @@ func TestHeadersOfTheFingerprint(t *testing.T) {
 		})
 	}
 }
+
+// A request in which Key finds no key passes through. Its handler, and what is
+// outside of the middleware, see of the request what they see without it.
+func TestServerPassesThroughWhatHasNoKey(t *testing.T) {
+	readAll := func(r *http.Request) string {
+		body, err := io.ReadAll(r.Body)
+		return fmt.Sprint(len(body), " ", sha256.Sum256(body), " ", err)
+	}
+	nothing := func(r *http.Request) string { return "nothing" }
+	chunks := func(trailer string, sizes ...int) string {
+		s := "Transfer-Encoding: chunked\r\n\r\n"
+		for _, n := range sizes {
+			s += fmt.Sprintf("%x\r\n%s\r\n", n, strings.Repeat("x", n))
+		}
+		return s + "0\r\n" + trailer + "\r\n"
+	}
+	for name, row := range map[string]struct {
+		send    string
+		handler func(r *http.Request) string
+	}{
+		"small":                           {"Content-Length: 5\r\n\r\nhello", readAll},
+		"none":                            {"\r\n", readAll},
+		"empty":                           {chunks(""), readAll},
+		"large":                           {"Content-Length: 500\r\n\r\n" + strings.Repeat("x", 500), readAll},
+		"chunked":                         {chunks("", 10), readAll},
+		"chunked, of the limit":           {chunks("", 64), readAll},
+		"chunked, a byte more":            {chunks("", 64, 1), readAll},
+		"chunked, large":                  {chunks("", 30, 500, 70000), readAll},
+		"a declared trailer":              {"Trailer: X-Sum\r\n" + chunks("X-Sum: 42\r\n", 10), readAll},
+		"a trailer after what is large":   {"Trailer: X-Sum\r\n" + chunks("X-Sum: 42\r\n", 500), readAll},
+		"an undeclared trailer":           {chunks("X-Sum: 42\r\n", 10), readAll},
+		"an undeclared one, large":        {chunks("X-Sum: 42\r\n", 500), readAll},
+		"broken off, declared":            {"Content-Length: 500\r\n\r\n" + strings.Repeat("x", 100), readAll},
+		"broken off, chunked":             {"Transfer-Encoding: chunked\r\n\r\n64\r\n" + strings.Repeat("x", 100) + "\r\n64\r\nxxx", readAll},
+		"malformed, chunked":              {"Transfer-Encoding: chunked\r\n\r\n64\r\n" + strings.Repeat("x", 100) + "\r\nnonsense\r\n", readAll},
+		"large, not asked for":            {"Expect: 100-continue\r\nContent-Length: 500\r\n\r\n", nothing},
+		"not read":                        {chunks("", 500), nothing},
+		"read in part by what is outside": {chunks("", 500), func(r *http.Request) string { _, err := io.CopyN(io.Discard, r.Body, 20); return fmt.Sprint(err) }},
+		"closed":                          {chunks("", 50), closeEarly},
+		"closed, large":                   {chunks("", 500), closeEarly},
+		"parsed":                          {"Content-Type: application/x-www-form-urlencoded\r\nContent-Length: 3\r\n\r\na=1", func(r *http.Request) string { return r.FormValue("a") }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			see := func(middleware func(http.Handler) http.Handler) (saw string) {
+				seen := make(chan string, 1)
+				inner := middleware(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					r.Pattern = "/the/route"
+					seen <- fmt.Sprintln(row.handler(r), r.ContentLength, r.TransferEncoding, r.Trailer)
+				}))
+				s := serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					inner.ServeHTTP(w, r)
+					rest, err := io.ReadAll(r.Body)
+					seen <- <-seen + fmt.Sprintln("outside:", len(rest), err, r.Pattern, r.Form, r.Trailer)
+				}))
+				conn, err := net.Dial("tcp", s.Listener.Addr().String())
+				require.NoError(t, err)
+				defer conn.Close()
+				_, err = io.WriteString(conn, "POST / HTTP/1.1\r\nHost: x\r\n"+row.send)
+				require.NoError(t, err)
+				require.NoError(t, conn.(*net.TCPConn).CloseWrite())
+				answer, err := io.ReadAll(conn)
+				require.NoError(t, err)
+				line, _, _ := strings.Cut(string(answer), "\r\n")
+				return <-seen + line
+			}
+			none := func(*http.Request, []byte) (string, error) { return "", nil }
+			want := see(func(h http.Handler) http.Handler { return h })
+			require.Equal(t, want, see(idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64, Key: none})))
+		})
+	}
+}
+
+// closeEarly reads a little, closes the body, and tries to read on.
+func closeEarly(r *http.Request) string {
+	n, err := io.ReadFull(r.Body, make([]byte, 2))
+	closed := r.Body.Close()
+	after, late := r.Body.Read(make([]byte, 10))
+	return fmt.Sprint(n, err, closed, after, late)
+}
+
+// A goroutine that a handler leaves behind reads its own body, and not that of a
+// request that comes after it.
+func TestBodyThatWentThroughIsItsOwn(t *testing.T) {
+	var bodies []io.Reader
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{
+		Key: func(*http.Request, []byte) (string, error) { return "", nil },
+	}, func(_ http.ResponseWriter, r *http.Request) { bodies = append(bodies, r.Body) })
+	for i := range 10 {
+		c.Check(t, i, idemtest.Exchange{Body: fmt.Sprint("body ", i), Get: "200 "})
+	}
+	for i, body := range bodies {
+		b, err := io.ReadAll(body)
+		require.NoError(t, err)
+		require.Equal(t, fmt.Sprint("body ", i), string(b))
+	}
+}

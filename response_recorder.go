@@ -12,11 +12,6 @@ import (
 	"time"
 )
 
-// errAfterReturn is the error of a Write once the handler has returned. The
-// record is complete by then, and a write that the client got but the record
-// did not have would make the replay another response.
-var errAfterReturn = errors.New("idempotency: write after the handler returned")
-
 // A recorder is the ResponseWriter of a handler under a key. It holds the
 // response back until the store has it. Once the handler flushes, or writes
 // more than is kept, the recorder lets the response through as it is written.
@@ -31,12 +26,16 @@ type recorder struct {
 	header  http.Header // the handler's own, until it is sent to that of w
 	outer   http.Header // what outer middleware had set at the beginning
 	sent    atomic.Bool // Header returns that of w
+	before  writerState // what w said of itself at the beginning
 	scratch headerScratch
 
 	mu               sync.Mutex // guards what follows, against goroutines the handler leaves behind
+	changed          sync.Cond  // calling is false again, or closed true
+	calling          bool       // a goroutine is in a call of w, without the lock
 	wroteHeader      bool
 	implicit         bool // the handler did not call WriteHeader
 	wroteNothing     bool // the handler did not write at all
+	wroteAround      bool // the handler wrote to w, around the recorder
 	status           int
 	length           int64         // declared by the handler, or -1
 	declared         []string      // names of trailers
@@ -49,12 +48,16 @@ type recorder struct {
 	written          int64 // bytes that the handler wrote, refused or not
 	streaming        bool  // the header has gone out
 	overflow         bool  // the body is not kept any more
-	closed           bool
+	closed           bool  // the handler has ended
+	dropped          bool  // what the recorder holds is not sent any more
+	late             lateAnswer
 }
 
 // init makes the zero recorder record what goes to w.
 func (r *recorder) init(w http.ResponseWriter, proto int, limit int64) {
 	r.w, r.proto, r.limit, r.length = w, proto, limit, -1
+	r.changed.L = &r.mu
+	r.before = stateOf(w)
 	// A map of its own: the header of w is written to when the response goes
 	// out, and a goroutine that flushes must not meet one that sets a trailer.
 	if outer := w.Header(); len(outer) > 0 {
@@ -64,10 +67,37 @@ func (r *recorder) init(w http.ResponseWriter, proto int, limit int64) {
 	}
 }
 
-// A headerScratch holds the usual header without an allocation.
-type headerScratch struct {
-	fields [4]headerField
-	values [4]string
+// lock takes the lock for a call of the handler. It waits while another
+// goroutine is in a call of w: w sees one call at a time, in the order of the
+// record. When the handler ends meanwhile, the call came too late.
+func (r *recorder) lock() {
+	r.mu.Lock()
+	for r.calling && !r.closed {
+		r.changed.Wait()
+	}
+}
+
+// waitLocked waits until no goroutine is in a call of w.
+func (r *recorder) waitLocked() {
+	for r.calling {
+		r.changed.Wait()
+	}
+}
+
+// callLocked calls w without the lock. A client that does not read holds such a
+// call up for as long as it likes. The end of the handler, a panic above all,
+// takes only the lock, so it does not wait for that client. Whoever uses
+// callLocked has made the record complete before, and looks at closed and
+// dropped behind it.
+func (r *recorder) callLocked(call func(w http.ResponseWriter)) {
+	r.calling = true
+	r.mu.Unlock()
+	defer func() {
+		r.mu.Lock()
+		r.calling = false
+		r.changed.Broadcast()
+	}()
+	call(r.w)
 }
 
 // Header implements http.ResponseWriter. While the finished response goes out,
@@ -85,9 +115,13 @@ func (r *recorder) Header() http.Header {
 // counts, and an impossible status panics: a program that is wrong without this
 // middleware is wrong in the same way with it.
 func (r *recorder) WriteHeader(status int) {
-	r.mu.Lock()
+	r.lock()
 	defer r.mu.Unlock()
-	if r.closed || r.wroteHeader {
+	if r.closed {
+		_ = r.answerLateLocked(status, func(w http.ResponseWriter) { w.WriteHeader(status) })
+		return
+	}
+	if r.wroteHeader {
 		return
 	}
 	if status < 100 || status > 999 {
@@ -109,18 +143,24 @@ func (r *recorder) informLocked(status int) {
 	before := h.Clone()
 	applyFields(h, new(headerScratch).difference(r.outer, r.header))
 	sent := h.Clone()
-	r.w.WriteHeader(status)
+	r.callLocked(func(w http.ResponseWriter) { w.WriteHeader(status) })
+	if r.dropped {
+		return // the header belongs to the answer in the place of the handler's
+	}
 	changed := new(headerScratch).difference(sent, h)
 	// The handler may take back what it sent with the 1xx, so the header of w
 	// is again what it was before.
 	clear(h)
 	maps.Copy(h, before)
+	applyFields(h, changed)
+	if r.closed {
+		return // the difference has been made
+	}
 	if r.outer == nil {
 		r.outer = make(http.Header)
 	}
-	for _, header := range []http.Header{h, r.header, r.outer} {
-		applyFields(header, cloneFields(changed))
-	}
+	applyFields(r.header, cloneFields(changed))
+	applyFields(r.outer, cloneFields(changed))
 }
 
 // writeHeaderLocked fixes the status and the header, as net/http does: what the
@@ -165,34 +205,6 @@ func (r *recorder) needHeaderLocked() {
 	}
 }
 
-// difference returns what turns base into header. The values are copied: the
-// handler may go on changing them. A list that begins with the values of base
-// is an opAdd, so that a Vary of outer middleware is not stored and replayed
-// twice.
-func (s *headerScratch) difference(base, header http.Header) []headerField {
-	backing, fields := s.values[:0], s.fields[:0]
-	for name, values := range header {
-		f := headerField{op: opSet, name: name}
-		if outer, ok := base[name]; ok {
-			if slices.Equal(outer, values) {
-				continue
-			}
-			if len(outer) > 0 && len(outer) < len(values) && slices.Equal(outer, values[:len(outer)]) {
-				f.op, values = opAdd, values[len(outer):]
-			}
-		}
-		backing = append(backing, values...)
-		f.values = slices.Clip(backing[len(backing)-len(values):])
-		fields = append(fields, f)
-	}
-	for name := range base {
-		if _, ok := header[name]; !ok {
-			fields = append(fields, headerField{op: opDelete, name: name})
-		}
-	}
-	return fields
-}
-
 // sets reports whether the handler has set a header that goes out.
 func (r *recorder) sets(name string) bool {
 	return slices.ContainsFunc(r.fields, func(f headerField) bool { return f.name == name && len(f.values) > 0 })
@@ -203,14 +215,14 @@ func (r *recorder) sets(name string) bool {
 // handler that stopped at the error would leave half of its work. Past the
 // limit it reports the error, so that an endless stream ends.
 func (r *recorder) Write(p []byte) (int, error) {
-	r.mu.Lock()
+	r.lock()
 	defer r.mu.Unlock()
 	return recordLocked(r, p)
 }
 
 // WriteString implements io.StringWriter.
 func (r *recorder) WriteString(s string) (int, error) {
-	r.mu.Lock()
+	r.lock()
 	defer r.mu.Unlock()
 	return recordLocked(r, s)
 }
@@ -219,7 +231,7 @@ func (r *recorder) WriteString(s string) (int, error) {
 // with the same errors, in the same order.
 func recordLocked[T []byte | string](r *recorder, p T) (int, error) {
 	if r.closed {
-		return 0, errAfterReturn
+		return writeLateLocked(r, p)
 	}
 	r.needHeaderLocked()
 	if len(p) == 0 {
@@ -235,18 +247,30 @@ func recordLocked[T []byte | string](r *recorder, p T) (int, error) {
 	// The kept part goes out and is then dropped: a part of a body is no
 	// replay, and a handler that streams gigabytes must not hold them.
 	if !r.overflow && r.body.size+int64(len(p)) > r.limit {
-		r.streamLocked()
-		r.overflow = true
+		r.overflow = true // before the calls of w: the handler may end meanwhile
+		if !r.streaming {
+			r.startStreamLocked()
+			r.sendLocked()
+		}
+		if r.dropped {
+			return 0, errAfterReturn
+		}
 		r.body.free()
 	}
 	if r.overflow {
-		return r.w.Write([]byte(p))
+		return writeLocked(r, p)
 	}
 	appendBody(&r.body, p)
 	if r.streaming {
-		_, _ = r.w.Write([]byte(p))
+		_, _ = writeLocked(r, p)
 	}
 	return len(p), nil
+}
+
+// writeLocked writes p to w.
+func writeLocked[T []byte | string](r *recorder, p T) (n int, err error) {
+	r.callLocked(func(w http.ResponseWriter) { n, err = w.Write([]byte(p)) })
+	return n, err
 }
 
 // bodyAllowed reports whether a response with the status may have a body (RFC
@@ -263,39 +287,34 @@ func (r *recorder) Flush() { _ = r.FlushError() }
 // changes nothing: the response would otherwise be streamed, and could not be
 // withheld, for no use.
 func (r *recorder) FlushError() error {
-	r.mu.Lock()
+	r.lock()
 	defer r.mu.Unlock()
 	if r.closed {
-		return errAfterReturn
+		return r.flushLateLocked()
 	}
 	if !canFlush(r.w) {
 		return http.ErrNotSupported
 	}
 	r.needHeaderLocked()
 	if !r.streaming {
-		r.streamLocked()
-		r.fixContentTypeLocked()
+		r.startStreamLocked()
+		r.fixContentTypeLocked() // before the calls of w: the handler may end meanwhile
+		r.sendLocked()
+		if r.dropped {
+			return errAfterReturn
+		}
 	}
-	err := http.NewResponseController(r.w).Flush()
+	err := r.flushLocked()
 	if !r.overflow && !errors.Is(err, http.ErrNotSupported) {
 		return nil // as for Write
 	}
 	return err
 }
 
-// canFlush reports whether http.ResponseController finds a Flush. It looks
-// before the header is sent; asking the controller itself would flush.
-func canFlush(w http.ResponseWriter) bool {
-	for {
-		switch t := w.(type) {
-		case interface{ FlushError() error }, http.Flusher:
-			return true
-		case interface{ Unwrap() http.ResponseWriter }:
-			w = t.Unwrap()
-		default:
-			return false
-		}
-	}
+// flushLocked flushes w.
+func (r *recorder) flushLocked() (err error) {
+	r.callLocked(func(w http.ResponseWriter) { err = http.NewResponseController(w).Flush() })
+	return err
 }
 
 // SetReadDeadline is what http.ResponseController calls.
@@ -327,117 +346,27 @@ func (r *recorder) fixContentTypeLocked() {
 	r.fields = append(r.fields, f)
 }
 
-// streamLocked sends what was held back. The fields are not stored yet, so
+// startStreamLocked hands the header to w. The fields are not stored yet, so
 // outer middleware, which may change values in place, gets copies.
-func (r *recorder) streamLocked() {
-	if r.streaming {
-		return
-	}
+func (r *recorder) startStreamLocked() {
 	r.streaming = true
 	applyFields(r.w.Header(), cloneFields(r.fields))
-	r.sendLocked()
 }
 
 // sendLocked calls WriteHeader only if the handler did: outer middleware, one
-// that compresses, say, treats an implied header in its own way.
+// that compresses, say, treats an implied header in its own way. It stops when
+// the response is dropped meanwhile.
 func (r *recorder) sendLocked() {
-	if !r.implicit {
-		r.w.WriteHeader(r.status)
+	if status := r.status; !r.implicit {
+		r.callLocked(func(w http.ResponseWriter) { w.WriteHeader(status) })
 	}
 	for _, chunk := range r.body.chunks {
-		if _, err := r.w.Write(chunk); err != nil {
+		if r.dropped {
+			return
+		}
+		if _, err := writeLocked(r, chunk); err != nil {
 			r.body.mayBeInUse = true
 			return // the client is gone
 		}
 	}
-}
-
-// finish ends the handler's access: what is written from now on is neither sent
-// nor recorded. The header is fixed here at the latest, and then the trailers.
-func (r *recorder) finish() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.wroteNothing = !r.wroteHeader
-	r.needHeaderLocked()
-	r.closed = true
-	if now := r.trailersLocked(); now != nil || r.trailersInHeader != nil {
-		r.trailers = new(headerScratch).difference(r.trailersInHeader, now)
-	}
-}
-
-// trailersLocked returns a copy of what the header has of trailers, or nil.
-func (r *recorder) trailersLocked() (trailers http.Header) {
-	for name, values := range r.header {
-		if r.isTrailer(name) {
-			if trailers == nil {
-				trailers = make(http.Header)
-			}
-			trailers[name] = slices.Clone(values)
-		}
-	}
-	return trailers
-}
-
-// isTrailer reports whether net/http would send a header as a trailer: one that
-// the handler declared, or one with http.TrailerPrefix.
-func (r *recorder) isTrailer(name string) bool {
-	return strings.HasPrefix(name, http.TrailerPrefix) || slices.Contains(r.declared, name)
-}
-
-// complete reports whether the recorder has the whole response. It has not when
-// the response was too large, or shorter than its Content-Length.
-func (r *recorder) complete() bool {
-	return !r.overflow && (r.length < 0 || !bodyAllowed(r.status) || r.body.size == r.length)
-}
-
-// send sends the finished response to the client. Its chunks are free
-// afterwards: encode has copied them, or a MemoryStore has taken the larger
-// ones.
-func (r *recorder) send() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	h := r.w.Header()
-	if !r.streaming {
-		r.streaming = true
-		applyFields(h, r.fields)
-		announceTrailers(h, r.trailers)
-		// From here on a hook of outer middleware works on the header of w.
-		r.sent.Store(true)
-		r.sendLocked()
-		if r.implicit && !r.wroteNothing && r.body.size == 0 {
-			_, _ = r.w.Write(nil) // as the handler did
-		}
-	}
-	applyFields(h, r.trailers)
-	r.body.free()
-}
-
-// drop ends the handler's access without sending what was held back. It reports
-// whether the header has gone out before.
-func (r *recorder) drop() (streaming bool) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.closed = true
-	r.body.free()
-	return r.streaming
-}
-
-// encode appends the stored form of the finished response to scratch. With
-// whole, or if the response is small, that is all of it. Otherwise value is
-// only its beginning, and parts follow, which spares a large body a copy.
-// encode returns nil when the headers are too large.
-func (r *recorder) encode(scratch, digest []byte, keep func(name string) bool, whole bool) (value []byte, parts [][]byte) {
-	markTransient(r.fields, keep, r.connection, r.body.size)
-	// A Content-Length among the trailers is not the length of anything, so
-	// none is kept: -1 is never equal to it.
-	markTransient(r.trailers, keep, r.connection, -1)
-	chunks := r.body.chunks
-	if !whole && r.body.size > maxPacked {
-		chunks, parts = chunks[:1], slices.Clone(chunks[1:])
-	}
-	status := r.status
-	if r.implicit && (r.wroteNothing || r.body.size > 0) {
-		status = implicitStatus // not after a Write of nothing or a Flush, which are not repeated
-	}
-	return encodeResponse(scratch, status, digest, r.fields, r.trailers, r.body.size, chunks), parts
 }

@@ -177,7 +177,7 @@ func notStored(status int) edit {
 			"X-Content-Type-Options": {"nosniff"},
 		}}
 		a.Body = `{"type":"about:blank","title":"The response to this request was not stored","status":409,` +
-			`"detail":"The request with this key was processed and is not repeated, but its response could not be kept.",` +
+			`"detail":"The request with this Idempotency-Key was processed and is not repeated, but its response could not be kept.",` +
 			`"code":"response_not_stored","retryable":false,"original_status":` + strconv.Itoa(status) + "}\n"
 		length(a)
 	}

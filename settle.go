@@ -17,7 +17,7 @@ type facts struct {
 	unanswered bool // the handler wrote nothing; its context ended or the body broke off
 	cutOff     bool // the body broke off under the handler, without Options.AtMostOnce
 	final      bool // ShouldStore says that the response is final
-	status     int  // of the response
+	status     int  // what the response counts as, which for gRPC is not its HTTP status
 }
 
 // A verdict is what a retry of the request gets.
@@ -181,10 +181,15 @@ func (s *settlement) gather() {
 	f.committed, f.discarded, f.attached = s.execution.end()
 	digest, broken := s.request.body.finish()
 	s.recorder.finish()
-	s.digest, f.status = digest, s.recorder.status
-	f.cutOff = broken && !f.atMostOnce
+	s.digest, f.status = digest, effectiveStatus(s.recorder.status, s.recorder.header)
+	f.cutOff = broken && !f.atMostOnce && !s.recorder.wroteAround
 	f.unanswered = s.recorder.wroteNothing && (broken || s.context.hasEnded())
 	switch {
+	case s.recorder.wroteAround:
+		// The status may be that of an outer timeout, which has answered in the
+		// place of the handler, so it must not free the key.
+		f.final = true
+		s.mistake(s.request.r.Context(), s.claim.storeKey, "the handler answered around the middleware, and retries get 409 response_not_stored", f.status)
 	case f.unanswered:
 		s.cause = context.Cause(s.context)
 	case !f.committed && !f.discarded: // which decide before ShouldStore
@@ -200,7 +205,7 @@ func (s *settlement) shouldStore() (final bool) {
 	}
 	final = true
 	defer s.contain(s.request.r.Context(), "ShouldStore")
-	return s.opts.ShouldStore(s.facts.status, s.recorder.header)
+	return s.opts.ShouldStore(s.recorder.status, s.recorder.header)
 }
 
 // saysNothingWasDone reports whether the response says that the handler did
@@ -280,7 +285,7 @@ func (s *settlement) encode(v verdict) Result {
 	}
 	if r.Value == nil {
 		s.notStored = ErrResponseNotStored
-		r.Value, r.parts = encodeNotStored(s.facts.status, s.digest), nil
+		r.Value, r.parts = encodeNotStored(s.recorder.status, s.digest), nil
 	}
 	if s.opts.AEAD == nil {
 		return r
@@ -288,7 +293,7 @@ func (s *settlement) encode(v verdict) Result {
 	sealed := s.seal(r)
 	if sealed == nil {
 		s.notStored = ErrResponseNotStored
-		sealed = encodeNotStored(s.facts.status, s.digest)
+		sealed = encodeNotStored(s.recorder.status, s.digest)
 	}
 	r.Value = sealed
 	return r
@@ -307,7 +312,7 @@ func (s *settlement) encodeResponse(r *Result) {
 	// A MemoryStore copies what is small before it returns, and the request no
 	// longer needs its buffer. Other stores may still hold Value in the
 	// background, or after a call that timed out.
-	buffer := s.request.body.buffer
+	buffer := s.request.body.scratch()
 	r.Value, r.parts = s.recorder.encode((*buffer)[:0], s.digest, s.opts.ReplayHeader, false)
 	if r.Value != nil {
 		*buffer = r.Value[:0]

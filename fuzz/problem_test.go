@@ -32,9 +32,10 @@ func FuzzWriteError(f *testing.F) {
 		w.Header().Set("X-Outer", "kept")
 		idempotency.WriteError(w, nil, &idempotency.Error{
 			Status: status, Code: code, Detail: detail, Type: typ, RetryAfter: time.Duration(retry), OriginalStatus: original,
+			Retryable: retry%2 != 0,
 		})
 		require.Equal(t, status, w.Code)
-		checkProblem(t, w.Body.Bytes(), status, code, detail, typ, original)
+		checkProblem(t, w.Body.Bytes(), status, code, detail, typ, original, retry%2 != 0)
 
 		want := http.Header{
 			"X-Outer": {"kept"}, "Content-Type": {"application/problem+json"}, "Content-Language": {"en"},
@@ -64,7 +65,7 @@ func FuzzWriteError(f *testing.F) {
 	})
 }
 
-func checkProblem(t *testing.T, body []byte, status int, code, detail, typ string, original int) {
+func checkProblem(t *testing.T, body []byte, status int, code, detail, typ string, original int, retryable bool) {
 	var p map[string]any
 	d := json.NewDecoder(bytes.NewReader(body))
 	d.UseNumber()
@@ -73,7 +74,7 @@ func checkProblem(t *testing.T, body []byte, status int, code, detail, typ strin
 	valid := func(s string) string { return string([]rune(s)) } // each bad byte becomes U+FFFD
 	want := map[string]any{
 		"type": valid(typ), "status": json.Number(strconv.Itoa(status)), "code": valid(code),
-		"title": p["title"], "retryable": code == "in_progress" || code == "store_unavailable" || code == "body_incomplete",
+		"title": p["title"], "retryable": retryable,
 	}
 	if detail != "" {
 		want["detail"] = valid(detail)

@@ -35,6 +35,8 @@ type replicaConfig struct {
 	Bug    string // what to break on purpose
 	Soak   string // the kind of store, in a soak
 	TTL    time.Duration
+
+	Provider string // who charges, in a deployment
 }
 
 // Headers of requests and answers.
@@ -47,6 +49,10 @@ const (
 // input ends, which it does when the test is gone.
 func runReplica(config replicaConfig) {
 	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, nil)))
+	if config.Provider != "" {
+		runDeployed(config)
+		return
+	}
 	var handler http.Handler
 	if config.Soak != "" {
 		handler = newSoakService(config)

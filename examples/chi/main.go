@@ -16,6 +16,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"syscall"
 	"time"
 
 	"github.com/go-chi/chi/v5"
@@ -45,7 +46,7 @@ type server struct {
 //     needs the user.
 //  4. Idempotency, right around the handlers and in a group. Around the whole
 //     router it would also store the router's 404 for an unknown path.
-func newHandler(store idempotency.Store, s *server) http.Handler {
+func newHandler(store idempotency.Store, background *idempotency.Background, s *server) http.Handler {
 	r := chi.NewRouter()
 	r.Use(middleware.Recoverer, cors)
 	r.Group(func(r chi.Router) {
@@ -54,6 +55,7 @@ func newHandler(store idempotency.Store, s *server) http.Handler {
 			// The user's tokens may change between two tries; the user does not.
 			Scope:      func(r *http.Request) string { return user(r.Context()) },
 			RequireKey: true,
+			Background: background,
 		}))
 		r.Post("/payments", s.pay)
 		r.Post("/letters", s.sendLetter)
@@ -198,7 +200,7 @@ func writeJSON(w http.ResponseWriter, status int, v any) {
 }
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second interrupt ends the program at once
 	if err := run(ctx); err != nil {
 		log.Fatal(err)
@@ -216,7 +218,8 @@ func run(ctx context.Context) error {
 		return errors.Join(err, providerListener.Close())
 	}
 	provider := &http.Server{Handler: newProvider()}
-	api := &http.Server{Handler: newHandler(idempotency.NewMemoryStore(), &server{
+	background := new(idempotency.Background)
+	api := &http.Server{Handler: newHandler(idempotency.NewMemoryStore(), background, &server{
 		users:    map[string]string{"Bearer alice-token": "alice", "Bearer bob-token": "bob"},
 		provider: "http://" + providerListener.Addr().String(),
 		client:   &http.Client{Timeout: 10 * time.Second},
@@ -237,5 +240,19 @@ func run(ctx context.Context) error {
 	case err = <-stopped:
 	}
 	// The API first: its running requests may need the provider.
-	return errors.Join(err, api.Shutdown(context.Background()), provider.Shutdown(context.Background()))
+	return errors.Join(err, shutDown(background, api, provider))
+}
+
+// shutDown lets running requests finish, and then waits for what goes on after
+// their answers: with a store that was away for a moment, responses that were
+// sent and are not stored yet. Kubernetes kills a program after 30 seconds.
+func shutDown(background *idempotency.Background, servers ...*http.Server) (err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
+	defer cancel()
+	for _, server := range servers {
+		err = errors.Join(err, server.Shutdown(ctx))
+	}
+	ctx, cancel = context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	return errors.Join(err, background.Wait(ctx))
 }

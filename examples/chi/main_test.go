@@ -13,6 +13,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/go-chi/chi/v5"
 	"github.com/go-idempotency/idempotency"
 	"github.com/stretchr/testify/require"
 )
@@ -22,7 +23,7 @@ func newAPI(t *testing.T, provider http.Handler, post func(context.Context, stri
 	t.Helper()
 	bank := httptest.NewServer(provider)
 	t.Cleanup(bank.Close)
-	api := httptest.NewServer(newHandler(idempotency.NewMemoryStore(), &server{
+	api := httptest.NewServer(newHandler(idempotency.NewMemoryStore(), nil, &server{
 		users: map[string]string{
 			"Bearer alice-token": "alice", "Bearer alice-new-token": "alice", "Bearer bob-token": "bob",
 		},
@@ -149,7 +150,7 @@ func TestLetterIsPostedOnce(t *testing.T) {
 func TestCrashDoesNotPostAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		posted := 0
-		api := newHandler(idempotency.NewMemoryStore(), &server{
+		api := newHandler(idempotency.NewMemoryStore(), nil, &server{
 			users: map[string]string{"Bearer alice-token": "alice"},
 			post: func(context.Context, string) error {
 				posted++
@@ -205,5 +206,31 @@ func TestRefusalsAreAnswersToo(t *testing.T) {
 			require.Equal(t, http.StatusUnprocessableEntity, res.StatusCode)
 			require.Equal(t, replayed, res.Header.Get("Idempotent-Replayed"))
 		}
+	}
+}
+
+// Middleware outside finds out about the route whether the request has a key or
+// not, as tracing and metrics need.
+func TestRouteForMiddlewareOutside(t *testing.T) {
+	var pattern, route string
+	outside := func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			defer func() { pattern, route = r.Pattern, chi.RouteContext(r.Context()).RoutePattern() }()
+			next.ServeHTTP(w, r)
+		})
+	}
+	r := chi.NewRouter()
+	r.Use(outside, idempotency.Middleware(idempotency.NewMemoryStore(), nil))
+	r.Route("/orders", func(r chi.Router) {
+		r.Post("/{id}", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusCreated) })
+	})
+	srv := httptest.NewServer(r)
+	defer srv.Close()
+	for _, key := range []string{"", "order-17"} {
+		pattern, route = "", ""
+		res, _ := send(t, srv.URL+"/orders/1", "", key, "")
+		require.Equal(t, http.StatusCreated, res.StatusCode)
+		require.Equal(t, "/orders/{id}", pattern, "key %q", key)
+		require.Equal(t, "/orders/{id}", route, "key %q", key)
 	}
 }

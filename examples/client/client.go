@@ -58,7 +58,10 @@ func (r *Response) Replayed() bool { return r.Header.Get("Idempotent-Replayed") 
 // A Client repeats an operation until it knows the answer. The zero value is
 // usable; it is safe for concurrent use and must not be changed while in use.
 type Client struct {
-	// HTTP makes the single tries. Default http.DefaultClient.
+	// HTTP makes the single tries. Default http.DefaultClient. Its
+	// CheckRedirect is asked about the redirects that Do follows: those that
+	// repeat the request as it is (307 and 308) to the same host. Do returns
+	// any other redirect as the answer.
 	HTTP *http.Client
 
 	// MaxTries bounds the tries of one call of Do. Default 6.
@@ -166,6 +169,36 @@ func (c *Client) try(ctx context.Context, op Operation) (*Response, error) {
 		return nil, fmt.Errorf("status %d: reading the response: %w", res.StatusCode, err)
 	}
 	return &Response{Status: res.StatusCode, Header: res.Header, Body: body}, err
+}
+
+// withRedirects returns a copy of client that follows a redirect only where the
+// same request goes to the same host.
+//
+// After 301, 302 and 303, net/http sends a GET without the body (RFC 9110,
+// section 15.4 permits that for 301 and 302). The answer to the GET says nothing
+// about the operation: it is often the 200 of a login page.
+//
+// After 307 and 308, net/http repeats the method, the body and the key. Another
+// host is another server, which has never seen the key, so that the operation
+// could take effect on both. It could also read the body and the key: net/http
+// takes Authorization and Cookie off the request, and nothing else. Another
+// scheme counts as another host.
+func withRedirects(client *http.Client) *http.Client {
+	c := *client
+	c.CheckRedirect = func(req *http.Request, via []*http.Request) error {
+		first := via[0]
+		if req.Method != first.Method || req.URL.Host != first.URL.Host || req.URL.Scheme != first.URL.Scheme {
+			return http.ErrUseLastResponse
+		}
+		if client.CheckRedirect != nil {
+			return client.CheckRedirect(req, via)
+		}
+		if len(via) >= 10 { // as net/http does
+			return errors.New("stopped after 10 redirects")
+		}
+		return nil
+	}
+	return &c
 }
 
 // newRequest makes the request of one try. Every try needs its own, with the
@@ -286,6 +319,7 @@ func (c *Client) withDefaults() *Client {
 	if d.HTTP == nil {
 		d.HTTP = http.DefaultClient
 	}
+	d.HTTP = withRedirects(d.HTTP)
 	if d.sleep == nil {
 		d.sleep = pause
 	}

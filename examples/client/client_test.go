@@ -189,7 +189,8 @@ func TestRetryAfterIsHonoured(t *testing.T) {
 
 	require.Len(t, *pauses, 2)
 	for i, pause := range *pauses {
-		require.GreaterOrEqual(t, pause, 7*time.Second)
+		// Clients that were told the same come back at different moments.
+		require.Greater(t, pause, 7*time.Second)
 		require.Less(t, pause, 7*time.Second+200*time.Millisecond<<i)
 	}
 }
@@ -277,6 +278,7 @@ func TestWhichAnswersAreRepeated(t *testing.T) {
 		{"500 broken problem", 500, problemJSON, `{"retryable":`, true},
 		{"409 other media type", 409, nil, `{"retryable":true}`, false},
 		{"500 replayed", 500, http.Header{"Idempotent-Replayed": {"true"}}, "", false},
+		{"500 not replayed", 500, http.Header{"Idempotent-Replayed": {"false"}}, "", true},
 		{"200 that talks", 200, problemJSON, `{"retryable":true}`, false},
 	}
 	for _, tt := range tests {
@@ -361,6 +363,31 @@ func TestDoesNotWaitForAnHour(t *testing.T) {
 	b.requireTries(t, op, 1, 0)
 }
 
+// A Retry-After of just MaxRetryAfter is waited for.
+func TestWaitsForAMinute(t *testing.T) {
+	b := newBank(t, nil, nil, first(1, answer(http.StatusServiceUnavailable, http.Header{"Retry-After": {"60"}}, "")))
+	client, pauses := newClient(t)
+	op := b.operation("order-17")
+
+	_, err := client.Do(t.Context(), op)
+	require.NoError(t, err)
+	require.Len(t, *pauses, 1)
+	b.requireTries(t, op, 2, 1)
+}
+
+// Who gives up tells the code of the last problem, whatever the parameters of
+// its media type.
+func TestGivesUpWithTheCode(t *testing.T) {
+	header := http.Header{"Content-Type": {"application/problem+json; charset=utf-8"}}
+	b := newBank(t, nil, first(1000, answer(http.StatusConflict, header, `{"code":"in_progress","retryable":true}`)), nil)
+	client, _ := newClient(t)
+	_, err := client.Do(t.Context(), b.operation("order-17"))
+	var status *StatusError
+	require.ErrorAs(t, err, &status)
+	require.Equal(t, StatusError{Status: http.StatusConflict, Code: "in_progress"}, *status)
+	require.ErrorContains(t, err, "status 409 (in_progress)")
+}
+
 func TestResumeAfterRestart(t *testing.T) {
 	b := newBank(t, nil, first(1, loseAnswer), nil)
 
@@ -409,6 +436,89 @@ func TestResponseTooLarge(t *testing.T) {
 			b.requireTries(t, op, tt.tries, tt.tries-1)
 		})
 	}
+}
+
+// Do changes neither the operation nor the client: both may be in use elsewhere.
+func TestWhatTheCallerPassesIsNotChanged(t *testing.T) {
+	b := newBank(t, nil, first(2, loseAnswer), nil)
+	client, _ := newClient(t)
+	before, httpBefore := *client, *client.HTTP
+	before.sleep = nil
+	op := b.operation(NewKey())
+	op.Header.Set("Idempotency-Key", "a key that the caller left there")
+	header, body := op.Header.Clone(), slices.Clone(op.Body)
+	_, err := client.Do(t.Context(), op)
+	require.NoError(t, err)
+	require.Equal(t, header, op.Header)
+	require.Equal(t, body, op.Body)
+	after := *client
+	after.sleep = nil
+	require.Equal(t, before, after)
+	require.Equal(t, httpBefore, *client.HTTP)
+	b.requireTries(t, op, 3, 1)
+
+	zero := new(Client)
+	_, err = zero.Do(t.Context(), op)
+	require.NoError(t, err)
+	require.Equal(t, new(Client), zero)
+	require.Nil(t, http.DefaultClient.CheckRedirect)
+}
+
+// The documented defaults, which also stand in for what is negative.
+func TestDefaults(t *testing.T) {
+	for _, client := range []Client{{}, {MaxTries: -1, TryTimeout: -1, BaseDelay: -1, MaxDelay: -1, MaxRetryAfter: -1, MaxResponseBytes: -1}} {
+		d := client.withDefaults()
+		require.Equal(t, 6, d.MaxTries)
+		require.Equal(t, 15*time.Second, d.TryTimeout)
+		require.Equal(t, 200*time.Millisecond, d.BaseDelay)
+		require.Equal(t, 20*time.Second, d.MaxDelay)
+		require.Equal(t, time.Minute, d.MaxRetryAfter)
+		require.EqualValues(t, 1<<20, d.MaxResponseBytes)
+		require.Equal(t, http.DefaultClient.Transport, d.HTTP.Transport)
+	}
+}
+
+// A closeTracker counts the bodies that are open.
+type closeTracker struct {
+	io.Reader
+	open *int
+}
+
+func (b closeTracker) Close() error { *b.open--; return nil }
+
+// brokenReader is a connection that breaks while a response is read.
+type brokenReader struct{}
+
+func (brokenReader) Read([]byte) (int, error) { return 0, io.ErrUnexpectedEOF }
+
+// A response that is left open keeps its connection for good.
+func TestResponsesAreClosed(t *testing.T) {
+	open, tries := 0, 0
+	client, _ := newClient(t)
+	client.MaxResponseBytes = 5
+	client.HTTP.Transport = roundTripper(func(*http.Request) (*http.Response, error) {
+		bodies := []io.Reader{strings.NewReader("busy"), strings.NewReader("too large"), brokenReader{}, strings.NewReader("done")}
+		status := []int{503, 503, 201, 201}[tries]
+		open++
+		tries++
+		return &http.Response{StatusCode: status, Body: closeTracker{bodies[tries-1], &open}}, nil
+	})
+	res, err := client.Do(t.Context(), Operation{Key: "order-17", Method: http.MethodPost, URL: "http://bank.test/"})
+	require.NoError(t, err)
+	require.Equal(t, "done", string(res.Body))
+	require.Equal(t, 4, tries)
+	require.Zero(t, open)
+}
+
+// An operation needs no header.
+func TestOperationWithoutHeader(t *testing.T) {
+	b := newBank(t, nil, nil, nil)
+	client, _ := newClient(t)
+	op := b.operation(NewKey())
+	op.Header = nil
+	res, err := client.Do(t.Context(), op)
+	require.NoError(t, err)
+	require.Equal(t, "charge 1", string(res.Body))
 }
 
 func TestUnusableOperationsAreNotSent(t *testing.T) {
@@ -471,15 +581,16 @@ func TestBackoff(t *testing.T) {
 	for tries, ceiling := range map[int]time.Duration{
 		1: time.Second, 2: 2 * time.Second, 3: 4 * time.Second, 4: 5 * time.Second, 1000: 5 * time.Second,
 	} {
-		var longest time.Duration
+		shortest, longest := ceiling, time.Duration(0)
 		for range 1000 {
 			pause := client.backoff(tries)
 			require.GreaterOrEqual(t, pause, time.Duration(0))
 			require.Less(t, pause, ceiling)
-			longest = max(longest, pause)
+			shortest, longest = min(shortest, pause), max(longest, pause)
 		}
-		// All thousand in the lower half: less likely than 1 in 10^300.
+		// All thousand in one half: less likely than 1 in 10^300.
 		require.Greater(t, longest, ceiling/2, "tries %d", tries)
+		require.Less(t, shortest, ceiling/2, "tries %d", tries)
 	}
 }
 
@@ -506,6 +617,27 @@ func TestTryTimeout(t *testing.T) {
 		require.NoError(t, err)
 		require.Equal(t, http.StatusCreated, res.Status)
 		require.Equal(t, []string{"order-17", "order-17"}, keys)
+		require.GreaterOrEqual(t, time.Since(start), 15*time.Second)
+		require.Less(t, time.Since(start), 15*time.Second+200*time.Millisecond)
+	})
+}
+
+// A server that goes silent in the middle of its answer has not answered.
+func TestTryTimeoutCoversTheBody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		tries := 0
+		client := &Client{HTTP: &http.Client{Transport: roundTripper(func(r *http.Request) (*http.Response, error) {
+			if tries++; tries == 1 {
+				body, w := io.Pipe()
+				context.AfterFunc(r.Context(), func() { w.CloseWithError(r.Context().Err()) })
+				return &http.Response{StatusCode: http.StatusCreated, Body: body}, nil
+			}
+			return &http.Response{StatusCode: http.StatusCreated, Body: http.NoBody}, nil
+		})}}
+		start := time.Now()
+		res, err := client.Do(t.Context(), Operation{Key: "order-17", Method: http.MethodPost, URL: "http://bank.test/"})
+		require.NoError(t, err)
+		require.Equal(t, 2, res.Tries)
 		require.GreaterOrEqual(t, time.Since(start), 15*time.Second)
 		require.Less(t, time.Since(start), 15*time.Second+200*time.Millisecond)
 	})
@@ -544,8 +676,10 @@ func TestContextEndsTheTry(t *testing.T) {
 		})}}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
+		start := time.Now()
 		_, err := client.Do(ctx, Operation{Key: "order-17", Method: http.MethodPost, URL: "http://bank.test/"})
 		require.ErrorIs(t, err, context.DeadlineExceeded)
 		require.Equal(t, 1, tries)
+		require.Equal(t, time.Second, time.Since(start))
 	})
 }

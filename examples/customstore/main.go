@@ -18,6 +18,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strconv"
+	"syscall"
 	"time"
 
 	"github.com/go-idempotency/idempotency"
@@ -41,7 +42,7 @@ const ordersTable = `
 
 // newHandler makes the tables, if need be, and the API. A zero lease is the
 // library's default.
-func newHandler(ctx context.Context, db *sql.DB, lease time.Duration) (http.Handler, error) {
+func newHandler(ctx context.Context, db *sql.DB, lease time.Duration, background *idempotency.Background) (http.Handler, error) {
 	store, err := NewStore(ctx, db)
 	if err != nil {
 		return nil, err
@@ -53,6 +54,7 @@ func newHandler(ctx context.Context, db *sql.DB, lease time.Duration) (http.Hand
 	idempotent := idempotency.Middleware(store, &idempotency.Options{
 		RequireKey: true, // without a key, the store would not commit the order
 		Lease:      lease,
+		Background: background,
 
 		// A handler that hangs in its transaction keeps all other requests from
 		// writing. MaxExecution cancels its context, which rolls the transaction
@@ -151,7 +153,7 @@ func main() {
 	addr := flag.String("addr", "127.0.0.1:8080", "address to listen on")
 	path := flag.String("db", filepath.Join(os.TempDir(), "orders.db"), "SQLite database; made if it is not there")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second interrupt ends the program at once
 	if err := run(ctx, "sqlite", *path, *addr, 0); err != nil {
 		log.Fatal(err)
@@ -165,7 +167,8 @@ func run(ctx context.Context, driver, path, addr string, lease time.Duration) er
 		return err
 	}
 	defer db.Close()
-	handler, err := newHandler(ctx, db, lease)
+	background := new(idempotency.Background)
+	handler, err := newHandler(ctx, db, lease, background)
 	if err != nil {
 		return err
 	}
@@ -183,9 +186,23 @@ func run(ctx context.Context, driver, path, addr string, lease time.Duration) er
 
 	srv := &http.Server{Handler: handler}
 	stopped := make(chan error, 1)
-	context.AfterFunc(ctx, func() { stopped <- srv.Shutdown(context.Background()) })
+	context.AfterFunc(ctx, func() { stopped <- shutDown(background, srv) })
 	if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}
 	return <-stopped
+}
+
+// shutDown lets running requests finish, and then waits for what goes on after
+// their answers: with a store that was away for a moment, responses that were
+// sent and are not stored yet. Kubernetes kills a program after 30 seconds.
+func shutDown(background *idempotency.Background, servers ...*http.Server) (err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
+	defer cancel()
+	for _, server := range servers {
+		err = errors.Join(err, server.Shutdown(ctx))
+	}
+	ctx, cancel = context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	return errors.Join(err, background.Wait(ctx))
 }

@@ -18,6 +18,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -129,8 +130,8 @@ func TestProgram(t *testing.T) {
 	require.Equal(t, []order{{1, "tea", 2}}, all)
 
 	http.DefaultClient.CloseIdleConnections()
-	require.NoError(t, cmd.Process.Signal(os.Interrupt))
-	require.NoError(t, cmd.Wait(), "an interrupt ends the program in order")
+	require.NoError(t, cmd.Process.Signal(syscall.SIGTERM))
+	require.NoError(t, cmd.Wait(), "SIGTERM ends the program in order")
 	requireOneOrder(t, openFile(t, "sqlite", path), first.body)
 }
 

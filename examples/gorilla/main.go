@@ -15,6 +15,8 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"syscall"
+	"time"
 
 	"github.com/go-idempotency/idempotency"
 	"github.com/gorilla/mux"
@@ -23,7 +25,7 @@ import (
 // newHandler applies the middleware to the subrouter of orders only. The router
 // runs middleware only for requests that match a route, so its own 404 and 405
 // claim no key.
-func newHandler(store idempotency.Store) http.Handler {
+func newHandler(store idempotency.Store, background *idempotency.Background) http.Handler {
 	s := &orders{byID: map[string]order{}}
 	r := mux.NewRouter()
 	r.HandleFunc("/ping", ping).Methods(http.MethodPost)
@@ -32,6 +34,7 @@ func newHandler(store idempotency.Store) http.Handler {
 	sub.Use(idempotency.Middleware(store, &idempotency.Options{
 		RequireKey:  true,
 		ValidateKey: uuidOnly,
+		Background:  background,
 	}))
 	sub.HandleFunc("", s.create).Methods(http.MethodPost)
 	sub.HandleFunc("/{id}", s.get).Methods(http.MethodGet) // a GET needs no key
@@ -117,12 +120,13 @@ func main() {
 	fmt.Println(`Try this twice:
   curl -i http://` + addr + `/orders -X POST -H 'Idempotency-Key: 0f0a1c1e-6a3f-4f0e-9a4e-2d8c4b1c7b11'`)
 
-	srv := &http.Server{Addr: addr, Handler: newHandler(idempotency.NewMemoryStore())}
+	background := new(idempotency.Background)
+	srv := &http.Server{Addr: addr, Handler: newHandler(idempotency.NewMemoryStore(), background)}
 	stopped := make(chan error, 1)
-	interrupted, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	interrupted, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(interrupted, func() {
-		stop()                                        // a second interrupt ends the program at once
-		stopped <- srv.Shutdown(context.Background()) // the first lets running requests finish
+		stop() // a second interrupt ends the program at once
+		stopped <- shutDown(background, srv)
 	})
 	if err := srv.ListenAndServe(); !errors.Is(err, http.ErrServerClosed) {
 		log.Fatal(err)
@@ -130,4 +134,18 @@ func main() {
 	if err := <-stopped; err != nil {
 		log.Fatal(err)
 	}
+}
+
+// shutDown lets running requests finish, and then waits for what goes on after
+// their answers: with a store that was away for a moment, responses that were
+// sent and are not stored yet. Kubernetes kills a program after 30 seconds.
+func shutDown(background *idempotency.Background, servers ...*http.Server) (err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
+	defer cancel()
+	for _, server := range servers {
+		err = errors.Join(err, server.Shutdown(ctx))
+	}
+	ctx, cancel = context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	return errors.Join(err, background.Wait(ctx))
 }

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/gorilla/mux"
 	"github.com/stretchr/testify/require"
 )
 
@@ -19,7 +20,7 @@ const (
 
 func newServer(t *testing.T) *httptest.Server {
 	t.Helper()
-	srv := httptest.NewServer(newHandler(idempotency.NewMemoryStore()))
+	srv := httptest.NewServer(newHandler(idempotency.NewMemoryStore(), nil))
 	t.Cleanup(srv.Close)
 	return srv
 }
@@ -92,4 +93,29 @@ func TestRoutesWithoutTheMiddleware(t *testing.T) {
 	require.Equal(t, http.StatusNotFound, res.StatusCode, "the router's own answers need no key")
 	res, _ = send(t, http.MethodDelete, srv.URL+"/orders/1/items", "", "")
 	require.Equal(t, http.StatusMethodNotAllowed, res.StatusCode)
+}
+
+// Middleware outside finds out about the route whether the request has a key or
+// not, as tracing and metrics need.
+func TestRouteForMiddlewareOutside(t *testing.T) {
+	var route, id string
+	outside := func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			next.ServeHTTP(w, r)
+			route, _ = mux.CurrentRoute(r).GetPathTemplate()
+			id = mux.Vars(r)["id"]
+		})
+	}
+	r := mux.NewRouter()
+	r.Use(outside, idempotency.Middleware(idempotency.NewMemoryStore(), nil))
+	r.HandleFunc("/orders/{id}", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusCreated) })
+	srv := httptest.NewServer(r)
+	defer srv.Close()
+	for _, key := range []string{"", keyA} {
+		route, id = "", ""
+		res, _ := send(t, http.MethodPost, srv.URL+"/orders/1", key, "")
+		require.Equal(t, http.StatusCreated, res.StatusCode)
+		require.Equal(t, "/orders/{id}", route, "key %q", key)
+		require.Equal(t, "1", id, "key %q", key)
+	}
 }

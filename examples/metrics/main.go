@@ -4,9 +4,13 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log"
 	"net/http"
+	"os"
+	"os/signal"
+	"syscall"
 	"time"
 
 	"github.com/go-idempotency/idempotency"
@@ -63,10 +67,11 @@ func newMetrics(reg prometheus.Registerer) func(context.Context, idempotency.Eve
 	}
 }
 
-func newHandler() http.Handler {
+func newHandler(background *idempotency.Background) http.Handler {
 	reg := prometheus.NewRegistry()
 	idempotent := idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{
-		OnEvent: newMetrics(reg),
+		OnEvent:    newMetrics(reg),
+		Background: background,
 	})
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{}))
@@ -90,6 +95,32 @@ func main() {
 	fmt.Println(`Charge, retry, and look at the numbers:
   curl -i http://127.0.0.1:8080/charge -H 'Idempotency-Key: order-17' -d amount=100
   curl -s http://127.0.0.1:8080/metrics | grep requests_total`)
-	srv := &http.Server{Addr: "127.0.0.1:8080", Handler: newHandler(), ReadHeaderTimeout: 10 * time.Second}
-	log.Fatal(srv.ListenAndServe())
+	background := new(idempotency.Background)
+	srv := &http.Server{Addr: "127.0.0.1:8080", Handler: newHandler(background), ReadHeaderTimeout: 10 * time.Second}
+	stopped := make(chan error, 1)
+	interrupted, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(interrupted, func() {
+		stop() // a second interrupt ends the program at once
+		stopped <- shutDown(background, srv)
+	})
+	if err := srv.ListenAndServe(); !errors.Is(err, http.ErrServerClosed) {
+		log.Fatal(err)
+	}
+	if err := <-stopped; err != nil {
+		log.Fatal(err)
+	}
+}
+
+// shutDown lets running requests finish, and then waits for what goes on after
+// their answers: with a store that was away for a moment, responses that were
+// sent and are not stored yet. Kubernetes kills a program after 30 seconds.
+func shutDown(background *idempotency.Background, servers ...*http.Server) (err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
+	defer cancel()
+	for _, server := range servers {
+		err = errors.Join(err, server.Shutdown(ctx))
+	}
+	ctx, cancel = context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	return errors.Join(err, background.Wait(ctx))
 }

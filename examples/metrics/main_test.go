@@ -10,7 +10,7 @@ import (
 )
 
 func TestMetrics(t *testing.T) {
-	api := newHandler()
+	api := newHandler(nil)
 	charge := func(key, body string) int {
 		r := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/charge", strings.NewReader(body))
 		r.Header.Set("Content-Type", "application/x-www-form-urlencoded")

@@ -13,11 +13,13 @@ import (
 	"os/signal"
 	"strconv"
 	"sync/atomic"
+	"syscall"
+	"time"
 
 	"github.com/go-idempotency/idempotency"
 )
 
-func newHandler() http.Handler {
+func newHandler(background *idempotency.Background) http.Handler {
 	var charges atomic.Int64
 	charge := func(w http.ResponseWriter, r *http.Request) {
 		amount, err := strconv.Atoi(r.PostFormValue("amount"))
@@ -31,7 +33,7 @@ func newHandler() http.Handler {
 			log.Print(err)
 		}
 	}
-	idempotent := idempotency.Middleware(idempotency.NewMemoryStore(), nil)
+	idempotent := idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{Background: background})
 	mux := http.NewServeMux()
 	mux.Handle("POST /charge", idempotent(http.HandlerFunc(charge)))
 	return mux
@@ -49,12 +51,13 @@ func main() {
 	fmt.Println("The same again is replayed, with Idempotent-Replayed: true:" + try + "100")
 	fmt.Println("Another body under the same key is refused with 422:" + try + "999")
 
-	srv := &http.Server{Handler: newHandler()}
+	background := new(idempotency.Background)
+	srv := &http.Server{Handler: newHandler(background)}
 	stopped := make(chan error, 1)
-	interrupted, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	interrupted, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(interrupted, func() {
-		stop()                                        // a second interrupt ends the program at once
-		stopped <- srv.Shutdown(context.Background()) // the first lets running requests finish
+		stop() // a second interrupt ends the program at once
+		stopped <- shutDown(background, srv)
 	})
 	if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
 		log.Fatal(err)
@@ -62,4 +65,18 @@ func main() {
 	if err := <-stopped; err != nil {
 		log.Fatal(err)
 	}
+}
+
+// shutDown lets running requests finish, and then waits for what goes on after
+// their answers: with a store that was away for a moment, responses that were
+// sent and are not stored yet. Kubernetes kills a program after 30 seconds.
+func shutDown(background *idempotency.Background, servers ...*http.Server) (err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
+	defer cancel()
+	for _, server := range servers {
+		err = errors.Join(err, server.Shutdown(ctx))
+	}
+	ctx, cancel = context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	return errors.Join(err, background.Wait(ctx))
 }

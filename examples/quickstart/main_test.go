@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -73,7 +74,7 @@ func requireThreeAnswers(t *testing.T, url string) {
 }
 
 func TestHandler(t *testing.T) {
-	srv := httptest.NewServer(newHandler())
+	srv := httptest.NewServer(newHandler(nil))
 	defer srv.Close()
 	requireThreeAnswers(t, srv.URL+"/charge")
 
@@ -89,7 +90,7 @@ func TestHandler(t *testing.T) {
 }
 
 func TestWithoutKeyEveryRequestIsExecuted(t *testing.T) {
-	srv := httptest.NewServer(newHandler())
+	srv := httptest.NewServer(newHandler(nil))
 	defer srv.Close()
 	_, first := charge(t, srv.URL+"/charge", "", "amount=100")
 	_, second := charge(t, srv.URL+"/charge", "", "amount=100")
@@ -118,8 +119,8 @@ func TestProgram(t *testing.T) {
 	requireThreeAnswers(t, url)
 
 	http.DefaultClient.CloseIdleConnections()
-	require.NoError(t, cmd.Process.Signal(os.Interrupt))
-	require.NoError(t, cmd.Wait(), "an interrupt ends the program in order")
+	require.NoError(t, cmd.Process.Signal(syscall.SIGTERM))
+	require.NoError(t, cmd.Wait(), "SIGTERM ends the program in order")
 }
 
 func TestProgramSaysThatThePortIsTaken(t *testing.T) {

@@ -20,6 +20,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/go-idempotency/idempotency"
@@ -52,9 +53,17 @@ func newClient(addr string) *redis.Client {
 	})
 }
 
-func newHandler(rep *replica, lease time.Duration) http.Handler {
-	store := idempotency.NewRedisStore(rep.client, nil)
-	idempotent := idempotency.Middleware(store, &idempotency.Options{Lease: lease, RequireKey: true})
+// newStore has a Prefix of this service. Another service on the same Redis needs
+// another one: with one prefix, an event that is sent to both runs in one of
+// them only, and a request that one passes on to the other with its key meets a
+// key that is taken.
+func newStore(client redis.UniversalClient) *idempotency.RedisStore {
+	return idempotency.NewRedisStore(client, &idempotency.RedisOptions{Prefix: "charges:"})
+}
+
+func newHandler(rep *replica, lease time.Duration, background *idempotency.Background) http.Handler {
+	store := newStore(rep.client)
+	idempotent := idempotency.Middleware(store, &idempotency.Options{Lease: lease, RequireKey: true, Background: background})
 	mux := http.NewServeMux()
 	mux.Handle("POST /charge", idempotent(http.HandlerFunc(rep.charge)))
 	return mux
@@ -110,7 +119,12 @@ start one with one of
   docker run --rm -p 127.0.0.1:6379:6379 redis:7 redis-server --appendonly yes
 or say in REDIS_ADDR where it is, as host:port`, addr, err)
 	}
-	return idempotency.NewRedisStore(client, nil).Check(ctx)
+	err := newStore(client).Check(ctx)
+	if errors.Is(err, idempotency.ErrEvictionUnknown) {
+		log.Print(err)
+		return nil
+	}
+	return err
 }
 
 func main() {
@@ -122,7 +136,7 @@ func main() {
 	if addr == "" {
 		addr = "127.0.0.1:6379"
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second interrupt ends the program at once
 	if err := run(ctx, addr, strings.Split(*listen, ","), *lease, *work); err != nil {
 		log.Fatal(err)
@@ -134,6 +148,7 @@ func run(ctx context.Context, redisAddr string, addrs []string, lease, work time
 	if err := checkRedis(ctx, redisAddr); err != nil {
 		return err
 	}
+	background := new(idempotency.Background) // of all replicas in this process
 	var servers []*http.Server
 	var urls []string
 	stopped := make(chan error, len(addrs))
@@ -145,7 +160,7 @@ func run(ctx context.Context, redisAddr string, addrs []string, lease, work time
 		client := newClient(redisAddr)
 		defer client.Close()
 		rep := &replica{name: ln.Addr().String(), client: client, work: work}
-		server := &http.Server{Handler: newHandler(rep, lease)}
+		server := &http.Server{Handler: newHandler(rep, lease, background)}
 		servers, urls = append(servers, server), append(urls, "http://"+rep.name+"/charge")
 		go func() { stopped <- server.Serve(ln) }()
 	}
@@ -154,10 +169,7 @@ func run(ctx context.Context, redisAddr string, addrs []string, lease, work time
 	case <-ctx.Done():
 	case err = <-stopped:
 	}
-	for _, server := range servers {
-		err = errors.Join(err, server.Shutdown(context.Background()))
-	}
-	return err
+	return errors.Join(err, shutDown(background, servers...))
 }
 
 // suggest prints commands to try.
@@ -169,4 +181,18 @@ func suggest(urls []string) {
 	fmt.Println("Another body under the same key is refused with 422, by both:" + last + "999")
 	fmt.Println("Two at once: one is executed, the other waits for its answer:" +
 		strings.ReplaceAll(first+"100 &"+last+"100; wait", "order-17", "order-18"))
+}
+
+// shutDown lets running requests finish, and then waits for what goes on after
+// their answers: with a store that was away for a moment, responses that were
+// sent and are not stored yet. Kubernetes kills a program after 30 seconds.
+func shutDown(background *idempotency.Background, servers ...*http.Server) (err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
+	defer cancel()
+	for _, server := range servers {
+		err = errors.Join(err, server.Shutdown(ctx))
+	}
+	ctx, cancel = context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	return errors.Join(err, background.Wait(ctx))
 }

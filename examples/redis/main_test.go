@@ -14,6 +14,7 @@ import (
 	"regexp"
 	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -164,7 +165,7 @@ func TestTwoReplicasOnMiniredis(t *testing.T) {
 	var urls []string
 	for range 2 {
 		rep := &replica{client: newClient(addr), work: 10 * time.Millisecond}
-		srv := httptest.NewUnstartedServer(newHandler(rep, 30*time.Second))
+		srv := httptest.NewUnstartedServer(newHandler(rep, 30*time.Second, nil))
 		rep.name = srv.Listener.Addr().String()
 		srv.Start()
 		t.Cleanup(func() { srv.Close(); _ = rep.client.Close() })
@@ -183,8 +184,8 @@ func TestProgram(t *testing.T) {
 	require.NotEqual(t, urls[0], urls[1], "two replicas")
 	require.ElementsMatch(t, []string{urls[1], urls[0], urls[1]}, urls[2:])
 	requireOneExecution(t, addr, urls[:2])
-	require.NoError(t, cmd.Process.Signal(os.Interrupt))
-	require.NoError(t, cmd.Wait(), "an interrupt ends the program in order")
+	require.NoError(t, cmd.Process.Signal(syscall.SIGTERM))
+	require.NoError(t, cmd.Wait(), "SIGTERM ends the program in order")
 }
 
 // requireOneExecution sends what the program suggests to two replicas.

@@ -91,6 +91,16 @@ func TestRedisClusterContract(t *testing.T) {
 	require.NoError(t, check(t.Context()))
 	require.NoError(t, c.admins[2].ConfigSet(t.Context(), "maxmemory-policy", "volatile-ttl").Err())
 	require.ErrorContains(t, check(t.Context()), c.nodes[2].Addr, "one master is enough")
+	require.NoError(t, c.admins[2].ConfigSet(t.Context(), "maxmemory-policy", "noeviction").Err())
+	for node := range 3 { // the masters: the scripts are tried on each
+		require.NoError(t, c.admins[node].Do(t.Context(), "acl", "setuser", "default", "-evalsha").Err())
+		err := check(t.Context())
+		require.ErrorContains(t, err, "NOPERM")
+		require.ErrorContains(t, err, c.nodes[node].Addr)
+		require.NoError(t, c.admins[node].Do(t.Context(), "acl", "setuser", "default", "+evalsha").Err())
+	}
+	oneSlot := idempotency.NewRedisStore(c.client, &idempotency.RedisOptions{Prefix: "{shop}:"})
+	require.NoError(t, oneSlot.Check(t.Context()), "two masters have no key of it")
 
 	for name, opts := range map[string]*idempotency.RedisOptions{"defaults": nil, "MinReplicas": {MinReplicas: 1}} {
 		t.Run(name, func(t *testing.T) {
