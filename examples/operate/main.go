@@ -171,7 +171,7 @@ func (c *command) do(ctx context.Context, forget bool) (code int, err error) {
 	defer cancel()
 	seen, shown, err := c.look(asked, c.request)
 	if err != nil {
-		return exitFailed, err
+		return exitFailed, fmt.Errorf("cannot look into Redis: %w", err)
 	}
 	shown.print(c.out)
 	switch {
