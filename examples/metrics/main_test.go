@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -51,11 +52,14 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
-// The rules name metrics that the program exports, outcomes that the library has,
-// and sections that the page has.
+// The rules and the dashboard name metrics that the program exports, outcomes that
+// the page explains, and sections that the page has.
 func TestAlertsFitTheProgram(t *testing.T) {
 	rules, err := os.ReadFile("alerts.yml")
 	require.NoError(t, err)
+	dashboard, err := os.ReadFile("dashboard.json")
+	require.NoError(t, err)
+	require.True(t, json.Valid(dashboard))
 	page, err := os.ReadFile("../../docs/operating.md")
 	require.NoError(t, err)
 
@@ -68,12 +72,12 @@ func TestAlertsFitTheProgram(t *testing.T) {
 	for _, family := range families {
 		exported[family.GetName()] = true
 	}
-	used := regexp.MustCompile(`idempotency_[a-z_]+`).FindAllString(string(rules), -1)
+	used := regexp.MustCompile(`idempotency_[a-z_]+`).FindAllString(string(rules)+string(dashboard), -1)
 	require.NotEmpty(t, used)
 	for _, name := range used {
-		require.True(t, exported[name], name)
+		require.True(t, exported[strings.TrimSuffix(name, "_bucket")], name)
 	}
-	for _, match := range regexp.MustCompile(`outcome=~?"([a-z_|]+)"`).FindAllStringSubmatch(string(rules), -1) {
+	for _, match := range regexp.MustCompile(`outcome=~?"([a-z_|]+)"`).FindAllStringSubmatch(string(rules)+strings.ReplaceAll(string(dashboard), `\"`, `"`), -1) {
 		for outcome := range strings.SplitSeq(match[1], "|") {
 			require.Contains(t, string(page), "`"+outcome+"`")
 		}

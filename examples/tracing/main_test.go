@@ -1,0 +1,41 @@
+package main
+
+import (
+	"net/http"
+	"net/http/httptest"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+	"go.opentelemetry.io/otel/attribute"
+	sdk "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/sdk/trace/tracetest"
+)
+
+func TestTracing(t *testing.T) {
+	spans := tracetest.NewSpanRecorder()
+	api := newHandler(sdk.NewTracerProvider(sdk.WithSpanProcessor(spans)))
+	for range 2 {
+		r := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/charge", nil)
+		r.Header.Set("Idempotency-Key", "a")
+		w := httptest.NewRecorder()
+		api.ServeHTTP(w, r)
+		require.Equal(t, http.StatusCreated, w.Code)
+	}
+	ended := spans.Ended()
+	require.Len(t, ended, 3, "the provider was called once")
+	child, first, replay := ended[0], ended[1], ended[2]
+	require.Equal(t, "call provider", child.Name())
+	require.Equal(t, first.SpanContext().SpanID(), child.Parent().SpanID())
+
+	get := func(span sdk.ReadOnlySpan, name string) string {
+		set := attribute.NewSet(span.Attributes()...)
+		value, _ := set.Value(attribute.Key(name))
+		return value.String()
+	}
+	require.Equal(t, "executed", get(first, "idempotency.outcome"))
+	require.Equal(t, "1", get(first, "idempotency.attempt"))
+	require.Equal(t, "replayed", get(replay, "idempotency.outcome"))
+	require.Equal(t, "true", get(replay, "idempotency.replayed"))
+	require.Equal(t, get(first, "idempotency.store_key"), get(replay, "idempotency.store_key"))
+	require.Empty(t, replay.Links())
+}
