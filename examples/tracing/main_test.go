@@ -30,7 +30,7 @@ func TestTracing(t *testing.T) {
 	get := func(span sdk.ReadOnlySpan, name string) string {
 		set := attribute.NewSet(span.Attributes()...)
 		value, _ := set.Value(attribute.Key(name))
-		return value.String()
+		return value.Emit()
 	}
 	require.Equal(t, "executed", get(first, "idempotency.outcome"))
 	require.Equal(t, "1", get(first, "idempotency.attempt"))
