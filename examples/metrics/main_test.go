@@ -3,10 +3,15 @@ package main
 import (
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"regexp"
 	"strings"
 	"testing"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/stretchr/testify/require"
+
+	"github.com/go-idempotency/idempotency"
 )
 
 func TestMetrics(t *testing.T) {
@@ -44,5 +49,39 @@ func TestMetrics(t *testing.T) {
 		`idempotency_repeated_attempts_total 1`,
 	} {
 		require.Contains(t, w.Body.String(), line+"\n")
+	}
+}
+
+// The rules name metrics that the program exports, outcomes that the library has,
+// and sections that the page has.
+func TestAlertsFitTheProgram(t *testing.T) {
+	rules, err := os.ReadFile("alerts.yml")
+	require.NoError(t, err)
+	page, err := os.ReadFile("../../docs/operating.md")
+	require.NoError(t, err)
+
+	reg := prometheus.NewRegistry()
+	observe := newMetrics(reg)
+	observe(t.Context(), idempotency.Event{Outcome: idempotency.OutcomeExecuted, Attempt: 2, Waited: 1})
+	families, err := reg.Gather()
+	require.NoError(t, err)
+	exported := map[string]bool{}
+	for _, family := range families {
+		exported[family.GetName()] = true
+	}
+	used := regexp.MustCompile(`idempotency_[a-z_]+`).FindAllString(string(rules), -1)
+	require.NotEmpty(t, used)
+	for _, name := range used {
+		require.True(t, exported[name], name)
+	}
+	for _, match := range regexp.MustCompile(`outcome=~?"([a-z_|]+)"`).FindAllStringSubmatch(string(rules), -1) {
+		for outcome := range strings.SplitSeq(match[1], "|") {
+			require.Contains(t, string(page), "`"+outcome+"`")
+		}
+	}
+	for _, match := range regexp.MustCompile(`action: docs/operating.md, (.*)`).FindAllStringSubmatch(string(rules), -1) {
+		for _, section := range regexp.MustCompile(`"([^"]+)"`).FindAllStringSubmatch(match[1], -1) {
+			require.Contains(t, string(page), "## "+section[1]+"\n")
+		}
 	}
 }
