@@ -18,6 +18,13 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
+// outcomes are those that alerts count.
+var outcomes = []idempotency.Outcome{
+	idempotency.OutcomeExecuted, idempotency.OutcomeReplayed, idempotency.OutcomeKeyReused,
+	idempotency.OutcomeStoreUnavailable, idempotency.OutcomeUnprotected, idempotency.OutcomeOutcomeUnknown,
+	idempotency.OutcomeLeaseLost, idempotency.OutcomePanicked, idempotency.OutcomeRecordUnreadable,
+}
+
 // newMetrics registers the metrics and returns a function for Options.OnEvent.
 //
 // The label has few values: an outcome is one of sixteen. A label with a key, or
@@ -54,6 +61,11 @@ func newMetrics(reg prometheus.Registerer) func(context.Context, idempotency.Eve
 		Help: "Executions under a key that an earlier run died under, or freed.",
 	})
 	reg.MustRegister(requests, seconds, waited, again)
+	// increase() sees no increase in a series that begins at 1, so the first
+	// outcome_unknown of a process would raise no alert.
+	for _, outcome := range outcomes {
+		requests.WithLabelValues(string(outcome))
+	}
 
 	return func(_ context.Context, e idempotency.Event) {
 		requests.WithLabelValues(string(e.Outcome)).Inc()

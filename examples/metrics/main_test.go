@@ -44,6 +44,7 @@ func TestMetrics(t *testing.T) {
 		`idempotency_requests_total{outcome="replayed"} 1`,
 		`idempotency_requests_total{outcome="key_reused"} 1`,
 		`idempotency_requests_total{outcome="key_invalid"} 1`,
+		`idempotency_requests_total{outcome="outcome_unknown"} 0`,
 		`idempotency_request_duration_seconds_count{outcome="executed"} 2`,
 		`idempotency_wait_seconds_count 0`,
 		`idempotency_repeated_attempts_total 1`,
