@@ -50,8 +50,9 @@ const (
 )
 
 var (
-	_ Store   = (*MemoryStore)(nil)
-	_ Watcher = (*MemoryStore)(nil)
+	_ Store     = (*MemoryStore)(nil)
+	_ Watcher   = (*MemoryStore)(nil)
+	_ Inspector = (*MemoryStore)(nil)
 )
 
 // NewMemoryStore returns an empty store, like new(MemoryStore).
@@ -377,7 +378,7 @@ type memoryWatch struct {
 }
 
 // Watch implements [Watcher]. It never returns an error. It tells of every
-// Complete and Release, whether or not an Acquire has found the cell
+// Complete, Release and Forget, whether or not an Acquire has found the cell
 // InProgress.
 func (s *MemoryStore) Watch(ctx context.Context, key string) (<-chan struct{}, error) {
 	sh, _ := s.lock(key, memoryNow())

@@ -45,6 +45,14 @@ func (s paddedStore) Acquire(ctx context.Context, key string, c idempotency.Clai
 	return rec, err
 }
 
+func (s paddedStore) Inspect(ctx context.Context, key string) (idempotency.Cell, error) {
+	cell, err := s.MemoryStore.Inspect(ctx, key)
+	if cell.State == idempotency.Completed {
+		cell.Value = bytes.TrimPrefix(cell.Value, padding)
+	}
+	return cell, err
+}
+
 func acquire(t *testing.T, s idempotency.Store, key, token string) idempotency.Record {
 	t.Helper()
 	rec, err := s.Acquire(t.Context(), key, idempotency.Claim{Token: token, Lease: time.Second, TTL: time.Minute})

@@ -170,6 +170,26 @@ end
 local foreign = {err = 'FOREIGN the key holds something else'}
 `
 
+// redisLease is the part of the scripts that reads the lease of a claim. number
+// reads a number of a cell. leaseLeft returns how many milliseconds the lease
+// of a claim still runs, 0 or less when it is over, or nil for a key without a
+// TTL, which no script has written.
+//
+// A lease is over when more milliseconds have begun than it has. Else it would
+// end up to one millisecond early.
+const redisLease = `
+local function number(s, from, to)
+  local n = 0
+  for i = from, to do n = n * 256 + string.byte(s, i) end
+  return n
+end
+local function leaseLeft(cell)
+  local kept, lease = redis.call('PTTL', KEYS[1]), number(cell, 10, 15)
+  if kept < 0 then return nil end
+  return math.min(lease, lease - (number(cell, 16, 21) - kept) + 1)
+end
+`
+
 // acquireScript decides about a claim or a renewal by the table of [Store].
 //
 // KEYS[1] is the cell. ARGV[1] is the claim as an absent cell becomes it.
@@ -183,17 +203,9 @@ local foreign = {err = 'FOREIGN the key holds something else'}
 // and Once, for InProgress the milliseconds that are left of the lease and the
 // cell, for Lost nothing, and else 0 and the cell. InProgress also sets
 // the flag watched, so that Complete and Release publish the change.
-//
-// A lease is over when more milliseconds have begun than it has. Else it would
-// end up to one millisecond early.
-var acquireScript = newRedisScript(redisParse + `
+var acquireScript = newRedisScript(redisParse + redisLease + `
 local claim, renewal = ARGV[1], tonumber(ARGV[2])
 local _, token, fingerprint = parse(claim)
-local function number(s, from, to)
-  local n = 0
-  for i = from, to do n = n * 256 + string.byte(s, i) end
-  return n
-end
 local function write(attempt, flags)
   local n = string.char(math.floor(attempt / 16777216) % 256, math.floor(attempt / 65536) % 256,
     math.floor(attempt / 256) % 256, attempt % 256, flags)
@@ -228,13 +240,11 @@ if owner == token and (renewal == 0 or renewal == attempt) then
 end
 if renewal > 0 then return {6, 0, ''} end
 
-local kept = redis.call('PTTL', KEYS[1])
-if kept < 0 then return foreign end
-local lease = number(cell, 10, 15)
-local left = lease - (number(cell, 16, 21) - kept) + 1
+local left = leaseLeft(cell)
+if not left then return foreign end
 if left > 0 then
   if watched == 0 then redis.call('SETRANGE', KEYS[1], 8, string.char(once + 2)) end
-  return {2, math.min(left, lease), cell}
+  return {2, left, cell}
 end
 if once == 1 then return {5, 0, cell} end
 return write(attempt + 1, watched)

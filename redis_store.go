@@ -128,8 +128,9 @@ type RedisStore struct {
 }
 
 var (
-	_ Store   = (*RedisStore)(nil)
-	_ Watcher = (*RedisStore)(nil)
+	_ Store     = (*RedisStore)(nil)
+	_ Watcher   = (*RedisStore)(nil)
+	_ Inspector = (*RedisStore)(nil)
 )
 
 // NewRedisStore returns a store on client. It does not connect; see

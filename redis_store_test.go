@@ -315,6 +315,10 @@ func TestRedisFull(t *testing.T) {
 	require.NoError(t, store.Release(ctx, "failing", "A", time.Minute))
 	require.Equal(t, 2, acquireAs(t, store, "failing", "B").Attempt)
 	require.Equal(t, 2, acquireAs(t, store, "released", "B").Attempt)
+	seen, err := store.Inspect(ctx, "done")
+	require.NoError(t, err)
+	require.NoError(t, store.Forget(ctx, "done", seen))
+	require.Equal(t, 2, acquireAs(t, store, "done", "B").Attempt)
 
 	shop := idemtest.OpenShop(t, store, nil, nil)
 	require.Equal(t, "503 Service Unavailable", shop.Post("key"))

@@ -120,7 +120,7 @@ const (
 // free. One string holds both, as both are needed until the request ends.
 func (q *request) deriveStoreKey() {
 	path, _ := target(q.r)
-	sum := hashKey(q.body.unused(), q.scope, strings.ToUpper(q.r.Method), normalize(path), q.key)
+	sum := hashKey(q.body.unused(), q.scope, q.r.Method, path, q.key)
 	token := newToken()
 	var text [storeKeyBytes + tokenBytes]byte
 	base64.RawURLEncoding.Encode(text[:storeKeyBytes], sum[:])
@@ -215,6 +215,11 @@ func target(r *http.Request) (path, query string) {
 	if uri == "" { // not from a server
 		uri = r.URL.RequestURI()
 	}
+	return splitTarget(uri)
+}
+
+// splitTarget is target for the text of a request line.
+func splitTarget(uri string) (path, query string) {
 	if !strings.HasPrefix(uri, "/") {
 		// The absolute form, RFC 9112 section 3.2.2, names the same resource.
 		if _, rest, ok := strings.Cut(uri, "://"); ok {
@@ -246,15 +251,16 @@ func appendFields(b []byte, list []string) []byte {
 
 // hashKey returns what the store key is made of. No choice of a key reaches
 // another cell, and no client's key can be read in the store. To reach the cell
-// of another client takes a second preimage of 160 bits.
+// of another client takes a second preimage of 160 bits. A method in any case
+// and any spelling of a path that is equivalent name the same cell.
 //
 // The label is short so that a usual path and a UUID fit into one block of
 // SHA-256, 55 bytes, which saves 60 ns.
 func hashKey(scratch []byte, scope, method, path, key string) (sum [20]byte) {
 	b := append(scratch, 'k')
 	b = appendField(b, scope)
-	b = appendField(b, method)
-	b = appendField(b, path)
+	b = appendField(b, strings.ToUpper(method))
+	b = appendField(b, normalize(path))
 	b = appendField(b, key)
 	full := sha256.Sum256(b)
 	copy(sum[:], full[:])

@@ -56,7 +56,8 @@ type Store interface {
 	//
 	// Only a renewal of a cell that is claimed under its token and attempt sets
 	// Once, if c.Once is set. The Once of a claim is ignored. Nothing unsets
-	// Once but the end of the claim (Complete, Release, or its expiry).
+	// Once but the end of the claim (Complete, Release, or its expiry), and an
+	// operator's [Inspector].
 	// Record.Once tells what the cell has now. So a command that is sent twice
 	// is harmless, and one that arrives after its claim has ended holds a key
 	// for one lease at most.
@@ -88,11 +89,11 @@ type Store interface {
 // is at most 25ms, and the pauses grow to at most one second.
 type Watcher interface {
 	// Watch returns a channel that is closed when the cell of key may have been
-	// completed or released since the call. A store may tell only of cells that
-	// an Acquire since then has found InProgress. It may also close the channel
-	// when nothing has changed, and correctness does not depend on it. The
-	// watch ends with ctx. Watch must return promptly. When it returns an
-	// error, the caller polls.
+	// completed, released or forgotten ([Inspector]) since the call. A store
+	// may tell only of cells that an Acquire since then has found InProgress.
+	// It may also close the channel when nothing has changed, and correctness
+	// does not depend on it. The watch ends with ctx. Watch must return
+	// promptly. When it returns an error, the caller polls.
 	Watch(ctx context.Context, key string) (<-chan struct{}, error)
 }
 
@@ -158,18 +159,23 @@ type Record struct {
 	Remaining time.Duration
 }
 
-// A State is the answer of [Store.Acquire]. The zero State is invalid, so a
-// store that forgets to set it is found out.
+// A State is the answer of [Store.Acquire], or the state of a [Cell]. The zero
+// State is no answer, so a store that forgets to set it is found out. A Cell has
+// it when nothing is there.
 type State uint8
 
+// The numbers are fixed: stores write them and compare them. Acquire does not
+// answer with the last two, nor has a Cell the state Acquired, Mismatch or Lost.
 const (
 	_          State = iota
 	Acquired         // the caller owns the key
-	InProgress       // another owner's lease is running
+	InProgress       // a lease is running, for Acquire another owner's
 	Completed        // a result is stored
 	Mismatch         // the cell belongs to a request with another fingerprint
 	Abandoned        // the lease of a claim with Once is over
 	Lost             // the token does not own the key any more
+	Lapsed           // the lease of a claim without Once is over; the next claim takes it over
+	Released         // the key is free, and a marker counts its attempts
 )
 
 // String returns the name of the constant.
@@ -187,6 +193,10 @@ func (s State) String() string {
 		return "Abandoned"
 	case Lost:
 		return "Lost"
+	case Lapsed:
+		return "Lapsed"
+	case Released:
+		return "Released"
 	}
 	return "State(" + strconv.Itoa(int(s)) + ")"
 }

@@ -22,7 +22,10 @@ const forever = 1000 * time.Hour
 func (c *call) acquire() bool  { return c.claim != nil }
 func (c *call) renewal() bool  { return c.acquire() && c.claim.Attempt != 0 }
 func (c *call) complete() bool { return c.result != nil }
-func (c *call) release() bool  { return c.claim == nil && c.result == nil }
+func (c *call) release() bool {
+	return c.claim == nil && c.result == nil && !c.inspects && !c.forgets()
+}
+func (c *call) forgets() bool { return c.seen != nil }
 
 // What it found.
 func (c *call) owner() bool  { return c.old.token == c.token }

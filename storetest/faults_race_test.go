@@ -74,6 +74,11 @@ var raceFaults = []brokenStore{
 	}}, []string{
 		"Concurrency/a release admits one claim",
 	}},
+	{"a lapsed claim is checked, then forgotten", fault{racy: func(c *call) bool {
+		return c.forgets() && c.old.status == claimed
+	}}, []string{
+		"Forget/either Forget or a take-over comes first",
+	}},
 }
 
 var watchFaults = []brokenStore{
@@ -86,19 +91,22 @@ var watchFaults = []brokenStore{
 	{"watches do not fire on Complete", fault{silent: (*call).complete}, []string{
 		"Watch/Complete closes the channel",
 	}},
+	{"watches do not fire on Forget", fault{silent: (*call).forgets}, []string{
+		"Forget/Forget closes the channel",
+	}},
 	{"watches do not fire on Release", fault{silent: (*call).release}, []string{
 		"Watch/Release closes the channel",
 	}},
-	{"a claim ends the watches", fault{forget: (*call).anew}, []string{
+	{"a claim ends the watches", fault{drop: (*call).anew}, []string{
 		"Watch/a watch may begin before the claim",
 	}},
-	{"a claim that is sent twice ends the watches", fault{forget: (*call).resent}, []string{
+	{"a claim that is sent twice ends the watches", fault{drop: (*call).resent}, []string{
 		"Watch/a watch outlives a renewal",
 	}},
-	{"a renewal ends the watches", fault{forget: (*call).renewed}, []string{
+	{"a renewal ends the watches", fault{drop: (*call).renewed}, []string{
 		"Watch/a watch outlives a renewal",
 	}},
-	{"a take-over ends the watches", fault{forget: (*call).tookOver}, []string{
+	{"a take-over ends the watches", fault{drop: (*call).tookOver}, []string{
 		"Watch/a watch outlives a take-over",
 	}},
 	{"a key has one watch", fault{watch: func(s *reference, key string) {
@@ -107,7 +115,7 @@ var watchFaults = []brokenStore{
 		"Watch/all channels are closed",
 		"Watch/a watch that has ended ends no other",
 	}},
-	{"a watch that has ended ends all", fault{forget: func(c *call) bool {
+	{"a watch that has ended ends all", fault{drop: func(c *call) bool {
 		ended := func(ctx context.Context) bool { return ctx.Err() != nil }
 		return slices.ContainsFunc(c.store.watcher[c.key], ended)
 	}}, []string{

@@ -37,7 +37,7 @@ type fault struct {
 	racy   func(*call) bool    // decides on a cell that was read earlier
 	reuse  bool                // writes a value into the buffer of the last one
 	silent func(*call) bool    // does not notify of a change
-	forget func(*call) bool    // drops the watches of the cell
+	drop   func(*call) bool    // drops the watches of the cell
 
 	watch func(*reference, string) // called when a watch of this key has begun
 }
@@ -73,10 +73,13 @@ type call struct {
 	claim      *idempotency.Claim  // of Acquire
 	result     *idempotency.Result // of Complete
 	keep       time.Duration       // of Release, which has neither
+	inspects   bool                // Inspect
+	seen       *idempotency.Cell   // of Forget
 	now        time.Duration
 
 	old, cell cell // as it was found, and as it is left
 	rec       idempotency.Record
+	view      idempotency.Cell // of Inspect
 	err       error
 }
 
@@ -99,6 +102,15 @@ func (s *reference) Complete(ctx context.Context, key, token string, r idempoten
 
 func (s *reference) Release(ctx context.Context, key, token string, keep time.Duration) error {
 	return s.do(&call{store: s, ctx: ctx, key: key, token: token, keep: keep}, release).err
+}
+
+func (s *reference) Inspect(ctx context.Context, key string) (idempotency.Cell, error) {
+	done := s.do(&call{store: s, ctx: ctx, key: key, inspects: true}, inspect)
+	return done.view, done.err
+}
+
+func (s *reference) Forget(ctx context.Context, key string, seen idempotency.Cell) error {
+	return s.do(&call{store: s, ctx: ctx, key: key, seen: &seen}, forget).err
 }
 
 func (s *reference) Advance(d time.Duration) {
@@ -155,10 +167,11 @@ func (s *reference) letOthersIn() {
 }
 
 func (s *reference) notify(c *call) {
-	if s.fault.forget != nil && s.fault.forget(c) {
+	if s.fault.drop != nil && s.fault.drop(c) {
 		delete(s.watches, c.key)
 	}
-	if c.cell.status == c.old.status || c.cell.status != completed && c.cell.status != released {
+	freed := c.forgets() && c.err == nil
+	if !freed && (c.cell.status == c.old.status || c.cell.status != completed && c.cell.status != released) {
 		return
 	}
 	if s.fault.silent != nil && s.fault.silent(c) {
@@ -238,7 +251,7 @@ func complete(c *call) {
 	switch owner := c.cell.token == c.token; {
 	case c.cell.status == absent, c.cell.status == claimed && owner:
 		c.cell = cell{
-			status: completed, token: c.token, expires: c.now + c.result.TTL,
+			status: completed, token: c.token, attempt: c.cell.attempt, expires: c.now + c.result.TTL,
 			fingerprint: bytes.Clone(c.result.Fingerprint), value: bytes.Clone(c.result.Value),
 		}
 	case c.cell.status == completed && owner:
@@ -256,5 +269,45 @@ func release(c *call) {
 		if c.cell.attempt > 1 {
 			c.cell.expires = max(c.cell.expires, c.old.expires)
 		}
+	}
+}
+
+// inspect shows the cell.
+func inspect(c *call) {
+	is := c.cell
+	if is.status == absent {
+		return
+	}
+	c.view = idempotency.Cell{
+		State: idempotency.Completed, Attempt: is.attempt, Once: is.once, Owner: is.token, TTL: is.expires - c.now,
+		Fingerprint: is.fingerprint, Value: is.value,
+	}
+	switch {
+	case is.status == completed:
+		c.view.Attempt = 0
+	case is.status == released:
+		c.view.State, c.view.Once = idempotency.Released, false
+	case is.leaseEnd > c.now:
+		c.view.State, c.view.Lease = idempotency.InProgress, is.leaseEnd-c.now
+	case is.once:
+		c.view.State = idempotency.Abandoned
+	default:
+		c.view.State = idempotency.Lapsed
+	}
+}
+
+// forget frees the cell, if it is the one that was seen.
+func forget(c *call) {
+	inspect(c)
+	is, seen := c.view, c.seen
+	switch {
+	case is.State == idempotency.InProgress:
+		c.err = idempotency.ErrInProgress
+	case is.State != seen.State || is.Attempt != seen.Attempt || is.Owner != seen.Owner:
+		c.err = idempotency.ErrCellChanged
+	case c.cell.status == claimed:
+		c.cell.once, c.cell.fingerprint = false, nil
+	case c.cell.status == completed:
+		c.cell = cell{status: released, attempt: max(c.cell.attempt, 1), expires: c.cell.expires}
 	}
 }

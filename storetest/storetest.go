@@ -32,7 +32,8 @@ import (
 //     several run at a time. The store's clock may then be 10 ms coarse, not
 //     more: a store with a coarser one needs Advance.
 //
-// Run skips the rules about [idempotency.Watcher] for a store that is not one.
+// Run skips the rules about [idempotency.Watcher] for a store that is not one,
+// and likewise those about [idempotency.Inspector].
 func Run(t *testing.T, newStore func(t *testing.T) idempotency.Store) {
 	_, virtual := newStore(t).(advancer)
 	limit := 1
@@ -68,8 +69,8 @@ type rule struct {
 	name  string
 	check func(*env)
 
-	// needsWatcher says that the rule is for a Watcher only.
-	needsWatcher bool
+	// These say that the rule is for a Watcher or an Inspector only.
+	needsWatcher, needsInspector bool
 }
 
 var groups = []struct {
@@ -87,6 +88,8 @@ var groups = []struct {
 	{"Values", valueRules},
 	{"Concurrency", concurrencyRules},
 	{"Watch", watchRules},
+	{"Inspect", inspectRules},
+	{"Forget", forgetRules},
 }
 
 // test checks the rule on store, or skips it.
@@ -103,6 +106,9 @@ func (r rule) test(t *testing.T, store idempotency.Store) {
 func (r rule) skip(store idempotency.Store) string {
 	if _, ok := store.(idempotency.Watcher); r.needsWatcher && !ok {
 		return "optional: the store is no idempotency.Watcher"
+	}
+	if _, ok := store.(idempotency.Inspector); r.needsInspector && !ok {
+		return "optional: the store is no idempotency.Inspector"
 	}
 	return ""
 }

@@ -14,11 +14,13 @@ import (
 type (
 	virtualStore interface {
 		idempotency.Watcher
+		idempotency.Inspector
 		plainStore
 		advancer
 	}
 	realStore interface {
 		idempotency.Watcher
+		idempotency.Inspector
 		plainStore
 	}
 	plainStore interface{ idempotency.Store }
@@ -65,7 +67,7 @@ func TestRulesAreSkipped(t *testing.T) {
 		if reason := r.skip(watched); reason != "" {
 			t.Errorf("%s is skipped for a store without Advance: %s", name, reason)
 		}
-		if skipped := r.skip(plain) != ""; skipped != r.needsWatcher {
+		if skipped := r.skip(plain) != ""; skipped != (r.needsWatcher || r.needsInspector) {
 			t.Errorf("%s is skipped for a store with just the three methods: %v", name, skipped)
 		}
 	}
@@ -84,7 +86,8 @@ func allRules() map[string]rule {
 
 func brokenStores() []brokenStore {
 	return slices.Concat(acquireFaults, resendFaults, renewFaults, onceFaults, leaseFaults, wayFaults(),
-		completeFaults, releaseFaults, expiryFaults, valueFaults, raceFaults, watchFaults)
+		completeFaults, releaseFaults, expiryFaults, valueFaults, raceFaults, watchFaults,
+		inspectFaults, forgetFaults, forgetMeanwhileFaults)
 }
 
 func TestBrokenStoresAreFound(t *testing.T) {

@@ -62,6 +62,14 @@ func (f *fleet) Release(ctx context.Context, key, token string, keep time.Durati
 	return f.next().Release(ctx, key, token, keep)
 }
 
+func (f *fleet) Inspect(ctx context.Context, key string) (idempotency.Cell, error) {
+	return f.next().Inspect(ctx, key)
+}
+
+func (f *fleet) Forget(ctx context.Context, key string, seen idempotency.Cell) error {
+	return f.next().Forget(ctx, key, seen)
+}
+
 func TestStore(t *testing.T) {
 	storetest.Run(t, func(t *testing.T) idempotency.Store {
 		path := filepath.Join(t.TempDir(), "a file?with%23 a name.db")
