@@ -127,6 +127,21 @@ SELECT CASE WHEN watched THEN pg_notify('{channel}', $1::text)::text END FROM wr
 	// ownerSQL waits for the end of a transaction that has completed the cell.
 	ownerSQL = `SELECT state, token FROM {table} WHERE key = $1::text FOR UPDATE`
 
+	// $1 key
+	inspectSQL = `SELECT state, token, attempt, once, fingerprint, value,
+	ceil(extract(epoch FROM lease_until - statement_timestamp()) * 1000000)::bigint,
+	ceil(extract(epoch FROM expires_at - statement_timestamp()) * 1000000)::bigint
+FROM {table} WHERE key = $1::text AND expires_at > statement_timestamp()`
+
+	forgetSQL = `WITH forgotten AS (
+	UPDATE {table} SET once = false, fingerprint = '', value = '',
+		attempt = greatest(attempt, 1),
+		token = CASE WHEN state = 2 THEN '' ELSE token END,
+		state = CASE WHEN state = 2 THEN 3 ELSE state END
+	WHERE key = $1::text RETURNING watched
+)
+SELECT CASE WHEN watched THEN pg_notify('{channel}', $1::text)::text END FROM forgotten`
+
 	// A claim may revive a row after the inner SELECT has read it. The condition
 	// of the DELETE is checked again on the row as it is then.
 	cleanSQL = `DELETE FROM {table} WHERE expires_at <= statement_timestamp() AND key IN (
@@ -138,6 +153,7 @@ SELECT CASE WHEN watched THEN pg_notify('{channel}', $1::text)::text END FROM wr
 type statements struct {
 	name, channel                                          string
 	table, acquire, complete, release, watch, owner, clean string
+	inspect, forget                                        string
 }
 
 func newStatements(schema, table string) statements {
@@ -162,6 +178,7 @@ func newStatements(schema, table string) statements {
 		name: name.Sanitize(), channel: channel, table: fill(tableSQL), acquire: fill(acquireSQL),
 		complete: fill(completeSQL), release: fill(releaseSQL), watch: fill(watchSQL),
 		owner: fill(ownerSQL), clean: fill(cleanSQL),
+		inspect: fill(inspectSQL), forget: fill(forgetSQL),
 	}
 }
 

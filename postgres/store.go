@@ -31,7 +31,9 @@ type Options struct {
 	MaxConns int32
 }
 
-// A Store is an [idempotency.Store] in a table, and an [idempotency.Watcher].
+// A Store is an [idempotency.Store] in a table, an [idempotency.Watcher] and an
+// [idempotency.Inspector].
+//
 // [NewStore] makes one. The zero Store is of no use, and a Store must not be
 // copied. It is safe for concurrent use.
 type Store struct {
