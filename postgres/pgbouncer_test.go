@@ -1,3 +1,5 @@
+//go:build unix
+
 package postgres_test
 
 import (
@@ -29,9 +31,8 @@ func startPgBouncer(t *testing.T, s *server) string {
 	require.NoError(t, err)
 	_, port, _ := net.SplitHostPort(listener.Addr().String())
 	require.NoError(t, listener.Close())
-	ini := fmt.Sprintf("[databases]\n* = host=127.0.0.1 port=%s\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = %s\n"+
-		"unix_socket_dir =\nauth_type = any\npool_mode = transaction\ndefault_pool_size = 4\n", s.port, port)
-	ini = "[databases]\npostgres = host=127.0.0.1 user=test port=" + s.port + "\n" + ini[len("[databases]\n* = host=127.0.0.1 port=")+len(s.port)+1:]
+	ini := fmt.Sprintf("[databases]\npostgres = host=127.0.0.1 user=test port=%s\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"+
+		"listen_port = %s\nunix_socket_dir =\nauth_type = any\npool_mode = transaction\ndefault_pool_size = 4\n", s.port, port)
 	require.NoError(t, os.WriteFile(s.dir+"/pgbouncer.ini", []byte(ini), 0o644))
 	cmd := exec.Command(binary, s.dir+"/pgbouncer.ini")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: s.cred}

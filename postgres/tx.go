@@ -66,6 +66,10 @@ const (
 // [idempotency.Options.FailOpen] a handler must not use Begin: the middleware
 // completes no unprotected run, and its transaction would be rolled back.
 //
+// The middleware must use this store, perhaps wrapped: another one does not
+// commit the transaction. Where handlers change the search_path or the role of a
+// transaction, set [Options.Schema], and let the role write to the table.
+//
 // The transaction is rolled back when ctx ends, as in database/sql. Its
 // connection is closed then.
 func (s *Store) Begin(ctx context.Context) (*Tx, error) { return s.BeginTx(ctx, pgx.TxOptions{}) }
@@ -189,9 +193,15 @@ func (t *Tx) end() {
 // be using the connection, so abandon touches nothing of it but the socket, and
 // PostgreSQL rolls back what the socket leaves behind.
 func (t *Tx) abandon() {
-	if t.move(txOpen, txEnded) || t.move(txHandedOver, txEnded) {
-		conn := t.conn.Hijack()
-		_ = conn.PgConn().Conn().Close()
+	open := t.move(txOpen, txEnded)
+	if !open && !t.move(txHandedOver, txEnded) {
+		return
+	}
+	conn := t.conn.Hijack()
+	_ = conn.PgConn().Conn().Close()
+	if !open {
+		slog.Warn("postgres: a transaction is rolled back after Tx.Commit: its request ended without a result. " +
+			"If its handler had answered, the middleware has another store, or runs without protection (FailOpen).")
 	}
 }
 

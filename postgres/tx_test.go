@@ -1,3 +1,5 @@
+//go:build unix
+
 package postgres_test
 
 import (
@@ -236,6 +238,37 @@ func TestAfterCommit(t *testing.T) {
 			w.WriteHeader(status)
 		})
 		require.Equal(t, want, s.post("key")+called.String())
+	}
+}
+
+// The context ends under a statement of a handler that never rolls back. The
+// connection leaves the pool, and PostgreSQL rolls back.
+func TestTxWhoseContextEnds(t *testing.T) {
+	for _, handOver := range []bool{false, true} {
+		s := openShop(t, 2, &idempotency.Options{MaxExecution: 300 * time.Millisecond}, func(s *shop, w http.ResponseWriter, r *http.Request) {
+			ctx := r.Context()
+			tx, err := s.store.Begin(ctx)
+			require.NoError(s.t, err)
+			_, err = tx.Exec(ctx, `INSERT INTO orders VALUES ('tea')`)
+			require.NoError(s.t, err)
+			if handOver {
+				require.NoError(s.t, tx.Commit(ctx))
+				<-ctx.Done()
+				w.WriteHeader(http.StatusCreated)
+				return
+			}
+			_, err = tx.Exec(context.WithoutCancel(ctx), `SELECT pg_sleep(1)`)
+			require.Error(s.t, err)
+			w.WriteHeader(http.StatusInternalServerError)
+		})
+		s.post("key")
+		s.allReturned()
+		require.Eventually(t, func() bool {
+			var n int
+			require.NoError(t, s.pool.QueryRow(t.Context(), `SELECT count(*) FROM pg_stat_activity WHERE xact_start IS NOT NULL AND pid <> pg_backend_pid() AND backend_type = 'client backend'`).Scan(&n))
+			return n == 0
+		}, patience, 5*time.Millisecond)
+		require.Equal(t, 0, s.orders())
 	}
 }
 
