@@ -1,0 +1,218 @@
+package postgres
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"fmt"
+	"strings"
+	"unicode/utf8"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// States of a cell in the column state.
+const (
+	absent int16 = iota // no row, or one that has expired
+	claimed
+	completed
+	released
+)
+
+// Conditions read statement_timestamp(), and new times count from
+// clock_timestamp(). A statement takes its snapshot after the first and may then
+// wait for a lock, while a renewal prolongs the lease that the snapshot has.
+// What the first says to be over was over in the snapshot as well. The second is
+// never earlier than the decision, so no lease is shorter than was asked for.
+//
+// now() would be the beginning of the handler's transaction.
+const (
+	tableSQL = `CREATE TABLE IF NOT EXISTS {table} (
+	key         text COLLATE "C" PRIMARY KEY,
+	state       smallint NOT NULL, -- 1 claimed, 2 completed, 3 released
+	token       text COLLATE "C" NOT NULL,
+	attempt     integer NOT NULL,
+	once        boolean NOT NULL,
+	watched     boolean NOT NULL,
+	lease_until timestamptz NOT NULL,
+	expires_at  timestamptz NOT NULL,
+	fingerprint bytea NOT NULL,
+	value       bytea NOT NULL
+);
+CREATE INDEX IF NOT EXISTS {index} ON {table} (expires_at);
+`
+
+	// acquire writes only when its snapshot lets it. A replay writes nothing and
+	// locks nothing. The conditions are checked once more on the row that is
+	// locked, which may be newer. When they fail there, no row is written.
+	//
+	// $1 key, $2 token, $3 fingerprint, $4 attempt, $5 once, $6 lease, $7 TTL in
+	// microseconds
+	acquireSQL = `WITH old AS MATERIALIZED (
+	SELECT * FROM {table} WHERE key = $1::text
+), written AS (
+	INSERT INTO {table} AS t
+		(key, state, token, attempt, once, watched, lease_until, expires_at, fingerprint, value)
+	SELECT $1::text, 1, $2::text, greatest($4::int, 1), false, false,
+		clock_timestamp() + {lease}, clock_timestamp() + {ttl}, $3::bytea, ''
+	WHERE NOT EXISTS (SELECT FROM old AS r WHERE NOT ({accepts r}))
+	ON CONFLICT (key) DO UPDATE SET state = 1, token = $2::text, value = '',
+		attempt = CASE WHEN {expired t} THEN greatest($4::int, 1) WHEN {own t} THEN t.attempt ELSE t.attempt + 1 END,
+		once = {own t} AND (t.once OR $4::int > 0 AND $5::bool),
+		watched = t.watched AND NOT {expired t},
+		fingerprint = CASE WHEN {own t} THEN t.fingerprint ELSE $3::bytea END,
+		lease_until = clock_timestamp() + {lease}, expires_at = clock_timestamp() + {ttl}
+	WHERE {accepts t}
+	RETURNING attempt, once
+)
+SELECT w.attempt, w.once, coalesce(r.state, 0::smallint), coalesce(r.token, ''), coalesce(r.attempt, 0),
+	coalesce(r.once, false), r.fingerprint, r.value,
+	coalesce(ceil(extract(epoch FROM r.lease_until - statement_timestamp()) * 1000000), 0)::bigint,
+	coalesce(r.watched, false)
+FROM (SELECT) AS one
+LEFT JOIN written AS w ON true
+LEFT JOIN old AS r ON NOT {expired r}`
+
+	// acceptsSQL are the rows of the table in the documentation of Store that
+	// answer Acquired.
+	acceptsSQL = `({expired r} OR CASE
+		WHEN r.state = 3 THEN r.token <> $2::text AND $4::int = 0
+		WHEN r.fingerprint <> '' AND $3::bytea <> '' AND r.fingerprint <> $3::bytea THEN false
+		WHEN r.state = 2 THEN false
+		WHEN r.token = $2::text THEN $4::int IN (0, r.attempt)
+		ELSE $4::int = 0 AND NOT r.once AND r.lease_until <= statement_timestamp()
+	END)`
+
+	ownSQL     = `(r.expires_at > statement_timestamp() AND r.state = 1 AND r.token = $2::text)`
+	expiredSQL = `(r.expires_at <= statement_timestamp())`
+
+	// $1 key, $2 token, $3 fingerprint, $4 value, $5 TTL in microseconds
+	completeSQL = `WITH old AS MATERIALIZED (
+	SELECT state, token, expires_at FROM {table} WHERE key = $1::text
+), written AS (
+	INSERT INTO {table} AS t
+		(key, state, token, attempt, once, watched, lease_until, expires_at, fingerprint, value)
+	VALUES ($1::text, 2, $2::text, 0, false, false, clock_timestamp(),
+		clock_timestamp() + $5::bigint * interval '1 microsecond', $3::bytea, $4::bytea)
+	ON CONFLICT (key) DO UPDATE SET state = 2, token = $2::text, once = false, fingerprint = $3::bytea,
+		value = $4::bytea, expires_at = clock_timestamp() + $5::bigint * interval '1 microsecond'
+	WHERE {expired t} OR {own t}
+	RETURNING watched
+)
+SELECT w.watched IS NOT NULL, CASE WHEN w.watched THEN pg_notify('{channel}', $1::text)::text END,
+	coalesce(r.state, 0::smallint), coalesce(r.token, '')
+FROM (SELECT) AS one
+LEFT JOIN written AS w ON true
+LEFT JOIN old AS r ON NOT {expired r}`
+
+	// $1 key, $2 token, $3 how long the marker is kept, in microseconds
+	releaseSQL = `WITH written AS (
+	INSERT INTO {table} AS t
+		(key, state, token, attempt, once, watched, lease_until, expires_at, fingerprint, value)
+	VALUES ($1::text, 3, $2::text, 0, false, false, clock_timestamp(),
+		clock_timestamp() + $3::bigint * interval '1 microsecond', '', '')
+	ON CONFLICT (key) DO UPDATE SET state = 3, token = $2::text, once = false, fingerprint = '', value = '',
+		attempt = CASE WHEN {expired t} THEN 0 ELSE t.attempt END,
+		expires_at = CASE WHEN t.attempt > 1 AND {own t}
+			THEN greatest(t.expires_at, clock_timestamp() + $3::bigint * interval '1 microsecond')
+			ELSE clock_timestamp() + $3::bigint * interval '1 microsecond' END
+	WHERE {expired t} OR {own t}
+	RETURNING watched
+)
+SELECT CASE WHEN watched THEN pg_notify('{channel}', $1::text)::text END FROM written`
+
+	watchSQL = `UPDATE {table} SET watched = true WHERE key = $1::text AND state = 1 AND NOT watched`
+
+	// ownerSQL waits for the end of a transaction that has completed the cell.
+	ownerSQL = `SELECT state, token FROM {table} WHERE key = $1::text FOR UPDATE`
+
+	// $1 key
+	inspectSQL = `SELECT state, token, attempt, once, fingerprint, value,
+	ceil(extract(epoch FROM lease_until - statement_timestamp()) * 1000000)::bigint,
+	ceil(extract(epoch FROM expires_at - statement_timestamp()) * 1000000)::bigint
+FROM {table} WHERE key = $1::text AND expires_at > statement_timestamp()`
+
+	forgetSQL = `WITH forgotten AS (
+	UPDATE {table} SET once = false, fingerprint = '', value = '',
+		attempt = greatest(attempt, 1),
+		token = CASE WHEN state = 2 THEN '' ELSE token END,
+		state = CASE WHEN state = 2 THEN 3 ELSE state END
+	WHERE key = $1::text RETURNING watched
+)
+SELECT CASE WHEN watched THEN pg_notify('{channel}', $1::text)::text END FROM forgotten`
+
+	// A claim may revive a row after the inner SELECT has read it. The condition
+	// of the DELETE is checked again on the row as it is then.
+	cleanSQL = `DELETE FROM {table} WHERE expires_at <= statement_timestamp() AND key IN (
+	SELECT key FROM {table} WHERE expires_at <= statement_timestamp()
+	ORDER BY expires_at LIMIT $1::int FOR UPDATE SKIP LOCKED)`
+)
+
+// statements are the SQL of one table.
+type statements struct {
+	name, channel                                          string
+	table, acquire, complete, release, watch, owner, clean string
+	inspect, forget                                        string
+}
+
+func newStatements(schema, table string) statements {
+	name := pgx.Identifier{table}
+	if schema != "" {
+		name = pgx.Identifier{schema, table}
+	}
+	sum := sha256.Sum256([]byte(name.Sanitize()))
+	channel := "idempotency_" + hex.EncodeToString(sum[:8])
+	on := func(row, sql string) string { return strings.ReplaceAll(sql, "r.", row+".") }
+	var pairs []string
+	for _, row := range []string{"r", "t"} {
+		expired := on(row, expiredSQL)
+		pairs = append(pairs, "{expired "+row+"}", expired, "{own "+row+"}", on(row, ownSQL),
+			"{accepts "+row+"}", on(row, strings.ReplaceAll(acceptsSQL, "{expired r}", expiredSQL)))
+	}
+	pairs = append(pairs, "{table}", name.Sanitize(), "{index}", pgx.Identifier{table + "_expires"}.Sanitize(),
+		"{channel}", channel, "{lease}", "$6::bigint * interval '1 microsecond'",
+		"{ttl}", "$7::bigint * interval '1 microsecond'")
+	fill := strings.NewReplacer(pairs...).Replace
+	return statements{
+		name: name.Sanitize(), channel: channel, table: fill(tableSQL), acquire: fill(acquireSQL),
+		complete: fill(completeSQL), release: fill(releaseSQL), watch: fill(watchSQL),
+		owner: fill(ownerSQL), clean: fill(cleanSQL),
+		inspect: fill(inspectSQL), forget: fill(forgetSQL),
+	}
+}
+
+// SchemaSQL returns the statements that make the table, for a team that has
+// migrations of its own. They do nothing when the table is there.
+func (s *Store) SchemaSQL() string { return s.sql.table }
+
+// Migrate makes the table, unless it is there. Every replica may call it when it
+// starts, all at once. When the table is there, Migrate needs no right to make
+// one.
+func (s *Store) Migrate(ctx context.Context) error {
+	own, err := s.conns()
+	if err != nil {
+		return err
+	}
+	err = pgx.BeginFunc(ctx, own, func(tx pgx.Tx) error {
+		// CREATE TABLE IF NOT EXISTS fails when two sessions run it at once.
+		sum := sha256.Sum256([]byte(s.sql.name))
+		lock := int64(binary.BigEndian.Uint64(sum[:8]))
+		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock($1::bigint)`, lock); err != nil {
+			return err
+		}
+		var there bool
+		if err := tx.QueryRow(ctx, `SELECT to_regclass($1::text) IS NOT NULL`, s.sql.name).Scan(&there); err != nil || there {
+			return err
+		}
+		_, err := tx.Exec(ctx, s.sql.table)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("postgres: making the table %s: %w", s.sql.name, err)
+	}
+	return nil
+}
+
+// isText reports whether s can be text in PostgreSQL.
+func isText(s string) bool { return utf8.ValidString(s) && !strings.Contains(s, "\x00") }

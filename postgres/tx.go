@@ -1,0 +1,290 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+
+	"github.com/go-idempotency/idempotency"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// A Tx is a transaction of a handler, and a [pgx.Tx] that is used as any other.
+// [Store.Begin] makes one. Like any pgx.Tx it is for one goroutine at a time, and
+// it must not be copied.
+type Tx struct {
+	pgx.Tx // of conn
+	store  *Store
+	exec   *idempotency.Execution // nil: the transaction commits itself
+	conn   *pgxpool.Conn
+	stop   func() bool // stops following the context
+
+	mu    sync.Mutex // guards what follows
+	state txState
+	after []func(context.Context)
+}
+
+var _ pgx.Tx = (*Tx)(nil)
+
+// A txState says who may use the connection: only the one that has changed the
+// state away from txOpen or txHandedOver may end the transaction.
+type txState uint8
+
+const (
+	txOpen       txState = iota // the handler
+	txHandedOver                // the next Complete or Release
+	txEnded                     // nobody
+)
+
+// Begin begins a transaction for a handler, whose context ctx is. It reads as
+// any other transaction:
+//
+//	tx, err := store.Begin(r.Context())
+//	if err != nil { ... }
+//	defer tx.Rollback(r.Context())
+//	// statements on tx
+//	return tx.Commit(r.Context())
+//
+// With an [idempotency.Execution] in ctx, Commit hands the transaction over, and
+// the store commits it together with the response when the handler has
+// returned. So the rows and the response are there, or neither. What the handler
+// does between Commit and its return comes before the real commit. See
+// [Tx.AfterCommit] for what must come after it.
+//
+// Nothing is written when the handler does not call Commit, panics, calls
+// Discard, or answers with a status that frees the key. Nor is it when the claim
+// went to another owner or PostgreSQL refuses the commit: then the client gets
+// 409 or 503, and not the handler's response. When the connection breaks during
+// the commit, the store looks for the response. If it cannot, the client gets
+// 503, and its retry finds out.
+//
+// Without an Execution, in a request without a key, Commit commits. With
+// [idempotency.Options.FailOpen] a handler must not use Begin: the middleware
+// completes no unprotected run, and its transaction would be rolled back.
+//
+// The middleware must use this store, perhaps wrapped: another one does not
+// commit the transaction. Where handlers change the search_path or the role of a
+// transaction, set [Options.Schema], and let the role write to the table.
+//
+// The transaction is rolled back when ctx ends, as in database/sql. Its
+// connection is closed then.
+func (s *Store) Begin(ctx context.Context) (*Tx, error) { return s.BeginTx(ctx, pgx.TxOptions{}) }
+
+// BeginTx is Begin with options. On a level above READ COMMITTED PostgreSQL
+// refuses the commit when the lease was renewed since the snapshot of the
+// transaction. So handlers there must be done within a third of the lease.
+func (s *Store) BeginTx(ctx context.Context, opts pgx.TxOptions) (*Tx, error) {
+	conn, err := s.pool.Acquire(ctx)
+	if err != nil {
+		return nil, err
+	}
+	inner, err := conn.BeginTx(ctx, opts)
+	if err != nil {
+		conn.Release()
+		return nil, err
+	}
+	t := &Tx{Tx: inner, store: s, conn: conn}
+	t.exec, _ = idempotency.FromContext(ctx)
+	t.stop = context.AfterFunc(ctx, t.abandon)
+	return t, nil
+}
+
+// attached returns the transaction that the handler has handed over, or nil.
+func (s *Store) attached(ctx context.Context) *Tx {
+	exec, ok := idempotency.FromContext(ctx)
+	if !ok {
+		return nil
+	}
+	tx, _ := exec.Attachment().(*Tx)
+	if tx == nil || tx.store != s {
+		return nil
+	}
+	return tx
+}
+
+// AfterCommit has f called when the transaction is committed, and otherwise not
+// at all. The response waits for f, and f gets a context with the values of the
+// request that is not cancelled. f may not be called after a commit if the
+// process dies or the connection breaks. A message that must not be missed
+// belongs in a table, on the transaction (an outbox). A panic of f is logged.
+func (t *Tx) AfterCommit(f func(ctx context.Context)) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.after = append(t.after, f)
+}
+
+// move changes the state, if it is from.
+func (t *Tx) move(from, to txState) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.state != from {
+		return false
+	}
+	t.state = to
+	return true
+}
+
+// ErrSecondCommit is what [Tx.Commit] returns when the handler has handed over
+// another transaction before. The second one is rolled back: two transactions
+// cannot be committed as one.
+var ErrSecondCommit = errors.New("postgres: the request has another transaction already")
+
+// Commit hands the transaction over to the store. See [Store.Begin]. After an
+// error of a statement it rolls back and returns [pgx.ErrTxCommitRollback], as
+// every pgx.Tx does. Without an Execution it commits.
+func (t *Tx) Commit(ctx context.Context) error {
+	if t.exec == nil {
+		if !t.move(txOpen, txEnded) {
+			return pgx.ErrTxClosed
+		}
+		err := t.Tx.Commit(ctx)
+		t.end()
+		if err == nil {
+			t.committed(ctx)
+		}
+		return err
+	}
+	switch {
+	case t.isClosed():
+		return pgx.ErrTxClosed
+	case ctx.Err() != nil:
+		return errors.Join(ctx.Err(), t.rollBackInstead(ctx))
+	case t.Conn().PgConn().TxStatus() != 'T':
+		return errors.Join(pgx.ErrTxCommitRollback, t.rollBackInstead(ctx))
+	case t.exec.Attachment() != nil:
+		return errors.Join(ErrSecondCommit, t.rollBackInstead(ctx))
+	case !t.move(txOpen, txHandedOver):
+		return pgx.ErrTxClosed
+	}
+	t.exec.Attach(t)
+	return nil
+}
+
+// rollBackInstead rolls back for Commit. A transaction whose context has ended
+// meanwhile is rolled back already.
+func (t *Tx) rollBackInstead(ctx context.Context) error {
+	if err := t.Rollback(ctx); !errors.Is(err, pgx.ErrTxClosed) {
+		return err
+	}
+	return nil
+}
+
+// Rollback rolls the transaction back. After Commit it does nothing and returns
+// [pgx.ErrTxClosed].
+func (t *Tx) Rollback(ctx context.Context) error {
+	if !t.move(txOpen, txEnded) {
+		return pgx.ErrTxClosed
+	}
+	defer t.end()
+	return t.Tx.Rollback(ctx)
+}
+
+// end gives the connection back. The pool drops it if it is broken.
+func (t *Tx) end() {
+	t.stop()
+	t.conn.Release()
+}
+
+// abandon ends the transaction when its context has ended. The handler may still
+// be using the connection, so abandon touches nothing of it but the socket, and
+// PostgreSQL rolls back what the socket leaves behind.
+func (t *Tx) abandon() {
+	open := t.move(txOpen, txEnded)
+	if !open && !t.move(txHandedOver, txEnded) {
+		return
+	}
+	conn := t.conn.Hijack()
+	_ = conn.PgConn().Conn().Close()
+	if !open {
+		slog.Warn("postgres: a transaction is rolled back after Tx.Commit: its request ended without a result. " +
+			"If its handler had answered, the middleware has another store, or runs without protection (FailOpen).")
+	}
+}
+
+// undo rolls back for Release.
+func (t *Tx) undo(ctx context.Context) {
+	if t.move(txHandedOver, txEnded) {
+		_ = t.Tx.Rollback(ctx) // when it fails, the connection is closed, which rolls back
+		t.end()
+	}
+}
+
+// complete stores the response on the transaction and commits it.
+func (t *Tx) complete(ctx context.Context, key, token string, r idempotency.Result) error {
+	if !t.move(txHandedOver, txEnded) {
+		return errors.Join(idempotency.ErrRolledBack, pgx.ErrTxClosed)
+	}
+	err := t.store.complete(ctx, t.Tx, key, token, r)
+	if err != nil {
+		_ = t.Tx.Rollback(ctx)
+		t.end()
+		return errors.Join(idempotency.ErrRolledBack, err)
+	}
+	err = t.Tx.Commit(ctx)
+	t.end()
+	if err != nil && !isRefusal(err) {
+		err = t.findOut(ctx, key, token, err)
+	} else if err != nil {
+		err = errors.Join(idempotency.ErrRolledBack, err)
+	}
+	if err == nil {
+		t.committed(ctx)
+	}
+	return err
+}
+
+// isRefusal reports whether an error of COMMIT means that nothing was committed.
+// A server that shuts down may say so after the commit, with FATAL.
+func isRefusal(err error) bool {
+	var e *pgconn.PgError
+	if errors.As(err, &e) {
+		return e.Severity == "ERROR" || e.SeverityUnlocalized == "ERROR"
+	}
+	return errors.Is(err, pgx.ErrTxCommitRollback) || pgconn.SafeToRetry(err)
+}
+
+// findOut asks what became of a commit whose answer was lost. The transaction
+// holds a lock on its cell until it has ended, so the statement waits for that.
+// An answer is final then. Without an answer the outcome is not known.
+func (t *Tx) findOut(ctx context.Context, key, token string, lost error) error {
+	own, err := t.store.conns()
+	if err != nil {
+		return errors.Join(lost, err)
+	}
+	var found cell
+	err = own.QueryRow(ctx, t.store.sql.owner, key).Scan(&found.state, &found.token)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return lost // the cell has expired and is deleted, so it tells nothing
+	case err != nil:
+		return errors.Join(lost, err)
+	case found.state == completed && found.token == token:
+		return nil
+	case found.state == claimed && found.token == token:
+		return errors.Join(idempotency.ErrRolledBack, lost)
+	}
+	return lost
+}
+
+// committed calls the functions of AfterCommit. A panic must not become an error
+// of Complete: the client would be told that nothing was done.
+func (t *Tx) committed(ctx context.Context) {
+	t.mu.Lock()
+	after := t.after
+	t.mu.Unlock()
+	ctx = context.WithoutCancel(ctx)
+	for _, f := range after {
+		func() {
+			defer func() {
+				if v := recover(); v != nil {
+					slog.ErrorContext(ctx, "postgres: a function of AfterCommit panicked", "panic", fmt.Sprint(v))
+				}
+			}()
+			f(ctx)
+		}()
+	}
+}
