@@ -20,6 +20,7 @@ type Execution struct {
 	storeKey string
 	attempt  int
 	claim    *claim     // nil when the run is unprotected
+	failOpen bool       // the run is unprotected
 	outer    *Execution // of a middleware around this one, under another key; or nil
 
 	mu         sync.Mutex // guards what follows
@@ -65,6 +66,11 @@ func (e *Execution) Key() string { return e.key }
 // [Options.Lease]. When the store has lost the record, or the run is
 // unprotected, Attempt is 1.
 func (e *Execution) Attempt() int { return e.attempt }
+
+// Protected reports whether the run holds its key. It is false when the store is
+// down and [Options.FailOpen] is set: then nothing that is attached is committed,
+// so a handler that would attach a transaction commits it itself.
+func (e *Execution) Protected() bool { return !e.failOpen }
 
 // DownstreamKey returns an idempotency key for a call that the handler makes to
 // another service. It is the same in every attempt and distinct for each name.

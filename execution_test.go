@@ -807,3 +807,20 @@ func TestCommitAfterTheEnd(t *testing.T) {
 		})
 	}
 }
+
+// Only FailOpen makes a run that does not hold its key.
+func TestProtected(t *testing.T) {
+	for _, down := range []bool{false, true} {
+		s := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+		if down {
+			s.Fail("Acquire", errors.New("down"))
+		}
+		var protected bool
+		c := idemtest.NewClient(s, &idempotency.Options{FailOpen: true}, func(_ http.ResponseWriter, r *http.Request) {
+			e, _ := idempotency.FromContext(r.Context())
+			protected = e.Protected()
+		})
+		require.NotNil(t, c.Do(c.Request(idemtest.Exchange{Key: "a"})))
+		require.Equal(t, !down, protected)
+	}
+}

@@ -277,7 +277,7 @@ func (c *call) mayRunUnprotected(err error) bool {
 // passed on, because no answer is kept for a retry.
 func (c *call) runUnprotected(err error, outer *Execution) {
 	c.warn(c.r.Context(), c.storeKey, "store unavailable, running unprotected", err)
-	c.execution = Execution{key: c.key, storeKey: c.storeKey, attempt: 1, outer: outer}
+	c.execution = Execution{key: c.key, storeKey: c.storeKey, attempt: 1, outer: outer, failOpen: true}
 	c.callHandler(c.w, context.WithValue(c.r.Context(), executionKey{}, &c.execution))
 	c.execution.end()
 	c.report(OutcomeUnprotected, 0, err)

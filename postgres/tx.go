@@ -62,9 +62,8 @@ const (
 // the commit, the store looks for the response. If it cannot, the client gets
 // 503, and its retry finds out.
 //
-// Without an Execution, in a request without a key, Commit commits. With
-// [idempotency.Options.FailOpen] a handler must not use Begin: the middleware
-// completes no unprotected run, and its transaction would be rolled back.
+// Without an Execution, in a request without a key, Commit commits. So it does in
+// a run that is not protected ([idempotency.Options.FailOpen]).
 //
 // The middleware must use this store, perhaps wrapped: another one does not
 // commit the transaction. Where handlers change the search_path or the role of a
@@ -88,7 +87,9 @@ func (s *Store) BeginTx(ctx context.Context, opts pgx.TxOptions) (*Tx, error) {
 		return nil, err
 	}
 	t := &Tx{Tx: inner, store: s, conn: conn}
-	t.exec, _ = idempotency.FromContext(ctx)
+	if exec, ok := idempotency.FromContext(ctx); ok && exec.Protected() {
+		t.exec = exec
+	}
 	t.stop = context.AfterFunc(ctx, t.abandon)
 	return t, nil
 }
@@ -201,7 +202,7 @@ func (t *Tx) abandon() {
 	_ = conn.PgConn().Conn().Close()
 	if !open {
 		slog.Warn("postgres: a transaction is rolled back after Tx.Commit: its request ended without a result. " +
-			"If its handler had answered, the middleware has another store, or runs without protection (FailOpen).")
+			"If its handler had answered, the middleware has another store.")
 	}
 }
 
