@@ -243,7 +243,7 @@ func TestPanicRollsBack(t *testing.T) {
 func TestOverstayingTransaction(t *testing.T) {
 	db := openNew(t)
 	var tries atomic.Int64
-	opts := &idempotency.Options{MaxExecution: time.Second} // enough for the second try, on any machine
+	opts := &idempotency.Options{MaxExecution: 3 * time.Second} // enough for the second try, on any machine
 	url := newAPI(t, db, opts, func(create http.HandlerFunc) http.HandlerFunc {
 		return func(w http.ResponseWriter, r *http.Request) {
 			create(w, r)
