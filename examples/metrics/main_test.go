@@ -5,6 +5,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"regexp"
 	"strings"
 	"testing"
@@ -88,4 +89,14 @@ func TestAlertsFitTheProgram(t *testing.T) {
 			require.Contains(t, string(page), "## "+section[1]+"\n")
 		}
 	}
+}
+
+// promtool knows whether the rules are well-formed, where it is installed.
+func TestAlertsAreWellFormed(t *testing.T) {
+	promtool, err := exec.LookPath("promtool")
+	if err != nil {
+		t.Skip("promtool is not installed")
+	}
+	out, err := exec.CommandContext(t.Context(), promtool, "check", "rules", "alerts.yml").CombinedOutput()
+	require.NoError(t, err, "%s", out)
 }
