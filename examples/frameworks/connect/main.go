@@ -1,0 +1,44 @@
+// Command connect serves a Connect procedure that is safe to retry.
+package main
+
+import (
+	"context"
+	"errors"
+	"log"
+	"net/http"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/go-idempotency/idempotency"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+)
+
+func main() {
+	once := idempotency.Middleware(idempotency.NewMemoryStore(), nil)
+	server := &http.Server{Addr: "127.0.0.1:8080", Handler: newMux(once), ReadHeaderTimeout: 5 * time.Second}
+	log.Fatal(server.ListenAndServe())
+}
+
+// newMux puts the middleware around the handler of one procedure. Generated code
+// returns a path and a handler for the whole service, which goes in its place.
+// There is no connect.WithRecover: inside of the middleware it would turn a
+// panic into an error, which frees the key.
+func newMux(once func(http.Handler) http.Handler) *http.ServeMux {
+	mux := http.NewServeMux()
+	mux.Handle(procedure, once(connect.NewUnaryHandler(procedure, charge)))
+	return mux
+}
+
+const procedure = "/shop.v1.Shop/Charge"
+
+func charge(_ context.Context, r *connect.Request[wrapperspb.StringValue]) (*connect.Response[wrapperspb.StringValue], error) {
+	switch r.Msg.GetValue() {
+	case "declined":
+		return nil, connect.NewError(connect.CodeFailedPrecondition, errors.New("the card was declined"))
+	case "down":
+		return nil, connect.NewError(connect.CodeUnavailable, errors.New("try again"))
+	}
+	response := connect.NewResponse(wrapperspb.String("charge 1"))
+	response.Header().Set("Charge-Id", "1")
+	return response, nil
+}

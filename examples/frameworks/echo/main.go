@@ -1,0 +1,45 @@
+// Command echo serves an echo route that is safe to retry.
+package main
+
+import (
+	"log"
+	"net/http"
+	"time"
+
+	"github.com/go-idempotency/idempotency"
+	"github.com/labstack/echo/v4"
+	"github.com/labstack/echo/v4/middleware"
+)
+
+func main() {
+	once := idempotency.Middleware(idempotency.NewMemoryStore(), nil)
+	server := &http.Server{Addr: "127.0.0.1:8080", Handler: newEcho(once), ReadHeaderTimeout: 5 * time.Second}
+	log.Fatal(server.ListenAndServe())
+}
+
+func newEcho(once func(http.Handler) http.Handler) *echo.Echo {
+	e := echo.New()
+	e.Use(middleware.Recover()) // outside, so that the key of a panic keeps its lease
+	e.POST("/charge", charge, echo.WrapMiddleware(once), answerErrors)
+	return e
+}
+
+// answerErrors answers the error of a handler while the middleware outside of it
+// records. Echo itself answers an error when all middleware has returned, and
+// then a retry would get an empty 200.
+func answerErrors(next echo.HandlerFunc) echo.HandlerFunc {
+	return func(c echo.Context) error {
+		if err := next(c); err != nil {
+			c.Error(err)
+		}
+		return nil
+	}
+}
+
+func charge(c echo.Context) error {
+	if c.QueryParam("card") == "declined" {
+		return echo.NewHTTPError(http.StatusPaymentRequired, "the card was declined")
+	}
+	c.Response().Header().Set("Location", "/charges/1")
+	return c.JSON(http.StatusCreated, map[string]string{"charge": "1"})
+}
