@@ -136,7 +136,7 @@ type isLate struct{}
 // call executes op with the fault of the call, if it has one.
 func (s *callStore) call(ctx context.Context, method string, op func(context.Context) error) (c storeCall, err error) {
 	call, way := s.next(method)
-	c = storeCall{name: call, isDeaf: way != nil && (way.reply == deaf || way.reply == tardy)}
+	c = storeCall{name: call, began: s.history.tick(), isDeaf: way != nil && (way.reply == deaf || way.reply == tardy)}
 	if way == nil || way.reply == mute || way.reply == jumpy {
 		return c, op(ctx)
 	}
@@ -227,6 +227,6 @@ func (s *callStore) Watch(ctx context.Context, key string) (<-chan struct{}, err
 		close(told)
 		changed = told
 	}
-	s.history.called(ctx, storeCall{name: call, err: err, isDeaf: way != nil && way.reply == deaf})
+	s.history.called(ctx, storeCall{name: call, began: s.history.tick(), err: err, isDeaf: way != nil && way.reply == deaf})
 	return changed, err
 }

@@ -35,7 +35,8 @@ type callHistory struct {
 type storeCall struct {
 	name    string // "Acquire#2", or "" before the counting began
 	request int
-	at      int
+	began   int
+	at      int // when it was answered
 	state   idempotency.State
 	err     error
 	isDeaf  bool // it took deafness
@@ -167,6 +168,12 @@ func (h *callHistory) event(ctx context.Context, _ idempotency.Event) {
 func (h *callHistory) tickLocked() int {
 	h.clock++
 	return h.clock
+}
+
+func (h *callHistory) tick() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.tickLocked()
 }
 
 // callsAfter returns the calls that were counted after the first one of that
