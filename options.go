@@ -142,6 +142,9 @@ type Options struct {
 	// The host is not part of a key. A service for which it matters puts r.Host
 	// into the scope.
 	//
+	// Scope may parse a form of r. With Key it gets a copy of the request, and
+	// cannot read a body over MaxBufferedBody.
+	//
 	// A change of Scope forgets all keys: a retry of a finished request then
 	// runs again. A service makes the change on new paths, or while no client
 	// retries.

@@ -1,6 +1,7 @@
 package idempotency
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/binary"
@@ -46,7 +47,7 @@ func (q *request) identify(lines []string) *Error {
 	}
 	q.key = key
 	if q.opts.Scope != nil {
-		q.scope = q.opts.Scope(q.r)
+		q.scope = q.askForScope()
 	}
 	q.deriveStoreKey()
 	return nil
@@ -95,6 +96,30 @@ func (q *request) askForKey() (string, *Error) {
 	default:
 		return key, nil
 	}
+}
+
+// askForScope asks Options.Scope, which may look into a form of the request.
+// With Options.Key the body was read before. A Scope that parses the form of
+// such a request would find no tenant in it, and would leave an empty form to
+// the handler. So Scope gets a copy of the request with the body that was read.
+//
+// A body that is not whole cannot be read by Scope. Part of a form could have
+// part of a tenant in it, another part in every try.
+func (q *request) askForScope() string {
+	if q.opts.Key == nil {
+		return q.opts.Scope(q.r)
+	}
+	r := q.r.WithContext(q.r.Context())
+	r.Body = io.NopCloser(bytes.NewReader(q.body.ahead))
+	if !q.body.whole {
+		r.Body = http.MaxBytesReader(nil, io.NopCloser(strings.NewReader("x")), 0)
+	}
+	defer func() {
+		if r.MultipartForm != nil && r.MultipartForm != q.r.MultipartForm {
+			_ = r.MultipartForm.RemoveAll()
+		}
+	}()
+	return q.opts.Scope(r)
 }
 
 // invalidKey is the answer to a key that was refused. The detail tells the client
