@@ -406,6 +406,8 @@ func (c *call) deliver(a answer) {
 		c.report(a.outcome, c.recorder.status, a.err)
 	case !c.recorder.withdraw():
 		c.refuseAs(a.outcome, a.problem)
+	case c.settlement.facts.unanswered: // an outer timeout has answered, with a failure too
+		c.report(a.outcome, c.recorder.status, a.problem)
 	default:
 		c.warn(c.r.Context(), c.storeKey, "a response was withheld that had begun to stream", a.problem)
 		c.report(a.outcome, c.recorder.status, a.problem)

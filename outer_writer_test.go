@@ -3,6 +3,7 @@ package idempotency_test
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"log/slog"
 	"net/http"
 	"strings"
@@ -205,6 +206,61 @@ func TestAnswerAroundTheMiddleware(t *testing.T) {
 					require.Contains(t, logged.String(), "docs/frameworks.md")
 				})
 			}
+		}
+	}
+}
+
+// An outer timeout answers while the handler, which has begun a transaction, is
+// at work. The handler then gives up, and half of its work must not be
+// committed. A failure that the handler wrote around the middleware itself is
+// rolled back as well. What it did with success is not.
+func TestTransactionOfAHandlerThatWasAnsweredFor(t *testing.T) {
+	for name, row := range map[string]struct {
+		status  int
+		opts    idempotency.Options
+		commit  bool
+		called  []string
+		outcome idempotency.Outcome
+		retry   string
+		seen    int // the original status in the answer to the retry
+	}{
+		"rolled back, and the key freed": {status: 503, called: []string{"Acquire", "Release a transaction"},
+			outcome: idempotency.OutcomeReleased, retry: "503 "},
+		"at most once": {status: 503, opts: idempotency.Options{AtMostOnce: true}, called: []string{"Acquire", "Acquire", "Complete"},
+			outcome: idempotency.OutcomeOutcomeUnknown, retry: "409 outcome_unknown"},
+		"after Commit": {status: 503, commit: true, called: []string{"Acquire", "Acquire", "Complete"},
+			outcome: idempotency.OutcomeOutcomeUnknown, retry: "409 outcome_unknown"},
+		"a success": {status: 201, called: []string{"Acquire", "Complete a transaction"},
+			outcome: idempotency.OutcomeExecuted, retry: "409 response_not_stored", seen: 201},
+	} {
+		for _, framework := range []string{"gin", "chi", "echo"} {
+			t.Run(framework+" "+name, func(t *testing.T) {
+				var called []string
+				store := &idemtest.ObservedStore{Store: idempotency.NewMemoryStore(), Look: func(ctx context.Context, method string) {
+					if e, ok := idempotency.FromContext(ctx); ok && method != "Acquire" && e.Attachment() != nil {
+						method += " " + e.Attachment().(string)
+					}
+					called = append(called, method)
+				}}
+				var events idemtest.EventLog
+				opts := row.opts
+				opts.CancelOnDisconnect, opts.OnEvent, opts.Logger = true, events.Add, slog.New(slog.DiscardHandler)
+				c := idemtest.NewClient(store, &opts, func(_ http.ResponseWriter, r *http.Request) {
+					idemtest.Execution(r).Attach("a transaction")
+					if row.commit {
+						idemtest.Must(idemtest.Execution(r).Commit(r.Context()))
+					}
+					outsideOf(r).end()
+					<-r.Context().Done()
+					outsideOf(r).WriteHeader(row.status) // the timeout, as far as the middleware can tell
+				})
+				c.Handler = goingAround(framework, false, func(http.ResponseWriter, *http.Request) {}, c.Handler)
+				c.Check(t, 0, idemtest.Exchange{Key: "a", Get: fmt.Sprint(row.status, " ")})
+				require.Equal(t, row.called, called)
+				require.Equal(t, row.outcome, events.Last().Outcome)
+				require.Equal(t, row.status, events.Last().Status)
+				c.Check(t, 1, idemtest.Exchange{Key: "a", Get: row.retry, Original: row.seen})
+			})
 		}
 	}
 }

@@ -183,18 +183,26 @@ func (s *settlement) gather() {
 	s.recorder.finish()
 	s.digest, f.status = digest, effectiveStatus(s.recorder.status, s.recorder.header)
 	f.cutOff = broken && !f.atMostOnce && !s.recorder.wroteAround
-	f.unanswered = s.recorder.wroteNothing && (broken || s.context.hasEnded())
+	f.unanswered = (s.recorder.wroteNothing || s.mayBeAnsweredFor()) && (broken || s.context.hasEnded())
 	switch {
+	case f.unanswered:
+		s.cause = context.Cause(s.context)
 	case s.recorder.wroteAround:
 		// The status may be that of an outer timeout, which has answered in the
 		// place of the handler, so it must not free the key.
 		f.final = true
 		s.mistake(s.request.r.Context(), s.claim.storeKey, "the handler answered around the middleware, and retries get 409 response_not_stored", f.status)
-	case f.unanswered:
-		s.cause = context.Cause(s.context)
 	case !f.committed && !f.discarded: // which decide before ShouldStore
 		f.final = s.shouldStore()
 	}
+}
+
+// mayBeAnsweredFor reports whether a failure that was written around the
+// middleware may be that of an outer timeout. A handler that gave up then has an
+// attached transaction that is half done. To roll it back is right even if the
+// failure is the handler's own.
+func (s *settlement) mayBeAnsweredFor() bool {
+	return s.recorder.wroteAround && s.facts.attached && s.facts.status >= 400
 }
 
 // shouldStore asks Options.ShouldStore. The handler has finished, so a panic in
