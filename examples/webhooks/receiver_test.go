@@ -98,19 +98,31 @@ func TestEventIsHandledOnce(t *testing.T) {
 	}
 }
 
-// A request that is not signed does not hold the key of the event, nor does an
-// answer to it stand in the event's way.
+// A claimStore counts the claims that it is asked for.
+type claimStore struct {
+	idempotency.Store
+	claims int
+}
+
+func (s *claimStore) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+	s.claims++
+	return s.Store.Acquire(ctx, key, c)
+}
+
+// A request that is not signed does not reach the store, so it holds no key.
 func TestForgedEventOccupiesNothing(t *testing.T) {
 	var l ledger
-	h := newHandler(idempotency.NewMemoryStore(), nil, newTestReceiver(t, l.process))
+	store := &claimStore{Store: idempotency.NewMemoryStore()}
+	h := newHandler(store, nil, newTestReceiver(t, l.process))
 	const stripeBody, standardBody = `{"id":"evt_1","type":"paid"}`, `{"type":"paid"}`
 
 	require.Equal(t, "401", deliver(h, newStripe("guessed", stripeBody, time.Now())))
 	require.Equal(t, "401", deliver(h, newStandard("whsec_guessed", "msg_1", standardBody, time.Now())))
-	require.Empty(t, l.events)
+	require.Zero(t, store.claims)
 	require.Equal(t, "204", deliver(h, newStripe(stripeSecret, stripeBody, time.Now())))
 	require.Equal(t, "204", deliver(h, newStandard(acmeSecret, "msg_1", standardBody, time.Now())))
 	require.Len(t, l.events, 2)
+	require.Equal(t, 2, store.claims)
 }
 
 func TestEachSenderHasItsOwnKeys(t *testing.T) {
