@@ -83,21 +83,28 @@ func (c *call) report(outcome Outcome, status int, err error) {
 // a retry would run it again.
 func (m *middleware) contain(ctx context.Context, callback string) {
 	if p := recover(); p != nil {
-		m.opts.logger().LogAttrs(ctx, slog.LevelError, "idempotency: panic in "+callback, slog.Any("panic", p))
+		m.log(ctx, slog.LevelError, "panic in "+callback, slog.Any("panic", p))
 	}
 }
 
 // warn logs a failure. What a store says may be logged, but never sent to a
-// client. The client's cancellation is taken off the context, for a log handler
-// that honours it would drop the lines about clients that hung up.
+// client.
 func (m *middleware) warn(ctx context.Context, storeKey, msg string, err error) {
-	m.opts.logger().LogAttrs(context.WithoutCancel(ctx), slog.LevelWarn, "idempotency: "+msg,
-		slog.String("store_key", storeKey), slog.Any("error", err))
+	m.log(ctx, slog.LevelWarn, msg, slog.String("store_key", storeKey), slog.Any("error", err))
 }
 
 // mistake logs that a program is put together in a way in which retries do not
 // get the response. status is what the client gets.
 func (m *middleware) mistake(ctx context.Context, storeKey, msg string, status int) {
-	m.opts.logger().LogAttrs(context.WithoutCancel(ctx), slog.LevelError, "idempotency: "+msg+", see docs/frameworks.md",
-		slog.String("store_key", storeKey), slog.Int("status", status))
+	m.log(ctx, slog.LevelError, msg+", see docs/frameworks.md", slog.String("store_key", storeKey), slog.Int("status", status))
+}
+
+// log writes a line. The client's cancellation is taken off the context, for a
+// log handler that honours it would drop the lines about clients that hung up.
+//
+// A panic of the log is dropped. The handler may have run and its response not
+// be stored yet. On the goroutine of a timer, the panic would end the process.
+func (m *middleware) log(ctx context.Context, level slog.Level, msg string, attrs ...slog.Attr) {
+	defer func() { _ = recover() }()
+	m.opts.logger().LogAttrs(context.WithoutCancel(ctx), level, "idempotency: "+msg, attrs...)
 }

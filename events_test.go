@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -148,4 +149,59 @@ func (h liveHandler) Handle(ctx context.Context, r slog.Record) error {
 		return ctx.Err()
 	}
 	return h.Handler.Handle(ctx, r)
+}
+
+// panickingLog is a log that panics on every line.
+type panickingLog struct{ slog.Handler }
+
+func (panickingLog) Enabled(context.Context, slog.Level) bool  { return true }
+func (panickingLog) Handle(context.Context, slog.Record) error { panic("log is broken") }
+
+// A log that panics must not undo a handler that has finished. On the goroutine
+// of a timer it would end the process.
+func TestLoggerThatPanics(t *testing.T) {
+	for name, row := range map[string]struct {
+		opts    idempotency.Options
+		handler func(s *idemtest.FaultyStore) // before it answers
+		after   func(s *idemtest.FaultyStore)
+	}{
+		"between the handler and the store": {
+			opts: idempotency.Options{ShouldStore: func(int, http.Header) bool { panic("bug") }},
+		},
+		"on the timer of a lease": {
+			handler: func(s *idemtest.FaultyStore) {
+				s.Fail("Acquire", idemtest.ErrDown)
+				time.Sleep(11 * time.Second)
+				s.Fail("Acquire", nil)
+			},
+		},
+		"in the background": {
+			opts:    idempotency.Options{MaxExecution: time.Minute},
+			handler: func(s *idemtest.FaultyStore) { s.Fail("Complete", idemtest.ErrDown) },
+			after: func(s *idemtest.FaultyStore) {
+				time.Sleep(5 * time.Minute) // storing is given up, which is logged
+				s.Fail("Complete", nil)
+			},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+				row.opts.Logger = slog.New(panickingLog{slog.DiscardHandler})
+				c := idemtest.NewClient(s, &row.opts, func(w http.ResponseWriter, r *http.Request) {
+					if row.handler != nil && idemtest.Run(r) == 1 {
+						row.handler(s)
+					}
+					idemtest.Lasting(0)(w, r)
+				})
+				c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
+				if row.after != nil {
+					row.after(s)
+					return
+				}
+				time.Sleep(time.Hour)
+				c.Check(t, 2, idemtest.Exchange{Key: "a", Get: "replay 201 charge 1"})
+			})
+		})
+	}
 }

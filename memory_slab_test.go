@@ -140,3 +140,27 @@ func TestMemoryStoreOfManyTTLs(t *testing.T) {
 		require.Zero(t, s.bytes.Load())
 	})
 }
+
+// Queues take turns: one that expires is freed although others, which came
+// before it, have nothing to free.
+func TestMemoryStoreLooksAtAllQueues(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := NewMemoryStore()
+		fill := func(ttl time.Duration) {
+			for i := range 1000 {
+				require.NoError(t, s.Complete(t.Context(), fmt.Sprint(ttl, i), "1", Result{TTL: ttl}))
+			}
+		}
+		for days := range 2 * retireQueues {
+			fill(time.Duration(1<<days) * 24 * time.Hour)
+		}
+		lasting := s.bytes.Load()
+		fill(time.Hour)
+		time.Sleep(time.Hour)
+		for i := range 10_000 {
+			sh, _ := s.lock(fmt.Sprint(i), memoryNow())
+			sh.mu.Unlock()
+		}
+		require.Equal(t, lasting, s.bytes.Load())
+	})
+}

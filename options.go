@@ -310,7 +310,7 @@ type Options struct {
 
 	// Logger receives warnings and errors. A log line has the store key, which
 	// is a hash, and never a client's key, a token or a body. Default nil:
-	// slog.Default() at the time of logging.
+	// slog.Default() at the time of logging. A panic of its handler is dropped.
 	Logger *slog.Logger
 }
 

@@ -86,7 +86,10 @@ func committed(w http.ResponseWriter) (status int, ok bool) {
 // lookAroundLocked asks w whether the handler wrote to it, around the recorder.
 // What reached the client then is not known. The header of the response has
 // gone out, or is about to, so no other answer can take its place.
+//
+// A panic of w says nothing. It must not undo a handler that has finished.
 func (r *recorder) lookAroundLocked() {
+	defer r.late.contain(r.late.request, "a method of the outer ResponseWriter")
 	now := stateOf(r.w)
 	status, ok := committed(r.w)
 	switch {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 
@@ -263,4 +264,30 @@ func TestTransactionOfAHandlerThatWasAnsweredFor(t *testing.T) {
 			})
 		}
 	}
+}
+
+// A writerThatPanics is asked for its status once before the handler, and panics
+// when it is asked again.
+type writerThatPanics struct {
+	http.ResponseWriter
+	asked bool
+}
+
+func (w *writerThatPanics) Status() int {
+	if w.asked {
+		panic("bug")
+	}
+	w.asked = true
+	return 0
+}
+
+// The handler has finished when its writer is asked, so a panic of the writer
+// must not make it run again.
+func TestOuterWriterThatPanics(t *testing.T) {
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(http.ResponseWriter, *http.Request) {})
+	for range 2 {
+		w := &writerThatPanics{ResponseWriter: httptest.NewRecorder()}
+		c.Handler.ServeHTTP(w, c.Request(idemtest.Exchange{Key: "a"}))
+	}
+	require.Equal(t, 1, c.Runs())
 }

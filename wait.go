@@ -25,7 +25,6 @@ func (c *call) obtain() (Record, error) {
 	if !c.beginWait() {
 		return rec, errTooManyWaiting
 	}
-	// A panic on the way, of a Logger say, must not take a place for good.
 	defer c.waiting.Add(-1)
 	c.body.shrink()
 	return c.claim.wait(c.r.Context(), rec)

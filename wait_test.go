@@ -187,9 +187,8 @@ func TestMaxWaiting(t *testing.T) {
 // duplicate that got the key starts.
 func TestPlaceOfADuplicateIsFreedHoweverItsWaitEnds(t *testing.T) {
 	for name, row := range map[string]struct {
-		opts  idempotency.Options
-		store idempotency.Store
-		wait  func(c *idemtest.Client, r *http.Request)
+		opts idempotency.Options
+		wait func(c *idemtest.Client, r *http.Request)
 	}{
 		"its client hangs up": {wait: func(c *idemtest.Client, r *http.Request) {
 			ctx, cancel := context.WithTimeout(r.Context(), time.Second)
@@ -200,24 +199,12 @@ func TestPlaceOfADuplicateIsFreedHoweverItsWaitEnds(t *testing.T) {
 			opts: idempotency.Options{Wait: time.Second},
 			wait: func(c *idemtest.Client, r *http.Request) { c.Do(r) },
 		},
-		"it panics": {
-			opts:  idempotency.Options{Logger: slog.New(panickingLog{slog.DiscardHandler})},
-			store: panickingWatch{anyStore{idempotency.NewMemoryStore()}},
-			wait: func(c *idemtest.Client, r *http.Request) {
-				if c.Do(r) != nil {
-					panic("the log was to panic")
-				}
-			},
-		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				if row.store == nil {
-					row.store = idempotency.NewMemoryStore()
-				}
 				events := &idemtest.EventLog{}
 				row.opts.MaxWaiting, row.opts.OnEvent = 1, events.Add
-				c := idemtest.NewClient(row.store, &row.opts, idemtest.Lasting(time.Minute))
+				c := idemtest.NewClient(idempotency.NewMemoryStore(), &row.opts, idemtest.Lasting(time.Minute))
 				go c.Do(c.Request(idemtest.Exchange{Key: "a"}))
 				synctest.Wait()
 				for range 3 {
@@ -248,12 +235,6 @@ func TestPlaceOfADuplicateIsFreedHoweverItsWaitEnds(t *testing.T) {
 		})
 	})
 }
-
-// panickingLog is a log that panics on every line.
-type panickingLog struct{ slog.Handler }
-
-func (panickingLog) Enabled(context.Context, slog.Level) bool  { return true }
-func (panickingLog) Handle(context.Context, slog.Record) error { panic("log is broken") }
 
 // The middlewares of two routes have a limit each.
 func TestMaxWaitingOfTwoMiddlewares(t *testing.T) {

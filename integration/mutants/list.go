@@ -44,21 +44,7 @@ func parse(text string) (mutants []*mutant, err error) {
 		case m == nil:
 			return nil, fail("before the first mutant")
 		}
-		switch {
-		case word == "file":
-			m.file = strings.TrimSpace(rest)
-		case word == "tests":
-			m.tests = strings.TrimSpace(rest)
-			if in, tests, found := strings.Cut(m.tests, " "); found {
-				m.in, m.tests = in, tests
-			}
-		case word == "equivalent":
-			m.equivalent = strings.TrimSpace(m.equivalent + " " + rest)
-		case line[0] == '-':
-			m.old += line[1:] + "\n"
-		case line[0] == '+':
-			m.new += line[1:] + "\n"
-		default:
+		if !m.set(line, word, rest) {
 			return nil, fail("unknown line")
 		}
 	}
@@ -74,4 +60,27 @@ func parse(text string) (mutants []*mutant, err error) {
 		}
 	}
 	return mutants, nil
+}
+
+// set takes one line of a mutant, which begins with word. It is false if there
+// is no such line.
+func (m *mutant) set(line, word, rest string) bool {
+	switch {
+	case word == "file":
+		m.file = strings.TrimSpace(rest)
+	case word == "tests":
+		m.tests = strings.TrimSpace(rest)
+		if in, tests, found := strings.Cut(m.tests, " "); found {
+			m.in, m.tests = in, tests
+		}
+	case word == "equivalent":
+		m.equivalent = strings.TrimSpace(m.equivalent + " " + rest)
+	case line[0] == '-':
+		m.old += line[1:] + "\n"
+	case line[0] == '+':
+		m.new += line[1:] + "\n"
+	default:
+		return false
+	}
+	return true
 }

@@ -220,29 +220,11 @@ func (p *RedisProxy) serve(client net.Conn) {
 	defer p.untrack(server)
 	p.track(server)
 
-	// Replies go to the client until one is not to. Its first byte tells that
-	// Redis has done what it was told.
-	var mute, late atomic.Bool
+	var replies proxyReplies
 	replied := make(chan struct{})
 	go func() {
 		defer func() { _ = client.Close(); _ = server.Close() }()
-		told := sync.OnceFunc(func() { close(replied) })
-		defer told()
-		b := make([]byte, 32<<10)
-		for {
-			n, err := server.Read(b)
-			if err != nil {
-				return
-			}
-			if late.CompareAndSwap(true, false) {
-				<-time.After(20 * time.Millisecond)
-			}
-			if mute.Load() {
-				told()
-			} else if _, err := client.Write(b[:n]); err != nil {
-				return
-			}
-		}
+		replies.pass(server, client, sync.OnceFunc(func() { close(replied) }))
 	}()
 
 	commands := bufio.NewReader(client)
@@ -260,15 +242,40 @@ func (p *RedisProxy) serve(client net.Conn) {
 		case Slow:
 			<-time.After(20 * time.Millisecond)
 		case SlowReply:
-			late.Store(true)
+			replies.late.Store(true)
 		case Swallow, CutAfter:
-			mute.Store(true)
+			replies.mute.Store(true)
 		}
 		if _, err := server.Write(raw); err != nil {
 			return
 		}
 		if v == CutAfter {
 			<-replied
+			return
+		}
+	}
+}
+
+// proxyReplies says what becomes of the replies to a client.
+type proxyReplies struct{ mute, late atomic.Bool }
+
+// pass passes replies on to the client until one is not to go there. It calls
+// told at the first byte of that one, which shows that Redis has done what it
+// was told, and at the latest when it returns.
+func (r *proxyReplies) pass(server, client net.Conn, told func()) {
+	defer told()
+	b := make([]byte, 32<<10)
+	for {
+		n, err := server.Read(b)
+		if err != nil {
+			return
+		}
+		if r.late.CompareAndSwap(true, false) {
+			<-time.After(20 * time.Millisecond)
+		}
+		if r.mute.Load() {
+			told()
+		} else if _, err := client.Write(b[:n]); err != nil {
 			return
 		}
 	}
