@@ -20,8 +20,18 @@ import (
 )
 
 func newHandler(background *idempotency.Background) http.Handler {
-	var charges atomic.Int64
-	charge := func(w http.ResponseWriter, r *http.Request) {
+	var with, without atomic.Int64 // charges with the middleware, and without it
+	idempotent := idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{Background: background})
+	mux := http.NewServeMux()
+	mux.Handle("POST /charge", loseAnswers(idempotent(charge(&with))))
+	mux.Handle("POST /unprotected/charge", loseAnswers(charge(&without)))
+	mux.HandleFunc("GET /{$}", servePage)
+	mux.HandleFunc("GET /charges", showCharges(&with, &without))
+	return mux
+}
+
+func charge(charges *atomic.Int64) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
 		amount, err := strconv.Atoi(r.PostFormValue("amount"))
 		if err != nil || amount <= 0 {
 			http.Error(w, "amount must be a positive number", http.StatusBadRequest)
@@ -33,10 +43,6 @@ func newHandler(background *idempotency.Background) http.Handler {
 			log.Print(err)
 		}
 	}
-	idempotent := idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{Background: background})
-	mux := http.NewServeMux()
-	mux.Handle("POST /charge", idempotent(http.HandlerFunc(charge)))
-	return mux
 }
 
 func main() {
@@ -50,6 +56,7 @@ func main() {
 	fmt.Println("The first request is executed:" + try + "100")
 	fmt.Println("The same again is replayed, with Idempotent-Replayed: true:" + try + "100")
 	fmt.Println("Another body under the same key is refused with 422:" + try + "999")
+	fmt.Println("In a browser, with and without the middleware:\n  http://" + ln.Addr().String() + "/")
 
 	background := new(idempotency.Background)
 	srv := &http.Server{Handler: newHandler(background)}

@@ -39,7 +39,7 @@ func program(t *testing.T, args ...string) *exec.Cmd {
 	return cmd
 }
 
-func charge(t *testing.T, url, key, body string) (*http.Response, string) {
+func post(t *testing.T, url, key, body string) (*http.Response, string) {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, url, strings.NewReader(body))
 	require.NoError(t, err)
@@ -58,17 +58,17 @@ func charge(t *testing.T, url, key, body string) (*http.Response, string) {
 // requireThreeAnswers sends the three requests that the program suggests.
 func requireThreeAnswers(t *testing.T, url string) {
 	t.Helper()
-	res, first := charge(t, url, "order-17", "amount=100")
+	res, first := post(t, url, "order-17", "amount=100")
 	require.Equal(t, http.StatusCreated, res.StatusCode)
 	require.Equal(t, "charge 1: 100\n", first)
 	require.Empty(t, res.Header.Get("Idempotent-Replayed"))
 
-	res, again := charge(t, url, "order-17", "amount=100")
+	res, again := post(t, url, "order-17", "amount=100")
 	require.Equal(t, http.StatusCreated, res.StatusCode)
 	require.Equal(t, first, again)
 	require.Equal(t, "true", res.Header.Get("Idempotent-Replayed"))
 
-	res, refused := charge(t, url, "order-17", "amount=999")
+	res, refused := post(t, url, "order-17", "amount=999")
 	require.Equal(t, http.StatusUnprocessableEntity, res.StatusCode)
 	require.Contains(t, refused, "key_reused")
 }
@@ -78,12 +78,12 @@ func TestHandler(t *testing.T) {
 	defer srv.Close()
 	requireThreeAnswers(t, srv.URL+"/charge")
 
-	res, other := charge(t, srv.URL+"/charge", "order-18", "amount=100")
+	res, other := post(t, srv.URL+"/charge", "order-18", "amount=100")
 	require.Equal(t, http.StatusCreated, res.StatusCode)
 	require.Equal(t, "charge 2: 100\n", other, "a new key is a new charge, and the tries above made only one")
 
 	for range 2 {
-		res, _ = charge(t, srv.URL+"/charge", "order-19", "amount=nothing")
+		res, _ = post(t, srv.URL+"/charge", "order-19", "amount=nothing")
 		require.Equal(t, http.StatusBadRequest, res.StatusCode)
 	}
 	require.Equal(t, "true", res.Header.Get("Idempotent-Replayed"), "a refusal is an answer too")
@@ -92,8 +92,8 @@ func TestHandler(t *testing.T) {
 func TestWithoutKeyEveryRequestIsExecuted(t *testing.T) {
 	srv := httptest.NewServer(newHandler(nil))
 	defer srv.Close()
-	_, first := charge(t, srv.URL+"/charge", "", "amount=100")
-	_, second := charge(t, srv.URL+"/charge", "", "amount=100")
+	_, first := post(t, srv.URL+"/charge", "", "amount=100")
+	_, second := post(t, srv.URL+"/charge", "", "amount=100")
 	require.Equal(t, "charge 1: 100\n", first)
 	require.Equal(t, "charge 2: 100\n", second)
 }
