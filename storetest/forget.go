@@ -164,18 +164,24 @@ var forgetRules = []rule{
 	}},
 
 	{name: "a cell of another owner is ErrCellChanged", needsInspector: true, check: func(e *env) {
-		e.complete("A", result{value: "done", ttl: e.short})
-		seen := e.inspect().is(idempotency.Completed)
-		e.lapse()
+		var seen view
+		_, ttl := e.within(func(ttl time.Duration) span {
+			done := e.complete("A", result{value: "done", ttl: ttl})
+			seen = e.inspect().is(idempotency.Completed)
+			return done
+		})
+		e.pass(ttl + 2*e.tolerance)
 		e.refuseForget(seen, idempotency.ErrCellChanged)
 		e.complete("B", result{value: "done"})
 		e.refuseForget(seen, idempotency.ErrCellChanged)
 		e.acquire(claim{token: "C"}).completed("", "done")
 
-		e.use(randomKey())
-		e.acquire(claim{token: "A", fp: "one", lease: e.short, ttl: e.short}).acquired(1)
-		e.refuseForget(view{e, idempotency.Cell{}}, idempotency.ErrInProgress)
-		e.lapse()
+		_, ttl = e.within(func(ttl time.Duration) span {
+			a := e.acquire(claim{token: "A", fp: "one", lease: ttl, ttl: ttl}).acquired(1)
+			e.refuseForget(view{e, idempotency.Cell{}}, idempotency.ErrInProgress)
+			return a.span
+		})
+		e.pass(ttl + 2*e.tolerance)
 		e.acquireOnce(claim{token: "A", fp: "one", lease: e.short})
 		e.lapse()
 		seen = e.inspect().is(idempotency.Abandoned)
@@ -210,10 +216,14 @@ var forgetRules = []rule{
 	}},
 
 	{name: "Forget closes the channel", needsInspector: true, needsWatcher: true, check: func(e *env) {
-		e.acquire(claim{token: "A", lease: e.short}).acquired(1)
-		changed := e.watch(e.ctx)
-		e.acquire(claim{token: "B"}).is(idempotency.InProgress)
-		e.lapse()
+		var changed <-chan struct{}
+		_, lease := e.within(func(lease time.Duration) span {
+			a := e.acquire(claim{token: "A", lease: lease}).acquired(1)
+			changed = e.watch(e.ctx)
+			e.acquire(claim{token: "B"}).is(idempotency.InProgress)
+			return a.span
+		})
+		e.pass(lease + 2*e.tolerance)
 		e.forget(e.inspect().is(idempotency.Lapsed))
 		e.awaitClosed(changed)
 	}},

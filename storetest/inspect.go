@@ -76,14 +76,19 @@ var inspectRules = []rule{
 	{name: "Lease and TTL are the times that are left", needsInspector: true, check: timesLeft},
 
 	{name: "Inspect changes nothing", needsInspector: true, check: func(e *env) {
-		a := e.acquire(claim{token: "A", fp: "one", lease: e.short}).acquired(1)
-		e.inspect().is(idempotency.InProgress)
-		e.changesAfter(a.span, e.short, claim{token: "B", fp: "one"}, idempotency.InProgress).acquired(2)
+		claimed, lease := e.within(func(lease time.Duration) span {
+			a := e.acquire(claim{token: "A", fp: "one", lease: lease}).acquired(1)
+			e.inspect().is(idempotency.InProgress)
+			return a.span
+		})
+		e.changesAfter(claimed, lease, claim{token: "B", fp: "one"}, idempotency.InProgress).acquired(2)
 
-		e.use(randomKey())
-		done := e.complete("A", result{value: "done", ttl: e.short})
-		e.inspect().is(idempotency.Completed)
-		e.changesAfter(done, e.short, claim{token: "B"}, idempotency.Completed).acquired(1)
+		done, ttl := e.within(func(ttl time.Duration) span {
+			done := e.complete("A", result{value: "done", ttl: ttl})
+			e.inspect().is(idempotency.Completed)
+			return done
+		})
+		e.changesAfter(done, ttl, claim{token: "B"}, idempotency.Completed).acquired(1)
 	}},
 
 	{name: "Owner tells owners apart", needsInspector: true, check: func(e *env) {

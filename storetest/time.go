@@ -83,14 +83,22 @@ func (e *env) pass(d time.Duration) {
 
 // within does steps with a key of its own and a short duration, and with longer
 // ones until the steps took less than that: on a slow machine the cell may have
-// expired between them. It returns what steps returned, and the duration.
+// expired between them. An error of steps that took longer may be the machine's
+// and not the store's, so it does not count. It returns what steps returned, and
+// the duration.
 func (e *env) within(steps func(d time.Duration) span) (start span, d time.Duration) {
-	for d = e.short; ; d *= 2 {
+	for d = e.short; e.err == nil; d *= 2 {
 		e.use(randomKey())
-		if start = steps(d); e.err != nil || e.atMost(start) < d-e.tolerance {
-			return start, d
+		begin := e.now()
+		start = steps(d)
+		if e.atMost(span{before: begin}) < d-e.tolerance {
+			break
+		}
+		if e.ctx.Err() == nil {
+			e.err = nil
 		}
 	}
+	return start, d
 }
 
 // lapse lets enough time pass to end a short lease or TTL.
