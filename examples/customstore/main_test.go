@@ -253,7 +253,7 @@ func TestOverstayingTransaction(t *testing.T) {
 	require.Contains(t, a.body, `"retryable":true`)
 	require.Zero(t, count(t, db, "orders"))
 
-	// The retry has no limit, so it gets through on any machine.
+	// The retry has the default limit of minutes, so it gets through on any machine.
 	url := newAPI(t, db, nil, func(create http.HandlerFunc) http.HandlerFunc { return create })
 	requireOneOrder(t, db, mustPost(t, url, "key", "item=tea&quantity=1").body)
 }
