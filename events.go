@@ -71,7 +71,7 @@ func (c *call) report(outcome Outcome, status int, err error) {
 	if c.opts.OnEvent == nil {
 		return
 	}
-	defer c.contain(c.r.Context(), "OnEvent")
+	defer c.contain(c.r.Context(), c.storeKey, "OnEvent")
 	c.opts.OnEvent(c.r.Context(), Event{
 		Outcome: outcome, StoreKey: c.storeKey, Attempt: c.execution.attempt, Status: status,
 		Duration: time.Since(c.started), Waited: c.claim.waited, Err: err, Request: c.r,
@@ -81,9 +81,9 @@ func (c *call) report(outcome Outcome, status int, err error) {
 // contain is deferred around a callback. A panic in a callback must not undo a
 // request whose handler has run: it would look like a crash of the handler, and
 // a retry would run it again.
-func (m *middleware) contain(ctx context.Context, callback string) {
+func (m *middleware) contain(ctx context.Context, storeKey, callback string) {
 	if p := recover(); p != nil {
-		m.log(ctx, slog.LevelError, "panic in "+callback, slog.Any("panic", p))
+		m.log(ctx, slog.LevelError, "panic in "+callback, slog.String("store_key", storeKey), slog.Any("panic", p))
 	}
 }
 

@@ -151,6 +151,27 @@ func (h liveHandler) Handle(ctx context.Context, r slog.Record) error {
 	return h.Handler.Handle(ctx, r)
 }
 
+// A panic in a callback is logged with the name of the cell.
+func TestCallbackThatPanics(t *testing.T) {
+	for callback, opts := range map[string]idempotency.Options{
+		"OnEvent":      {OnEvent: func(context.Context, idempotency.Event) { panic("is broken") }},
+		"ShouldStore":  {ShouldStore: func(int, http.Header) bool { panic("is broken") }},
+		"ReplayHeader": {ReplayHeader: func(string) bool { panic("is broken") }},
+		"AEAD":         {AEAD: panickingAEAD{}},
+	} {
+		t.Run(callback, func(t *testing.T) {
+			var log bytes.Buffer
+			opts.Logger = slog.New(slog.NewTextHandler(&log, nil))
+			handler := func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("Location", "/charges/1") }
+			c := idemtest.NewClient(idempotency.NewMemoryStore(), &opts, http.HandlerFunc(handler))
+			r := c.Request(idemtest.Exchange{Key: "a"})
+			c.Do(r)
+			require.Contains(t, log.String(), "panic in "+callback)
+			require.Contains(t, log.String(), "store_key="+idempotency.StoreKey("", r.Method, r.URL.Path, "a"))
+		})
+	}
+}
+
 // panickingLog is a log that panics on every line.
 type panickingLog struct{ slog.Handler }
 

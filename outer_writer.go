@@ -89,7 +89,7 @@ func committed(w http.ResponseWriter) (status int, ok bool) {
 //
 // A panic of w says nothing. It must not undo a handler that has finished.
 func (r *recorder) lookAroundLocked() {
-	defer r.late.contain(r.late.request, "a method of the outer ResponseWriter")
+	defer r.late.contain(r.late.request, r.late.storeKey, "a method of the outer ResponseWriter")
 	now := stateOf(r.w)
 	status, ok := committed(r.w)
 	switch {

@@ -212,7 +212,7 @@ func (s *settlement) shouldStore() (final bool) {
 		return !s.saysNothingWasDone() && (s.facts.status < 500 || s.opts.AtMostOnce)
 	}
 	final = true
-	defer s.contain(s.request.r.Context(), "ShouldStore")
+	defer s.contain(s.request.r.Context(), s.claim.storeKey, "ShouldStore")
 	return s.opts.ShouldStore(s.recorder.status, s.recorder.header)
 }
 
@@ -312,7 +312,7 @@ func (s *settlement) encodeResponse(r *Result) {
 	if !s.recorder.complete() {
 		return
 	}
-	defer s.contain(s.request.r.Context(), "ReplayHeader")
+	defer s.contain(s.request.r.Context(), s.claim.storeKey, "ReplayHeader")
 	if s.memory == nil || s.opts.AEAD != nil {
 		r.Value, _ = s.recorder.encode(nil, s.digest, s.opts.ReplayHeader, true)
 		return
@@ -330,6 +330,6 @@ func (s *settlement) encodeResponse(r *Result) {
 // seal returns nil if the AEAD panics. The response is then stored as one that
 // cannot be kept, and never in the clear.
 func (s *settlement) seal(r Result) (sealed []byte) {
-	defer s.contain(s.request.r.Context(), "AEAD")
+	defer s.contain(s.request.r.Context(), s.claim.storeKey, "AEAD")
 	return seal(s.opts.AEAD, s.claim.storeKey, r)
 }
