@@ -258,23 +258,30 @@ func TestOverstayingTransaction(t *testing.T) {
 	requireOneOrder(t, db, mustPost(t, url, "key", "item=tea&quantity=1").body)
 }
 
-// A commit that fails may have happened all the same. Either way the retry
-// finds out.
+// The request whose commit fails finds out whether it happened all the same.
 func TestFailedCommit(t *testing.T) {
+	for step, status := range map[string]int{"before commit": 503, "after commit": 201} {
+		t.Run(step, func(t *testing.T) {
+			db := openFile(t, "watched", filepath.Join(t.TempDir(), "test.db"))
+			failOnce(t, step)
+			url := newAPI(t, db, nil, func(create http.HandlerFunc) http.HandlerFunc { return create })
+			a := mustPost(t, url, "key", "item=tea&quantity=1")
+			require.Equal(t, status, a.status)
+			require.NotContains(t, a.body, "not known")
+			a = mustPost(t, url, "key", "item=tea&quantity=1")
+			require.Equal(t, http.StatusCreated, a.status)
+			require.Equal(t, step == "after commit", a.replayed)
+			requireOneOrder(t, db, a.body)
+		})
+	}
+}
+
+// When nothing can be read after a commit that fails, the retry finds out.
+func TestFailedCommitThatNothingIsKnownOf(t *testing.T) {
 	for _, step := range []string{"before commit", "after commit"} {
 		t.Run(step, func(t *testing.T) {
 			db := openFile(t, "watched", filepath.Join(t.TempDir(), "test.db"))
-			var ordered, failed atomic.Bool
-			watched.watch(func(name string) error {
-				if name == "before INSERT INTO orders" {
-					ordered.Store(true)
-				}
-				if name == step && ordered.Load() && failed.CompareAndSwap(false, true) {
-					return errors.New("the connection to the database broke")
-				}
-				return nil
-			})
-			t.Cleanup(func() { watched.watch(func(string) error { return nil }) })
+			failOnce(t, step, "before begin")
 			opts := &idempotency.Options{Lease: 500 * time.Millisecond}
 			url := newAPI(t, db, opts, func(create http.HandlerFunc) http.HandlerFunc { return create })
 			a := mustPost(t, url, "key", "item=tea&quantity=1")
@@ -286,4 +293,59 @@ func TestFailedCommit(t *testing.T) {
 			requireOneOrder(t, db, a.body)
 		})
 	}
+}
+
+// failOnce has each of the steps fail once, in this order, after the first
+// INSERT INTO orders.
+func failOnce(t *testing.T, steps ...string) {
+	var mu sync.Mutex
+	ordered := false
+	watched.watch(func(name string) error {
+		mu.Lock()
+		defer mu.Unlock()
+		ordered = ordered || name == "before INSERT INTO orders"
+		if !ordered || len(steps) == 0 || name != steps[0] {
+			return nil
+		}
+		steps = steps[1:]
+		return errors.New("the connection to the database broke")
+	})
+	t.Cleanup(func() { watched.watch(func(string) error { return nil }) })
+}
+
+// A context that ends just before the commit takes the transaction with it, and
+// the key is free at once.
+func TestContextThatEndsBeforeTheCommit(t *testing.T) {
+	db := openFile(t, "watched", filepath.Join(t.TempDir(), "test.db"))
+	var ordered atomic.Bool
+	var cancel context.CancelFunc
+	url := newAPI(t, db, nil, func(create http.HandlerFunc) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			if ordered.Load() { // the retry
+				create(w, r)
+				return
+			}
+			var ctx context.Context
+			ctx, cancel = context.WithCancel(r.Context())
+			create(w, r.WithContext(ctx))
+		}
+	})
+	watched.watch(func(name string) error {
+		switch {
+		case name == "before INSERT INTO orders":
+			ordered.Store(true)
+		case name == "before INSERT INTO idempotency" && ordered.Load() && cancel != nil:
+			cancel()
+			cancel = nil
+		}
+		return nil
+	})
+	t.Cleanup(func() { watched.watch(func(string) error { return nil }) })
+	a := mustPost(t, url, "key", "item=tea&quantity=1")
+	require.Equal(t, http.StatusServiceUnavailable, a.status)
+	require.NotContains(t, a.body, "not known")
+	require.Zero(t, count(t, db, "orders"))
+	a = mustPost(t, url, "key", "item=tea&quantity=1")
+	require.False(t, a.replayed)
+	requireOneOrder(t, db, a.body)
 }

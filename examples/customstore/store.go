@@ -195,10 +195,31 @@ func (s *Store) Complete(ctx context.Context, key, token string, r idempotency.R
 		_ = tx.Rollback() // without a commit nothing is written, even if this fails
 		return errors.Join(idempotency.ErrRolledBack, err)
 	}
-	// A Commit that fails may have committed all the same, so its error is not
-	// ErrRolledBack. The claim stands until its lease ends, and the retry finds
-	// either the response or a claim whose lease is over.
-	return tx.Commit()
+	if err := tx.Commit(); err != nil {
+		return s.failedCommit(ctx, key, token, err)
+	}
+	return nil
+}
+
+// failedCommit returns nil if the Commit that returned err has committed all the
+// same. The cell tells: the transaction has ended, so what is not there now does
+// not come later. One that was committed is still there, and has this token.
+//
+// When the cell cannot be read either, the claim stands until its lease ends. The
+// retry finds the response, or a claim whose lease is over.
+func (s *Store) failedCommit(ctx context.Context, key, token string, err error) error {
+	var c cell
+	read := s.update(ctx, func(tx *sql.Tx) (err error) {
+		c, err = load(ctx, tx, key)
+		return err
+	})
+	switch {
+	case read != nil:
+		return errors.Join(err, read)
+	case c.state == completed && c.token == token:
+		return nil
+	}
+	return errors.Join(idempotency.ErrRolledBack, err)
 }
 
 // complete returns ErrLeaseLost if the cell is not token's.
