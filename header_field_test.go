@@ -559,7 +559,7 @@ func TestHeadersThatNameVeryMany(t *testing.T) {
 			start := time.Now()
 			c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 "})
 			c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 response_not_stored", Original: http.StatusCreated})
-			require.Less(t, time.Since(start), 20*time.Second)
+			require.Less(t, time.Since(start), time.Minute)
 		})
 	}
 }

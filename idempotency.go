@@ -116,7 +116,8 @@ import (
 // outside of middleware that reads the body: of a body that was read outside,
 // only a form that is parsed into the request counts ([Options.Fingerprint]).
 // When a request meets two of these middlewares under one scope, method, path
-// and key, the outer one protects it and the inner one passes it on.
+// and key, the outer one protects it and the inner one passes it on. Once the
+// handler of the outer one has returned, the inner one protects what goes on.
 //
 // Middleware panics if store is nil or an option is invalid. What it returns
 // panics if the next handler is nil, and is safe for concurrent use.
