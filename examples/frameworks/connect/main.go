@@ -16,7 +16,9 @@ import (
 func main() {
 	background := new(idempotency.Background)
 	once := idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{Background: background})
-	log.Fatal(server.Run("127.0.0.1:8080", newMux(once), background))
+	if err := server.Run("127.0.0.1:8080", newMux(once), background); err != nil {
+		log.Fatal(err)
+	}
 }
 
 // newMux puts the middleware around the handler of one procedure. Generated code

@@ -14,7 +14,9 @@ import (
 func main() {
 	background := new(idempotency.Background)
 	once := idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{Background: background})
-	log.Fatal(server.Run("127.0.0.1:8080", newEcho(once), background))
+	if err := server.Run("127.0.0.1:8080", newEcho(once), background); err != nil {
+		log.Fatal(err)
+	}
 }
 
 func newEcho(once func(http.Handler) http.Handler) *echo.Echo {

@@ -13,7 +13,9 @@ import (
 func main() {
 	background := new(idempotency.Background)
 	once := idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{Background: background})
-	log.Fatal(server.Run("127.0.0.1:8080", newHandler(newEngine(), once), background))
+	if err := server.Run("127.0.0.1:8080", newHandler(newEngine(), once), background); err != nil {
+		log.Fatal(err)
+	}
 }
 
 // newHandler puts the middleware around the engine, for the paths that need it.
