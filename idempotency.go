@@ -130,6 +130,7 @@ func Middleware(store Store, opts *Options) func(http.Handler) http.Handler {
 	m.background = cmp.Or(m.opts.Background, new(Background))
 	m.watcher, _ = store.(Watcher)
 	m.memory, _ = store.(*MemoryStore)
+	_, m.isRedis = store.(*RedisStore)
 	return func(next http.Handler) http.Handler {
 		if next == nil {
 			panic("idempotency: the handler to wrap is nil")
@@ -143,6 +144,7 @@ type middleware struct {
 	store   Store
 	watcher Watcher      // the same store; nil if it cannot watch
 	memory  *MemoryStore // the same store; nil if it is another kind
+	isRedis bool         // the store is a RedisStore
 	opts    Options
 	header  string // Options.Header as it stands in a header map
 
