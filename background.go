@@ -208,9 +208,10 @@ func (r *retry) again(err error) {
 }
 
 // maxUnstored is how many bytes of responses wait to be stored in a middleware.
-// A store that is down takes no claims either, so that few responses wait. A
-// store that takes claims and refuses responses would otherwise hold up 20 GiB
-// at 1,000 responses of 1 MiB a second, and the process would die with them.
+// When a store is down it takes no claims either, so that few responses wait.
+// When a store takes claims and refuses responses, at 1,000 responses of 1 MiB
+// a second, the middleware would otherwise hold 20 GiB, and the process would
+// die.
 const maxUnstored = 64 << 20
 
 var errTooManyUnstored = errors.New("the responses that wait to be stored take too much memory")
@@ -223,12 +224,12 @@ var errTooManyUnstored = errors.New("the responses that wait to be stored take t
 // than none: the next retry gets it.
 //
 // A store may be up and refuse the result, one that is too large for it, say. A
-// handler that has finished must not run again because of that. So in the second
-// half of the lease, small takes the place of a result that the store refuses
-// although it renews the claim. It takes two refusals in a row: the first may be
-// that of a store that has just come back. While Wait waits, small does not wait
-// for the second half: the program may exit before. A result that exceeds
-// maxUnstored makes room for small at once.
+// handler that has finished must not run again because of that. So in the
+// second half of the lease, small takes the place of a result that the store
+// refuses although it renews the claim. It takes two refusals in a row: the
+// first may be that of a store that has just come back. While Wait waits, small
+// does not wait for the second half: the program may exit before. A result that
+// exceeds maxUnstored is replaced by small at once.
 func (c *claim) completeLater(ctx context.Context, r, small Result) {
 	leaseEnd, _ := c.standing()
 	ctx, o := c.detach(ctx)
