@@ -102,7 +102,7 @@ type recorder struct {
 	next dynamodb.HTTPClient
 
 	mu    sync.Mutex // guards what follows
-	calls []string   // PutItem, GetItem
+	calls []string   // PutItem, consistent GetItem
 	lose  string     // whose reply is lost, if not empty
 	skip  int        // how many of these calls get their reply first
 	lost  int
@@ -110,10 +110,18 @@ type recorder struct {
 
 // Do sends a call and loses the reply when it is the turn of that.
 func (r *recorder) Do(req *http.Request) (*http.Response, error) {
+	body, err := io.ReadAll(req.Body)
+	if err != nil {
+		return nil, err
+	}
+	req.Body = io.NopCloser(bytes.NewReader(body))
 	resp, err := r.next.Do(req)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	_, name, _ := strings.Cut(req.Header.Get("X-Amz-Target"), ".")
+	if bytes.Contains(body, []byte(`"ConsistentRead":true`)) {
+		name = "consistent " + name
+	}
 	r.calls = append(r.calls, name)
 	if err != nil || name != r.lose {
 		return resp, err
