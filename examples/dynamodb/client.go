@@ -13,8 +13,8 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/dynamodb/types"
 )
 
-// NewClient returns a client with the settings that matter to a Store. more
-// comes after them.
+// NewClient returns a client of cfg with the settings that matter to a Store.
+// more comes after them. An HTTP client of your own in cfg stays as it is.
 //
 // The SDK repeats a call whose reply was lost or that was throttled, which the
 // conditions of a Store make harmless. Its pauses of up to 20 seconds are for
@@ -28,10 +28,11 @@ func NewClient(cfg aws.Config, more ...func(*dynamodb.Options)) *dynamodb.Client
 			o.MaxBackoff = 50 * time.Millisecond
 		})
 		// The default of 10 would open and close connections all the time in a
-		// service with more requests at once than that.
-		o.HTTPClient = awshttp.NewBuildableClient().WithTransportOptions(func(t *http.Transport) {
-			t.MaxIdleConnsPerHost = 100
-		})
+		// service with more requests at once than that. What else cfg says of the
+		// connections stays, a bundle of certificates (AWS_CA_BUNDLE), say.
+		if c, ok := o.HTTPClient.(*awshttp.BuildableClient); ok {
+			o.HTTPClient = c.WithTransportOptions(func(t *http.Transport) { t.MaxIdleConnsPerHost = 100 })
+		}
 	}
 	return dynamodb.NewFromConfig(cfg, append([]func(*dynamodb.Options){settings}, more...)...)
 }

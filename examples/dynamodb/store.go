@@ -13,8 +13,8 @@ import (
 // Options configure a [Store]. The zero Options are the defaults.
 type Options struct {
 	// MaxClockSkew is how far apart the clocks of two processes that share the
-	// table may be. DynamoDB tells no time, so each process judges leases by its
-	// own clock, and waits for this much longer before it takes a claim over or
+	// table may be. The conditions of DynamoDB know no time, so each process
+	// judges leases by its own clock, and waits for this much longer before it takes a claim over or
 	// takes a cell for expired. If two clocks are further apart, two handlers
 	// may run at once. A step of a clock while a claim is held counts too.
 	//
