@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"strconv"
@@ -23,65 +24,88 @@ type hold struct {
 // with leases that end all the time, renew some, free some, and die on the rest.
 // No two hold a key at once.
 func TestNoTwoOwners(t *testing.T) {
-	const owners, keys, skew, lease = 16, 3, 60 * time.Millisecond, 80 * time.Millisecond
+	const processes, keys, skew, enough = 8, 3, 60 * time.Millisecond, 10
 	table, url := newTable(t), newLikeAWS(t).URL
-	var mu sync.Mutex // guards holds
-	holds := make(map[string][]hold)
+	r := race{holds: make(map[string][]hold), owners: make(map[string]int)}
 	var all sync.WaitGroup
-	deadline := time.Now().Add(4 * time.Second)
-	for i := range owners {
+	deadline := time.Now().Add(patience)
+	for i := range processes {
 		s := NewStore(connect(url), table, &Options{MaxClockSkew: skew})
-		ahead := skew * time.Duration(i) / (owners - 1)
+		ahead := skew * time.Duration(i) / (processes - 1)
 		s.clock = func() time.Time { return time.Now().Add(ahead) }
 		all.Go(func() {
-			for n := 0; time.Now().Before(deadline); n++ {
+			// A lease that is not over before its claim is answered holds on a slow
+			// machine, too.
+			lease := 80 * time.Millisecond
+			for n := 0; r.fewest(keys) < enough && time.Now().Before(deadline); n++ {
 				key := strconv.Itoa(rand.IntN(keys))
-				held := live(t, s, key, fmt.Sprintf("%d-%d", i, n), lease)
-				mu.Lock()
-				holds[key] = append(holds[key], held...)
-				mu.Unlock()
+				held, slowest := live(t, s, key, fmt.Sprintf("%d-%d", i, n), lease)
+				r.add(key, held)
+				lease = max(lease, 3*slowest)
 			}
 		})
 	}
 	all.Wait()
-	require.Len(t, holds, keys)
-	for key, held := range holds {
-		requireNoOverlap(t, key, held)
+	require.GreaterOrEqual(t, r.fewest(keys), enough, "owners of a key")
+	for _, held := range r.holds {
+		requireNoOverlap(t, held)
 	}
 }
 
-// requireNoOverlap also wants several owners, so that there was a race.
-func requireNoOverlap(t *testing.T, key string, held []hold) {
+// A race is what the owners have reported.
+type race struct {
+	mu     sync.Mutex // guards what follows
+	holds  map[string][]hold
+	owners map[string]int // that have held the key
+}
+
+func (r *race) add(key string, held []hold) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.holds[key] = append(r.holds[key], held...)
+	if len(held) > 0 {
+		r.owners[key]++
+	}
+}
+
+// fewest returns how many owners the key had that had the fewest.
+func (r *race) fewest(keys int) int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.owners) < keys {
+		return 0
+	}
+	return slices.Min(slices.Collect(maps.Values(r.owners)))
+}
+
+func requireNoOverlap(t *testing.T, held []hold) {
 	t.Helper()
-	require.NotEmpty(t, held)
 	slices.SortFunc(held, func(a, b hold) int { return a.from.Compare(b.from) })
-	changes, last := 0, held[0]
+	last := held[0]
 	for _, h := range held[1:] {
 		if h.owner != last.owner {
-			changes++
-			require.False(t, h.from.Before(last.to), "%s held the key %s until %v, and %s from %v",
-				last.owner, key, last.to, h.owner, h.from)
+			require.False(t, h.from.Before(last.to), "%s held a key until %v, and %s from %v",
+				last.owner, last.to, h.owner, h.from)
 		}
 		last = h
 	}
-	t.Logf("key %s changed hands %d times", key, changes)
-	require.Greater(t, changes, 3)
 }
 
-// live claims the key once, and returns when the owner relied on it: from each
+// live claims the key once. It returns when the owner relied on it: from each
 // answer until the lease ends that began with the question, or until the owner
-// freed the key.
-func live(t *testing.T, s *Store, key, owner string, lease time.Duration) (holds []hold) {
+// freed the key. slowest is how long the slowest answer took.
+func live(t *testing.T, s *Store, key, owner string, lease time.Duration) (holds []hold, slowest time.Duration) {
 	c := idempotency.Claim{Token: owner, Lease: lease, TTL: time.Hour}
 	for {
 		asked := time.Now()
 		rec, err := s.Acquire(t.Context(), key, c)
 		answered := time.Now()
+		slowest = max(slowest, answered.Sub(asked))
 		if err != nil {
 			t.Error(err)
 		}
 		if err != nil || rec.State != idempotency.Acquired {
-			return holds
+			return holds, slowest
 		}
 		if end := asked.Add(lease); answered.Before(end) {
 			holds = append(holds, hold{owner, answered, end})
@@ -89,7 +113,7 @@ func live(t *testing.T, s *Store, key, owner string, lease time.Duration) (holds
 		c.Attempt = rec.Attempt
 		switch rand.IntN(3) {
 		case 0: // dies
-			return holds
+			return holds, slowest
 		case 1:
 			freed := time.Now()
 			for i := range holds {
@@ -100,7 +124,7 @@ func live(t *testing.T, s *Store, key, owner string, lease time.Duration) (holds
 			if err := s.Release(t.Context(), key, owner, time.Hour); err != nil {
 				t.Error(err)
 			}
-			return holds
+			return holds, slowest
 		}
 	}
 }

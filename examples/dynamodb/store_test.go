@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/aws/aws-sdk-go-v2/aws"
+	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
 	"github.com/aws/aws-sdk-go-v2/service/dynamodb/types"
 	"github.com/go-idempotency/idempotency"
 	"github.com/go-idempotency/idempotency/storetest"
@@ -115,6 +117,18 @@ func TestSkew(t *testing.T) {
 	require.Equal(t, idempotency.Completed, acquire(t, fast, claim("fast", lease)).State)
 	pass(2 * time.Millisecond)
 	require.Equal(t, 1, acquire(t, fast, claim("fast", lease)).Attempt, "the cell has expired")
+}
+
+// NewClient changes only what it must of how cfg connects.
+func TestNewClientKeepsTheHTTPClient(t *testing.T) {
+	proxied := awshttp.NewBuildableClient().WithTransportOptions(func(t *http.Transport) { t.MaxConnsPerHost = 7 })
+	used, ok := NewClient(aws.Config{HTTPClient: proxied}).Options().HTTPClient.(*awshttp.BuildableClient)
+	require.True(t, ok)
+	require.Equal(t, 7, used.GetTransport().MaxConnsPerHost)
+	require.Equal(t, 100, used.GetTransport().MaxIdleConnsPerHost)
+
+	own := new(http.Client)
+	require.Same(t, own, NewClient(aws.Config{HTTPClient: own}).Options().HTTPClient)
 }
 
 func TestOptions(t *testing.T) {
@@ -246,11 +260,12 @@ func TestResponseThatIsTooLarge(t *testing.T) {
 	require.Equal(t, idempotency.InProgress, acquire(t, s, claim("B", time.Minute)).State)
 
 	for name, opts := range map[string]*idempotency.Options{
-		"refused-by-DynamoDB":       {Lease: 3 * time.Second, Wait: idempotency.NoWait},
+		"refused-by-DynamoDB":       {Lease: 10 * time.Second}, // pauses of the background are a part of it
 		"refused-by-the-middleware": {MaxResponseBytes: maxResponse},
 	} {
 		t.Run(name, func(t *testing.T) {
-			runs := 0
+			runs, background := 0, new(idempotency.Background)
+			opts.Background = background
 			h := idempotency.Middleware(s, opts)(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 				runs++
 				_, _ = w.Write(make([]byte, 500<<10))
@@ -263,9 +278,10 @@ func TestResponseThatIsTooLarge(t *testing.T) {
 				return w
 			}
 			require.Equal(t, 500<<10, post().Body.Len(), "the client gets the response all the same")
-			require.Eventually(t, func() bool {
-				return strings.Contains(post().Body.String(), "response_not_stored")
-			}, patience, 50*time.Millisecond)
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			defer cancel()
+			require.NoError(t, background.Wait(ctx))
+			require.Contains(t, post().Body.String(), "response_not_stored")
 			require.Equal(t, 1, runs)
 		})
 	}
