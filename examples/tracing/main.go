@@ -4,9 +4,13 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log"
 	"net/http"
+	"os"
+	"os/signal"
+	"syscall"
 	"time"
 
 	"go.opentelemetry.io/contrib/instrumentation/net/http/otelhttp"
@@ -47,9 +51,9 @@ func traceEvent(ctx context.Context, e idempotency.Event) {
 // newHandler has otelhttp outside of the middleware, so that a replay has a span
 // too. Spans that the handler begins are children of it: its context has the
 // values of the request's.
-func newHandler(provider trace.TracerProvider) http.Handler {
+func newHandler(provider trace.TracerProvider, background *idempotency.Background) http.Handler {
 	tracer := provider.Tracer("charges")
-	idempotent := idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{OnEvent: traceEvent})
+	idempotent := idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{OnEvent: traceEvent, Background: background})
 	mux := http.NewServeMux()
 	mux.Handle("POST /charge", idempotent(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		ctx, span := tracer.Start(r.Context(), "call provider")
@@ -69,8 +73,24 @@ func main() {
 		log.Fatal(err)
 	}
 	provider := sdk.NewTracerProvider(sdk.WithSyncer(exporter))
+	background := new(idempotency.Background)
+	srv := &http.Server{Addr: "127.0.0.1:8080", Handler: newHandler(provider, background), ReadHeaderTimeout: 10 * time.Second}
 	fmt.Println(`Charge, retry, and look at the spans:
   curl -i http://127.0.0.1:8080/charge -H 'Idempotency-Key: order-17' -d amount=100`)
-	srv := &http.Server{Addr: "127.0.0.1:8080", Handler: newHandler(provider), ReadHeaderTimeout: 10 * time.Second}
-	log.Fatal(srv.ListenAndServe())
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	failed := make(chan error, 1)
+	go func() { failed <- srv.ListenAndServe() }()
+	select {
+	case err := <-failed:
+		log.Print(err)
+	case <-ctx.Done():
+	}
+	// Responses that are not stored yet come after the running requests, and the
+	// spans of both come last.
+	limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
+	defer cancel()
+	if err := errors.Join(srv.Shutdown(limit), background.Wait(limit), provider.Shutdown(limit)); err != nil {
+		log.Print(err)
+	}
 }

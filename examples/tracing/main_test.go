@@ -13,7 +13,7 @@ import (
 
 func TestTracing(t *testing.T) {
 	spans := tracetest.NewSpanRecorder()
-	api := newHandler(sdk.NewTracerProvider(sdk.WithSpanProcessor(spans)))
+	api := newHandler(sdk.NewTracerProvider(sdk.WithSpanProcessor(spans)), nil)
 	for range 2 {
 		r := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/charge", nil)
 		r.Header.Set("Idempotency-Key", "a")

@@ -6,17 +6,19 @@ import (
 	"errors"
 	"log"
 	"net/http"
-	"time"
 
 	"connectrpc.com/connect"
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/examples/frameworks/internal/server"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
 func main() {
-	once := idempotency.Middleware(idempotency.NewMemoryStore(), nil)
-	server := &http.Server{Addr: "127.0.0.1:8080", Handler: newMux(once), ReadHeaderTimeout: 5 * time.Second}
-	log.Fatal(server.ListenAndServe())
+	background := new(idempotency.Background)
+	once := idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{Background: background})
+	if err := server.Run("127.0.0.1:8080", newMux(once), background); err != nil {
+		log.Fatal(err)
+	}
 }
 
 // newMux puts the middleware around the handler of one procedure. Generated code

@@ -4,17 +4,19 @@ package main
 import (
 	"log"
 	"net/http"
-	"time"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/examples/frameworks/internal/server"
 	"github.com/labstack/echo/v4"
 	"github.com/labstack/echo/v4/middleware"
 )
 
 func main() {
-	once := idempotency.Middleware(idempotency.NewMemoryStore(), nil)
-	server := &http.Server{Addr: "127.0.0.1:8080", Handler: newEcho(once), ReadHeaderTimeout: 5 * time.Second}
-	log.Fatal(server.ListenAndServe())
+	background := new(idempotency.Background)
+	once := idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{Background: background})
+	if err := server.Run("127.0.0.1:8080", newEcho(once), background); err != nil {
+		log.Fatal(err)
+	}
 }
 
 func newEcho(once func(http.Handler) http.Handler) *echo.Echo {

@@ -4,16 +4,18 @@ package main
 import (
 	"log"
 	"net/http"
-	"time"
 
 	"github.com/gin-gonic/gin"
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/examples/frameworks/internal/server"
 )
 
 func main() {
-	once := idempotency.Middleware(idempotency.NewMemoryStore(), nil)
-	server := &http.Server{Addr: "127.0.0.1:8080", Handler: newHandler(newEngine(), once), ReadHeaderTimeout: 5 * time.Second}
-	log.Fatal(server.ListenAndServe())
+	background := new(idempotency.Background)
+	once := idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{Background: background})
+	if err := server.Run("127.0.0.1:8080", newHandler(newEngine(), once), background); err != nil {
+		log.Fatal(err)
+	}
 }
 
 // newHandler puts the middleware around the engine, for the paths that need it.
