@@ -308,7 +308,7 @@ func (b *requestBody) noteLocked(p []byte, err error) {
 		if trailer := b.request.Trailer; trailer != nil && b.copy.Trailer == nil {
 			b.copy.Trailer = trailer
 		}
-	case err != nil:
+	case err != nil && !b.eof: // the server closes a body that was read whole
 		var tooLarge *http.MaxBytesError
 		b.broken = !errors.As(err, &tooLarge) // every retry meets the same limit
 	}

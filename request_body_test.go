@@ -3,6 +3,7 @@ package idempotency_test
 import (
 	"io"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 
@@ -49,4 +50,32 @@ func TestBodyAfterALongHeader(t *testing.T) {
 			require.Equal(t, body, got)
 		}
 	}
+}
+
+// A server of HTTP/1 closes a body that was read when the response goes out. A
+// handler that streams and then drains the body once more meets an error. The
+// body has not broken off, so a retry gets the response.
+func TestLargeBodyThatIsReadAgainAfterItsEnd(t *testing.T) {
+	var again error
+	protect := idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{MaxBufferedBody: 64})
+	server := httptest.NewServer(protect(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, err := io.Copy(io.Discard, r.Body)
+		require.NoError(t, err)
+		w.WriteHeader(http.StatusCreated)
+		_, _ = io.WriteString(w, "charged")
+		require.NoError(t, http.NewResponseController(w).Flush())
+		_, again = r.Body.Read(make([]byte, 1))
+	})))
+	defer server.Close()
+	for _, replayed := range []string{"", "true"} {
+		r, err := http.NewRequest(http.MethodPost, server.URL, strings.NewReader(strings.Repeat("x", 1000)))
+		require.NoError(t, err)
+		r.Header.Set("Idempotency-Key", "key")
+		resp, err := server.Client().Do(r)
+		require.NoError(t, err)
+		got, _ := idemtest.Describe(t, resp)
+		require.Equal(t, "201 charged", got)
+		require.Equal(t, replayed, resp.Header.Get("Idempotent-Replayed"))
+	}
+	require.ErrorIs(t, again, http.ErrBodyReadAfterClose)
 }
