@@ -215,7 +215,9 @@ const (
 	firstSlabSize = 4 << 10
 	maxSlabSize   = 64 << 10
 
-	// maxPacked keeps out records that would waste much of a slab's end.
+	// maxPacked keeps out records that would waste much of a slab's end. A
+	// response of the middleware that is larger than one chunk is not packed
+	// either, as its chunks would be copied.
 	maxPacked = 16 << 10
 )
 
@@ -252,8 +254,8 @@ func (r *packedRecords) record(ref recordRef) packedRecord {
 	return packedRecord(b[:binary.LittleEndian.Uint32(b[16:])])
 }
 
-// A packedRecord is the bytes of one record. Its methods check no bounds: only add
-// writes records, and they never leave the process.
+// A packedRecord is the bytes of one record. Its methods check no bounds: only
+// add writes records, and they never leave the process.
 type packedRecord []byte
 
 // The first two fields of a record. An expiry is in the time of memoryNow.
