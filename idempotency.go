@@ -101,7 +101,8 @@ import (
 
 // Middleware returns middleware that runs the next handler once for each key
 // and answers every retry with the first answer. It works with any router of
-// net/http handlers. For other frameworks see docs/frameworks.md:
+// net/http handlers. For echo, gin, huma, fiber and connect-go see
+// docs/frameworks.md:
 //
 //	mux.Handle("POST /charge", idempotency.Middleware(store, nil)(charge))
 //	r.Use(idempotency.Middleware(store, nil)) // chi, gorilla/mux
