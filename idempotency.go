@@ -118,7 +118,8 @@ import (
 // only a form that it has parsed into the request counts
 // ([Options.Fingerprint]). When a request meets two of these middlewares under
 // one scope, method, path and key, the outer one protects it and the inner one
-// passes it on.
+// passes it on. Once the handler of the outer one has returned, the inner one
+// protects what goes on.
 //
 // Middleware panics if store is nil or an option is invalid. What it returns
 // panics if the next handler is nil, and is safe for concurrent use.
@@ -131,6 +132,7 @@ func Middleware(store Store, opts *Options) func(http.Handler) http.Handler {
 	m.background = cmp.Or(m.opts.Background, new(Background))
 	m.watcher, _ = store.(Watcher)
 	m.memory, _ = store.(*MemoryStore)
+	_, m.isRedis = store.(*RedisStore)
 	return func(next http.Handler) http.Handler {
 		if next == nil {
 			panic("idempotency: the handler to wrap is nil")
@@ -144,6 +146,7 @@ type middleware struct {
 	store   Store
 	watcher Watcher      // the same store; nil if it cannot watch
 	memory  *MemoryStore // the same store; nil if it is another kind
+	isRedis bool         // the store is a RedisStore
 	opts    Options
 	header  string // Options.Header as it stands in a header map
 

@@ -10,7 +10,7 @@ const (
 )
 
 // uriBytes tells for each byte how it is written. The percent sign is a
-// delimiter: where no two hex digits follow it, it is left alone.
+// delimiter, so that "%25" stays.
 var uriBytes = func() (table [256]byte) {
 	for c := range table {
 		switch {
@@ -28,6 +28,10 @@ var uriBytes = func() (table [256]byte) {
 // decoded. What no URI may contain, as a "|" or a byte of UTF-8, is encoded: some
 // clients send it as it is. Everything else stays: "%2F" and "/" may be two
 // resources, and so may "/a" and "/a/".
+//
+// Where two hex digits do not follow a percent sign, s is no part of a URI and
+// stays as it is. To decode the rest could make an escape of it: "%2%35" would
+// become the "%25" of another request.
 func normalize(s string) string {
 	for i := range len(s) {
 		if c := s[i]; c == '%' || uriBytes[c] == encoded {
@@ -37,7 +41,7 @@ func normalize(s string) string {
 	return s
 }
 
-// normalizeFrom is normalize when all before the first byte is normal.
+// normalizeFrom is normalize when all before first is normal.
 func normalizeFrom(s string, first int) string {
 	const hexDigits = "0123456789ABCDEF"
 	var b strings.Builder
@@ -45,11 +49,11 @@ func normalizeFrom(s string, first int) string {
 	b.WriteString(s[:first])
 	for i := first; i < len(s); i++ {
 		c, escaped := s[i], false
-		if c == '%' && i+2 < len(s) {
-			high, low := unhex(s[i+1]), unhex(s[i+2])
-			if escaped = high|low < 16; escaped {
-				c, i = high<<4|low, i+2
+		if c == '%' {
+			if i+2 >= len(s) || unhex(s[i+1])|unhex(s[i+2]) >= 16 {
+				return s
 			}
+			c, escaped, i = unhex(s[i+1])<<4|unhex(s[i+2]), true, i+2
 		}
 		if kind := uriBytes[c]; kind == encoded || escaped && kind == delimiter {
 			b.Write([]byte{'%', hexDigits[c>>4], hexDigits[c&15]})

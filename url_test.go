@@ -40,6 +40,8 @@ func TestSpellingsOfAURL(t *testing.T) {
 		{"/users/a?q=1&p=2", "/users/a?p=2&q=1", "422"},
 		{"/users/a?q=%", "/users/a?q=%25", "422"},
 		{"/users/a?q=%7", "/users/a?q=%37", "422"},
+		{"/users/a?q=%2%35", "/users/a?q=%25", "422"},
+		{"/users/a?q=%%41", "/users/a?q=%A", "422"},
 		{"/users/a", "/users/a?", "replay"},
 	}
 	for _, row := range rows {
