@@ -270,13 +270,15 @@ func (c *call) run(attempt int, outer *Execution) {
 // failed. It may not when the store has told this request of another execution:
 // FailOpen accepts that a handler is not protected, not that it runs beside one
 // that is known. A store with too few replicas works and refuses, so FailOpen
-// does not apply to it either.
+// does not apply to it either. Nor does it to a Redis cell that cannot be read:
+// its handler may have finished.
 //
 // A claim may have been written although its answer was lost. The middleware
 // leaves it in the store: the handler does run, and the claim keeps duplicates
 // away for one lease, or until TTL if the mark was written too.
 func (c *call) mayRunUnprotected(err error) bool {
-	return c.opts.FailOpen && !c.claim.heldByOther && !errors.Is(err, ErrTooFewReplicas)
+	return c.opts.FailOpen && !c.claim.heldByOther && !errors.Is(err, ErrTooFewReplicas) &&
+		!errors.Is(err, errForeignCell)
 }
 
 // runUnprotected runs the handler without a claim. Its Execution has no claim,
