@@ -297,3 +297,32 @@ func TestExpiredRowsAreDeleted(t *testing.T) {
 	require.Equal(t, 0, old)
 	require.Equal(t, 64, fresh)
 }
+
+// A batch reads no more expired rows than it deletes, however many there are.
+func TestCleaningReadsOneBatch(t *testing.T) {
+	config := startServer(t).dial(4).Config()
+	config.ConnConfig.RuntimeParams["plan_cache_mode"] = "force_generic_plan" // to which a statement comes in time
+	pool, err := pgxpool.NewWithConfig(t.Context(), config)
+	require.NoError(t, err)
+	t.Cleanup(pool.Close)
+	store := newStore(t, pool, nil)
+	ctx := t.Context()
+	_, err = pool.Exec(ctx, `INSERT INTO idempotency SELECT 'key' || i, 2, 'A', 1, false, false, clock_timestamp(),
+		clock_timestamp() + sign(i - 20000.5) * interval '1 hour', '', repeat('x', 300)::bytea FROM generate_series(1, 40000) AS i`)
+	require.NoError(t, err)
+	_, err = pool.Exec(ctx, `ANALYZE idempotency`)
+	require.NoError(t, err)
+	for i := range 64 { // two batches
+		_, err := store.Acquire(ctx, fmt.Sprint("new", i), claim("A", time.Minute))
+		require.NoError(t, err)
+	}
+	store.Close() // a connection reports what it has read when it ends
+	var deleted, read int
+	require.Eventually(t, func() bool {
+		err := pool.QueryRow(ctx, `SELECT n_tup_del, idx_tup_read FROM pg_stat_user_tables
+			JOIN pg_stat_user_indexes USING (relid) WHERE indexrelname = 'idempotency_expires'`).Scan(&deleted, &read)
+		return err == nil && read > 0
+	}, patience, 20*time.Millisecond)
+	require.Less(t, read, 2000)
+	require.Positive(t, deleted)
+}
