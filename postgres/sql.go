@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"strings"
 	"unicode/utf8"
@@ -190,9 +191,14 @@ func newStatements(schema, table string) statements {
 // migrations of its own. They do nothing when the table is there.
 func (s *Store) SchemaSQL() string { return s.sql.table }
 
+// columns counts the columns of the table that the store needs.
+const columnsSQL = `SELECT to_regclass($1::text) IS NOT NULL, count(*) FROM pg_catalog.pg_attribute
+WHERE attrelid = to_regclass($1::text) AND NOT attisdropped AND attname = ANY (ARRAY['key', 'state', 'token',
+	'attempt', 'once', 'watched', 'lease_until', 'expires_at', 'fingerprint', 'value']::name[])`
+
 // Migrate makes the table, unless it is there. Every replica may call it when it
 // starts, all at once. When the table is there, Migrate needs no right to make
-// one.
+// one, and returns an error if it is the table of something else.
 func (s *Store) Migrate(ctx context.Context) error {
 	own, err := s.conns()
 	if err != nil {
@@ -206,10 +212,16 @@ func (s *Store) Migrate(ctx context.Context) error {
 			return err
 		}
 		var there bool
-		if err := tx.QueryRow(ctx, `SELECT to_regclass($1::text) IS NOT NULL`, s.sql.name).Scan(&there); err != nil || there {
+		var columns int
+		err := tx.QueryRow(ctx, columnsSQL, s.sql.name).Scan(&there, &columns)
+		switch {
+		case err != nil:
 			return err
+		case !there:
+			_, err = tx.Exec(ctx, s.sql.table)
+		case columns != 10:
+			err = errors.New("it is there, with other columns; set Options.Table to another name")
 		}
-		_, err := tx.Exec(ctx, s.sql.table)
 		return err
 	})
 	if err != nil {

@@ -72,6 +72,36 @@ func TestMigrateAtOnce(t *testing.T) {
 	require.NoError(t, store.Migrate(t.Context()))
 }
 
+// A table of something else is found out at the start, and not by requests.
+func TestMigrateFindsAnotherTable(t *testing.T) {
+	pool := startServer(t).dial(2)
+	_, err := pool.Exec(t.Context(), `CREATE TABLE idempotency (key text PRIMARY KEY, response bytea)`)
+	require.NoError(t, err)
+	store := postgres.NewStore(pool, nil)
+	t.Cleanup(store.Close)
+	require.ErrorContains(t, store.Migrate(t.Context()), "other columns")
+}
+
+// A role that may only use the table can start, and a role that may use nothing
+// gets an error.
+func TestMigrateWithoutRights(t *testing.T) {
+	server := startServer(t)
+	owner := server.dial(2)
+	newStore(t, owner, nil)
+	_, err := owner.Exec(t.Context(), `CREATE ROLE app LOGIN; REVOKE CREATE ON SCHEMA public FROM PUBLIC;
+		GRANT SELECT, INSERT, UPDATE, DELETE ON idempotency TO app`)
+	require.NoError(t, err)
+	config := owner.Config()
+	config.ConnConfig.User = "app"
+	pool, err := pgxpool.NewWithConfig(t.Context(), config)
+	require.NoError(t, err)
+	t.Cleanup(pool.Close)
+	require.Equal(t, 1, race(t, newStore(t, pool, nil), "key", 4))
+	other := postgres.NewStore(pool, &postgres.Options{Table: "other"})
+	t.Cleanup(other.Close)
+	require.ErrorContains(t, other.Migrate(t.Context()), "permission denied")
+}
+
 func TestNewStorePanics(t *testing.T) {
 	pool, err := pgxpool.New(t.Context(), "postgres://test@127.0.0.1:1/none")
 	require.NoError(t, err)
