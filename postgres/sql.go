@@ -28,6 +28,10 @@ const (
 // never earlier than the decision, so no lease is shorter than was asked for.
 //
 // now() would be the beginning of the handler's transaction.
+//
+// Every operator gets operands of exactly its types. PostgreSQL then takes its
+// own operator. Otherwise it may prefer one that another role has made in a
+// schema of the search_path.
 const (
 	tableSQL = `CREATE TABLE IF NOT EXISTS {table} (
 	key         text COLLATE "C" PRIMARY KEY,
@@ -69,7 +73,7 @@ CREATE INDEX IF NOT EXISTS {index} ON {table} (expires_at);
 )
 SELECT w.attempt, w.once, coalesce(r.state, 0::smallint), coalesce(r.token, ''), coalesce(r.attempt, 0),
 	coalesce(r.once, false), r.fingerprint, r.value,
-	coalesce(ceil(extract(epoch FROM r.lease_until - statement_timestamp()) * 1000000), 0)::bigint,
+	coalesce({micros r.lease_until}, 0::bigint),
 	coalesce(r.watched, false)
 FROM (SELECT) AS one
 LEFT JOIN written AS w ON true
@@ -95,9 +99,9 @@ LEFT JOIN old AS r ON NOT {expired r}`
 	INSERT INTO {table} AS t
 		(key, state, token, attempt, once, watched, lease_until, expires_at, fingerprint, value)
 	VALUES ($1::text, 2, $2::text, 0, false, false, clock_timestamp(),
-		clock_timestamp() + $5::bigint * interval '1 microsecond', $3::bytea, $4::bytea)
+		clock_timestamp() + {keep}, $3::bytea, $4::bytea)
 	ON CONFLICT (key) DO UPDATE SET state = 2, token = $2::text, once = false, fingerprint = $3::bytea,
-		value = $4::bytea, expires_at = clock_timestamp() + $5::bigint * interval '1 microsecond'
+		value = $4::bytea, expires_at = clock_timestamp() + {keep}
 	WHERE {expired t} OR {own t}
 	RETURNING watched
 )
@@ -112,12 +116,12 @@ LEFT JOIN old AS r ON NOT {expired r}`
 	INSERT INTO {table} AS t
 		(key, state, token, attempt, once, watched, lease_until, expires_at, fingerprint, value)
 	VALUES ($1::text, 3, $2::text, 0, false, false, clock_timestamp(),
-		clock_timestamp() + $3::bigint * interval '1 microsecond', '', '')
+		clock_timestamp() + {marker}, '', '')
 	ON CONFLICT (key) DO UPDATE SET state = 3, token = $2::text, once = false, fingerprint = '', value = '',
 		attempt = CASE WHEN {expired t} THEN 0 ELSE t.attempt END,
 		expires_at = CASE WHEN t.attempt > 1 AND {own t}
-			THEN greatest(t.expires_at, clock_timestamp() + $3::bigint * interval '1 microsecond')
-			ELSE clock_timestamp() + $3::bigint * interval '1 microsecond' END
+			THEN greatest(t.expires_at, clock_timestamp() + {marker})
+			ELSE clock_timestamp() + {marker} END
 	WHERE {expired t} OR {own t}
 	RETURNING watched
 )
@@ -130,8 +134,7 @@ SELECT CASE WHEN watched THEN pg_notify('{channel}', $1::text)::text END FROM wr
 
 	// $1 key
 	inspectSQL = `SELECT state, token, attempt, once, fingerprint, value,
-	ceil(extract(epoch FROM lease_until - statement_timestamp()) * 1000000)::bigint,
-	ceil(extract(epoch FROM expires_at - statement_timestamp()) * 1000000)::bigint
+	{micros lease_until}, {micros expires_at}
 FROM {table} WHERE key = $1::text AND expires_at > statement_timestamp()`
 
 	forgetSQL = `WITH forgotten AS (
@@ -176,8 +179,14 @@ func newStatements(schema, table string) statements {
 			"{accepts "+row+"}", on(row, strings.ReplaceAll(acceptsSQL, "{expired r}", expiredSQL)))
 	}
 	pairs = append(pairs, "{table}", name.Sanitize(), "{index}", pgx.Identifier{table + "_expires"}.Sanitize(),
-		"{channel}", channel, "{lease}", "$6::bigint * interval '1 microsecond'",
-		"{ttl}", "$7::bigint * interval '1 microsecond'")
+		"{channel}", channel)
+	for name, parameter := range map[string]string{"{lease}": "$6", "{ttl}": "$7", "{keep}": "$5", "{marker}": "$3"} {
+		pairs = append(pairs, name, parameter+"::bigint::float8 * interval '1 microsecond'")
+	}
+	for _, column := range []string{"lease_until", "expires_at", "r.lease_until"} {
+		pairs = append(pairs, "{micros "+column+"}",
+			"ceil(extract(epoch FROM "+column+" - statement_timestamp())::numeric * 1000000::numeric)::bigint")
+	}
 	fill := strings.NewReplacer(pairs...).Replace
 	return statements{
 		name: name.Sanitize(), channel: channel, table: fill(tableSQL), acquire: fill(acquireSQL),

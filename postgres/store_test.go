@@ -102,6 +102,32 @@ func TestMigrateWithoutRights(t *testing.T) {
 	require.ErrorContains(t, other.Migrate(t.Context()), "permission denied")
 }
 
+// Another role has made operators that fit operands of the store better than
+// those of PostgreSQL.
+func TestOperatorsOfOthersAreNotUsed(t *testing.T) {
+	pool := startServer(t).dial(4)
+	store := newStore(t, pool, nil)
+	ctx := t.Context()
+	for _, types := range [][3]string{{"bigint", "interval", "interval"}, {"numeric", "integer", "numeric"},
+		{"double precision", "integer", "double precision"}} {
+		function := fmt.Sprintf(`trap(a %s, b %s)`, types[0], types[1])
+		_, err := pool.Exec(ctx, fmt.Sprintf(`CREATE FUNCTION %[1]s RETURNS %[4]s LANGUAGE plpgsql AS
+			'BEGIN RAISE EXCEPTION ''trapped''; END';
+			CREATE OPERATOR public.* (LEFTARG = %[2]s, RIGHTARG = %[3]s, FUNCTION = trap)`, function, types[0], types[1], types[2]))
+		require.NoError(t, err)
+	}
+	for _, token := range []string{"A", "B"} {
+		_, err := store.Acquire(ctx, "key", claim(token, time.Minute))
+		require.NoError(t, err)
+		_, err = store.Inspect(ctx, "key")
+		require.NoError(t, err)
+	}
+	require.NoError(t, store.Release(ctx, "key", "A", time.Minute))
+	_, err := store.Acquire(ctx, "key", claim("C", time.Minute))
+	require.NoError(t, err)
+	require.NoError(t, store.Complete(ctx, "key", "C", idempotency.Result{TTL: time.Hour}))
+}
+
 func TestNewStorePanics(t *testing.T) {
 	pool, err := pgxpool.New(t.Context(), "postgres://test@127.0.0.1:1/none")
 	require.NoError(t, err)
