@@ -232,7 +232,7 @@ var errTooManyUnstored = errors.New("the responses that wait to be stored take t
 func (c *claim) completeLater(ctx context.Context, r, small Result) {
 	leaseEnd, _ := c.standing()
 	ctx, o := c.detach(ctx)
-	size := int64(len(r.Value))
+	size := int64(len(r.Value) + sizeOf(r.parts))
 	if o.unstored.Add(size) > maxUnstored {
 		o.unstored.Add(-size)
 		r, size = small, 0

@@ -45,9 +45,13 @@ func FromContext(ctx context.Context) (*Execution, bool) {
 // covers reports whether the cell belongs to the execution, or to one that it
 // is part of. A request that meets two middlewares under one key would
 // otherwise wait for itself. covers of a nil Execution is false.
+//
+// An execution that has ended protects no request. One may go on behind an
+// http.TimeoutHandler that has answered in its place: the key is free by then,
+// or another request holds it.
 func (e *Execution) covers(storeKey string) bool {
 	for ; e != nil; e = e.outer {
-		if e.storeKey == storeKey {
+		if e.storeKey == storeKey && !e.hasEnded() {
 			return true
 		}
 	}

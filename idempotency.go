@@ -116,7 +116,8 @@ import (
 // outside of middleware that reads the body: of a body that was read outside,
 // only a form that is parsed into the request counts ([Options.Fingerprint]).
 // When a request meets two of these middlewares under one scope, method, path
-// and key, the outer one protects it and the inner one passes it on.
+// and key, the outer one protects it and the inner one passes it on. Once the
+// handler of the outer one has returned, the inner one protects what goes on.
 //
 // Middleware panics if store is nil or an option is invalid. What it returns
 // panics if the next handler is nil, and is safe for concurrent use.
@@ -129,6 +130,7 @@ func Middleware(store Store, opts *Options) func(http.Handler) http.Handler {
 	m.background = cmp.Or(m.opts.Background, new(Background))
 	m.watcher, _ = store.(Watcher)
 	m.memory, _ = store.(*MemoryStore)
+	_, m.isRedis = store.(*RedisStore)
 	return func(next http.Handler) http.Handler {
 		if next == nil {
 			panic("idempotency: the handler to wrap is nil")
@@ -142,6 +144,7 @@ type middleware struct {
 	store   Store
 	watcher Watcher      // the same store; nil if it cannot watch
 	memory  *MemoryStore // the same store; nil if it is another kind
+	isRedis bool         // the store is a RedisStore
 	opts    Options
 	header  string // Options.Header as it stands in a header map
 

@@ -215,7 +215,9 @@ const (
 	firstSlabSize = 4 << 10
 	maxSlabSize   = 64 << 10
 
-	// maxPacked keeps out records that would waste much of a slab's end.
+	// maxPacked keeps out records that would waste much of a slab's end. A
+	// response of the middleware that is larger than one chunk is not packed
+	// either, as its chunks would be copied.
 	maxPacked = 16 << 10
 )
 

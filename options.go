@@ -174,7 +174,8 @@ type Options struct {
 	// 5.1.1) does not count: many clients pick another one for every try. Names,
 	// headers, contents and the order of parts count. The boundary does count
 	// when the Content-Type leaves doubt about it, or when the body is not
-	// exactly what an encoder writes, with the boundary within a part, say.
+	// exactly what an encoder writes, with the boundary within a part, say, or
+	// has more than 10,000 parts.
 	//
 	// When outer middleware has parsed a form (ParseForm, ParseMultipartForm,
 	// PostFormValue), what it parsed counts in the place of the body: values,

@@ -303,7 +303,7 @@ func (s *RedisStore) acquired(ctx context.Context, name string, c Claim, rec Rec
 // Complete implements [Store]. It succeeds when Redis is full, because its key
 // was let in before. It does not wait for replicas.
 func (s *RedisStore) Complete(ctx context.Context, key, token string, r Result) error {
-	cell := redisCell{state: redisCompleted, token: token, fingerprint: r.Fingerprint, value: r.Value}
+	cell := redisCell{state: redisCompleted, token: token, fingerprint: r.Fingerprint, value: r.Value, parts: r.parts}
 	ok, err := s.settle(ctx, completeScript, s.opts.Prefix+key, cell, r.TTL)
 	if err == nil && !ok {
 		err = ErrLeaseLost

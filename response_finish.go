@@ -43,7 +43,7 @@ func (r *recorder) trailersLocked() (trailers http.Header) {
 // isTrailer reports whether net/http would send a header as a trailer: one that
 // the handler declared, or one with http.TrailerPrefix.
 func (r *recorder) isTrailer(name string) bool {
-	return strings.HasPrefix(name, http.TrailerPrefix) || slices.Contains(r.declared, name)
+	return strings.HasPrefix(name, http.TrailerPrefix) || r.declared[name]
 }
 
 // complete reports whether the recorder has the whole response. It has not when
@@ -112,8 +112,9 @@ func (r *recorder) dropLocked() {
 }
 
 // encode appends the stored form of the finished response to scratch. With
-// whole, or if the response is small, that is all of it. Otherwise value is
-// only its beginning, and parts follow, which spares a large body a copy.
+// whole, or if the body has one chunk, that is all of it. Otherwise value ends
+// with the first chunk, and parts are the others, which spares a large body a
+// copy.
 // encode returns nil when the headers are too large.
 func (r *recorder) encode(scratch, digest []byte, keep func(name string) bool, whole bool) (value []byte, parts [][]byte) {
 	markTransient(r.fields, keep, r.connection, r.body.size)
@@ -121,7 +122,7 @@ func (r *recorder) encode(scratch, digest []byte, keep func(name string) bool, w
 	// none is kept: -1 is never equal to it.
 	markTransient(r.trailers, keep, r.connection, -1)
 	chunks := r.body.chunks
-	if !whole && r.body.size > maxPacked {
+	if !whole && len(chunks) > 1 {
 		chunks, parts = chunks[:1], slices.Clone(chunks[1:])
 	}
 	status := r.status

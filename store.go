@@ -133,8 +133,9 @@ type Result struct {
 	// TTL is how long the cell is kept, from the call of Complete on.
 	TTL time.Duration
 
-	// parts follow Value. Only a MemoryStore gets them. It keeps them as they
-	// are, which spares a large response one copy.
+	// parts follow Value. Only the stores of this package get them, which spares
+	// a large response one copy: a MemoryStore keeps them as they are, and a
+	// RedisStore copies them into the cell.
 	parts [][]byte
 }
 

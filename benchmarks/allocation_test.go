@@ -1,6 +1,8 @@
 package benchmarks
 
 import (
+	"fmt"
+	"net/http"
 	"runtime"
 	"runtime/debug"
 	"testing"
@@ -16,8 +18,9 @@ const (
 	replayAllocations      = 2
 	firstAllocations       = 7
 
-	// largeFirstBytes is for a response of 64 KiB: about one copy of it.
-	largeFirstBytes = 64<<10 + 16<<10
+	// extraBytes is what a request with a large body, or one with a large
+	// response, allocates in addition to one copy of it.
+	extraBytes = 16 << 10
 )
 
 // allocations returns what requests with different keys allocate on average.
@@ -55,22 +58,51 @@ func TestFirstAllocations(t *testing.T) {
 	require.LessOrEqual(t, allocations(t, false, true), float64(firstAllocations))
 }
 
-// A large response is captured as it comes and not copied again.
+// A response is captured as it comes and not copied again.
 func TestLargeFirstAllocations(t *testing.T) {
+	for _, size := range []int{8 << 10, 15 << 10, 16 << 10, 64 << 10, 1 << 20} {
+		t.Run(fmt.Sprint(size), func(t *testing.T) {
+			client := newBenchClient(true)
+			h := inMemory(newCharge(size))
+			require.LessOrEqual(t, allocatedBytes(t, client, h, keyAt), size+extraBytes)
+			client.check(t, size, false)
+		})
+	}
+}
+
+// A request body whose length is declared is read into one buffer, which small
+// ones find in a pool.
+func TestBodyAllocations(t *testing.T) {
+	for size, limit := range map[int]int{
+		16 << 10:  extraBytes,
+		63 << 10:  extraBytes,
+		64 << 10:  64<<10 + extraBytes,
+		512 << 10: 512<<10 + extraBytes,
+		1 << 20:   1<<20 + extraBytes,
+	} {
+		t.Run(fmt.Sprint(size), func(t *testing.T) {
+			client := newBenchClient(true)
+			client.setBody(size)
+			h := inMemory(newCharge(smallBody))
+			require.LessOrEqual(t, allocatedBytes(t, client, h, func(int) string { return keyAt(0) }), limit)
+			client.check(t, smallBody, true)
+		})
+	}
+}
+
+// allocatedBytes returns how many bytes a request allocates on average.
+func allocatedBytes(t *testing.T, client *benchClient, h http.Handler, key func(i int) string) int {
 	if idemtest.RaceDetector {
 		t.Skip("the race detector allocates")
 	}
-	const requests, size = 200, 64 << 10
-	client := newBenchClient(true)
-	h := inMemory(newCharge(size))
-	client.do(h, keyAt(requests)) // pools are filled
+	const requests = 100
+	client.do(h, key(requests)) // pools are filled
 	defer debug.SetGCPercent(debug.SetGCPercent(-1))
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
 	for i := range requests {
-		client.do(h, keyAt(i))
+		client.do(h, key(i))
 	}
 	runtime.ReadMemStats(&after)
-	client.check(t, size, false)
-	require.LessOrEqual(t, (after.TotalAlloc-before.TotalAlloc)/requests, uint64(largeFirstBytes))
+	return int(after.TotalAlloc-before.TotalAlloc) / requests
 }

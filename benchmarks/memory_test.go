@@ -3,6 +3,7 @@
 package benchmarks
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -124,6 +125,12 @@ func newBenchClient(keyed bool) *benchClient {
 	}
 	c.request = r
 	return c
+}
+
+// setBody has the next requests send so many bytes.
+func (c *benchClient) setBody(size int) {
+	c.body.data = bytes.Repeat([]byte("x"), size)
+	c.request.ContentLength = int64(size)
 }
 
 // do sends the request with a key. The answer is in c.w until the next call.
@@ -332,6 +339,10 @@ func BenchmarkFirstParallel(b *testing.B) { each(b, memoryContenders(), parallel
 
 func BenchmarkFirst64KiB(b *testing.B) {
 	each(b, largeContenders(), func(b *testing.B, c contender) { first(b, 64<<10, c) })
+}
+
+func BenchmarkFirst15KiB(b *testing.B) {
+	each(b, largeContenders(), func(b *testing.B, c contender) { first(b, 15<<10, c) })
 }
 
 func BenchmarkFirst1MiB(b *testing.B) {
