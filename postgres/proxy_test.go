@@ -17,11 +17,20 @@ type proxy struct {
 	addr   string
 	target string
 
-	mu     sync.Mutex // guards what follows
-	armed  bool
-	before bool
-	cut    bool
+	mu    sync.Mutex // guards what follows
+	armed bool
+	when  breakTime
+	cut   bool
 }
+
+// A breakTime is when a connection breaks.
+type breakTime int
+
+const (
+	beforeCommit breakTime = iota // PostgreSQL does not get it
+	duringCommit                  // PostgreSQL has it, and may not be done with it
+	afterCommit                   // PostgreSQL has answered it
+)
 
 func startProxy(t *testing.T, target string) *proxy {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -40,12 +49,11 @@ func startProxy(t *testing.T, target string) *proxy {
 	return p
 }
 
-// cutCommit breaks the connection of the next COMMIT: before PostgreSQL gets it,
-// or after PostgreSQL has answered it.
-func (p *proxy) cutCommit(before bool) {
+// cutCommit breaks the connection of the next COMMIT.
+func (p *proxy) cutCommit(when breakTime) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.armed, p.before, p.cut = true, before, false
+	p.armed, p.when, p.cut = true, when, false
 }
 
 func (p *proxy) hasCut() bool {
@@ -55,14 +63,14 @@ func (p *proxy) hasCut() bool {
 }
 
 // strikes reports whether a message is the COMMIT to break at, and how.
-func (p *proxy) strikes(message []byte) (cut, before bool) {
+func (p *proxy) strikes(message []byte) (cut bool, when breakTime) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if !p.armed || !bytes.Contains(bytes.ToLower(message), []byte("commit\x00")) {
-		return false, false
+		return false, 0
 	}
 	p.armed, p.cut = false, true
-	return true, p.before
+	return true, p.when
 }
 
 func (p *proxy) serve(client net.Conn) {
@@ -97,15 +105,18 @@ func (p *proxy) serve(client net.Conn) {
 		if err != nil {
 			return
 		}
-		cut, before := p.strikes(b[:n])
-		if cut && before {
+		cut, when := p.strikes(b[:n])
+		if cut && when == beforeCommit {
 			return
 		}
-		if cut {
+		if cut && when == afterCommit {
 			mute.Lock()
 			swallow = true
 			mute.Unlock()
 		}
 		_, _ = server.Write(b[:n])
+		if cut && when == duringCommit {
+			return
+		}
 	}
 }

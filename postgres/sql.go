@@ -58,7 +58,7 @@ CREATE INDEX IF NOT EXISTS {index} ON {table} (expires_at);
 		(key, state, token, attempt, once, watched, lease_until, expires_at, fingerprint, value)
 	SELECT $1::text, 1, $2::text, 1, false, false,
 		clock_timestamp() + $4::bigint * interval '1 microsecond',
-		clock_timestamp() + $5::bigint * interval '1 microsecond', $3::bytea, ''
+		clock_timestamp() + $5::bigint * interval '1 microsecond', $3::bytea, ''::bytea
 	WHERE NOT EXISTS (SELECT FROM old)
 	ON CONFLICT (key) DO NOTHING
 	RETURNING key
@@ -66,7 +66,7 @@ CREATE INDEX IF NOT EXISTS {index} ON {table} (expires_at);
 SELECT 0::smallint, '', 0, false, ''::bytea, ''::bytea, 0::bigint, false FROM written
 UNION ALL
 SELECT state, token, attempt, once, fingerprint, value,
-	ceil(extract(epoch FROM lease_until - statement_timestamp()) * 1000000)::bigint, watched
+	CASE WHEN state = 1 THEN ceil(extract(epoch FROM lease_until - statement_timestamp()) * 1000000)::bigint ELSE 0 END, watched
 FROM old WHERE expires_at > statement_timestamp()`
 
 	// acquire is for all cells. It writes only when its snapshot lets it. A replay writes nothing and
