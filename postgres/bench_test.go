@@ -58,7 +58,7 @@ func startBench(b *testing.B, conns int) *bench {
 	x := &bench{b: b, server: server, pool: server.dial(conns), calls: new(statementCounter)}
 	_, err := x.pool.Exec(b.Context(), bareTable)
 	require.NoError(b, err)
-	config, err := pgxpool.ParseConfig(server.url())
+	config, err := pgxpool.ParseConfig(server.URL())
 	require.NoError(b, err)
 	config.ConnConfig.Tracer = x.calls
 	handlers, err := pgxpool.NewWithConfig(b.Context(), config)
@@ -179,7 +179,7 @@ func (s *server) processes() (found []string) {
 	for _, file := range stats {
 		stat, _ := os.ReadFile(file)
 		_, rest, _ := strings.Cut(string(stat), ") ")
-		if fields := strings.Fields(rest); len(fields) > 1 && fields[1] == strconv.Itoa(s.cmd.Process.Pid) {
+		if fields := strings.Fields(rest); len(fields) > 1 && fields[1] == strconv.Itoa(s.Process().Pid) {
 			found = append(found, filepath.Dir(file))
 		}
 	}
@@ -196,7 +196,7 @@ func (s *server) cpuTime(processes []string) (n int64) {
 		n += used
 	}
 	var usage syscall.Rusage
-	require.NoError(s.t, syscall.Getrusage(syscall.RUSAGE_SELF, &usage))
+	require.NoError(s.T, syscall.Getrusage(syscall.RUSAGE_SELF, &usage))
 	return n + usage.Utime.Nano() + usage.Stime.Nano()
 }
 

@@ -17,20 +17,12 @@ type proxy struct {
 	addr   string
 	target string
 
-	mu    sync.Mutex // guards what follows
-	armed bool
-	when  breakTime
-	cut   bool
+	mu     sync.Mutex // guards what follows
+	armed  bool
+	before bool
+	during bool
+	cut    bool
 }
-
-// A breakTime is when a connection breaks.
-type breakTime int
-
-const (
-	beforeCommit breakTime = iota // PostgreSQL does not get it
-	duringCommit                  // PostgreSQL has it, and may not be done with it
-	afterCommit                   // PostgreSQL has answered it
-)
 
 func startProxy(t *testing.T, target string) *proxy {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -49,11 +41,27 @@ func startProxy(t *testing.T, target string) *proxy {
 	return p
 }
 
-// cutCommit breaks the connection of the next COMMIT.
-func (p *proxy) cutCommit(when breakTime) {
+// cutCommit breaks the connection of the next COMMIT: before PostgreSQL gets it,
+// or after PostgreSQL has answered it.
+func (p *proxy) cutCommit(before bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.armed, p.when, p.cut = true, when, false
+	p.armed, p.before, p.cut = true, before, false
+}
+
+// cutDuringCommit breaks the connection of the next COMMIT as soon as PostgreSQL
+// has got it.
+func (p *proxy) cutDuringCommit() {
+	p.cutCommit(false)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.during = true
+}
+
+func (p *proxy) isDuring() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.during
 }
 
 func (p *proxy) hasCut() bool {
@@ -63,14 +71,14 @@ func (p *proxy) hasCut() bool {
 }
 
 // strikes reports whether a message is the COMMIT to break at, and how.
-func (p *proxy) strikes(message []byte) (cut bool, when breakTime) {
+func (p *proxy) strikes(message []byte) (cut, before bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if !p.armed || !bytes.Contains(bytes.ToLower(message), []byte("commit\x00")) {
-		return false, 0
+		return false, false
 	}
 	p.armed, p.cut = false, true
-	return true, p.when
+	return true, p.before
 }
 
 func (p *proxy) serve(client net.Conn) {
@@ -105,17 +113,17 @@ func (p *proxy) serve(client net.Conn) {
 		if err != nil {
 			return
 		}
-		cut, when := p.strikes(b[:n])
-		if cut && when == beforeCommit {
+		cut, before := p.strikes(b[:n])
+		if cut && before {
 			return
 		}
-		if cut && when == afterCommit {
+		if cut {
 			mute.Lock()
 			swallow = true
 			mute.Unlock()
 		}
 		_, _ = server.Write(b[:n])
-		if cut && when == duringCommit {
+		if cut && p.isDuring() {
 			return
 		}
 	}

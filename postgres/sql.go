@@ -57,8 +57,8 @@ CREATE INDEX IF NOT EXISTS {index} ON {table} (expires_at);
 	INSERT INTO {table}
 		(key, state, token, attempt, once, watched, lease_until, expires_at, fingerprint, value)
 	SELECT $1::text, 1, $2::text, 1, false, false,
-		clock_timestamp() + $4::bigint * interval '1 microsecond',
-		clock_timestamp() + $5::bigint * interval '1 microsecond', $3::bytea, ''::bytea
+		clock_timestamp() + $4::bigint::float8 * interval '1 microsecond',
+		clock_timestamp() + $5::bigint::float8 * interval '1 microsecond', $3::bytea, ''::bytea
 	WHERE NOT EXISTS (SELECT FROM old)
 	ON CONFLICT (key) DO NOTHING
 	RETURNING key
@@ -66,7 +66,7 @@ CREATE INDEX IF NOT EXISTS {index} ON {table} (expires_at);
 SELECT 0::smallint, '', 0, false, ''::bytea, ''::bytea, 0::bigint, false FROM written
 UNION ALL
 SELECT state, token, attempt, once, fingerprint, value,
-	CASE WHEN state = 1 THEN ceil(extract(epoch FROM lease_until - statement_timestamp()) * 1000000)::bigint ELSE 0 END, watched
+	CASE WHEN state = 1 THEN ceil(extract(epoch FROM lease_until - statement_timestamp())::numeric * 1000000::numeric)::bigint ELSE 0::bigint END, watched
 FROM old WHERE expires_at > statement_timestamp()`
 
 	// acquire is for all cells. It writes only when its snapshot lets it. A replay writes nothing and
@@ -119,7 +119,7 @@ LEFT JOIN old AS r ON NOT {expired r}`
 	//
 	// $1 key, $2 token, $3 fingerprint, $4 value, $5 TTL in microseconds
 	completeOwnSQL = `UPDATE {table} AS t SET state = 2, once = false, fingerprint = $3::bytea, value = $4::bytea,
-	expires_at = clock_timestamp() + $5::bigint * interval '1 microsecond'
+	expires_at = clock_timestamp() + $5::bigint::float8 * interval '1 microsecond'
 WHERE key = $1::text AND {own t}
 RETURNING CASE WHEN watched THEN pg_notify('{channel}', $1::text)::text END`
 
