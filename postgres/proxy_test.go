@@ -30,6 +30,7 @@ type cut uint8
 const (
 	notCut       cut = iota
 	cutBefore        // before PostgreSQL gets it
+	cutDuring        // as soon as PostgreSQL has got it
 	cutAfter         // after PostgreSQL has answered it
 	cutWithError     // the client gets an error then, as from a pooler that has lost its server
 )
@@ -130,7 +131,8 @@ func (p *proxy) serve(client net.Conn) {
 		if err != nil {
 			return
 		}
-		switch how := p.strikes(b[:n]); how {
+		how := p.strikes(b[:n])
+		switch how {
 		case cutBefore:
 			return
 		case cutAfter, cutWithError:
@@ -139,5 +141,8 @@ func (p *proxy) serve(client net.Conn) {
 			mute.Unlock()
 		}
 		_, _ = server.Write(b[:n])
+		if how == cutDuring {
+			return
+		}
 	}
 }

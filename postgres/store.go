@@ -158,11 +158,15 @@ func (s *Store) Acquire(ctx context.Context, key string, c idempotency.Claim) (i
 	if err != nil {
 		return idempotency.Record{}, err
 	}
-	for range maxTries {
-		rec, old, err := s.acquire(ctx, own, key, c)
+	for try := range maxTries {
+		send := s.acquire
+		if try == 0 && c.Attempt == 0 {
+			send = s.claim
+		}
+		rec, old, err := send(ctx, own, key, c)
 		switch {
 		case isRace(err), err == nil && rec.State == 0:
-			continue // another statement wrote the cell after the snapshot of this one
+			continue // claim may not write this cell, or another statement wrote it after the snapshot of this one
 		case err != nil:
 			return idempotency.Record{}, err
 		case rec.State == idempotency.InProgress && !old.watched && s.listener.hasWaiter(key):
@@ -180,7 +184,27 @@ func (s *Store) Acquire(ctx context.Context, key string, c idempotency.Claim) (i
 	return idempotency.Record{}, errRaces
 }
 
-// acquire sends the statement once. The State is zero when it lost a race.
+// claim sends the statement that most claims need. The State is zero when the
+// cell is none for it: expired, claimed or released and free to take, or written
+// by another claim at the same time.
+func (s *Store) claim(ctx context.Context, q querier, key string, c idempotency.Claim) (rec idempotency.Record, old cell, err error) {
+	var remaining int64
+	err = q.QueryRow(ctx, s.sql.claim, key, c.Token, notNil(c.Fingerprint), micros(c.Lease), micros(max(c.TTL, c.Lease))).
+		Scan(&old.state, &old.token, &old.attempt, &old.once, &old.fingerprint, &old.value, &remaining, &old.watched)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return rec, cell{}, nil
+	case err != nil:
+		return rec, cell{}, err
+	case old.state == absent:
+		return idempotency.Record{State: idempotency.Acquired, Attempt: 1}, old, nil
+	}
+	old.remaining = time.Duration(remaining) * time.Microsecond
+	return refusal(old, c), old, nil
+}
+
+// acquire sends the statement for all cells once. The State is zero when it lost
+// a race.
 func (s *Store) acquire(ctx context.Context, q querier, key string, c idempotency.Claim) (rec idempotency.Record, old cell, err error) {
 	var attempt *int
 	var once *bool
@@ -245,10 +269,14 @@ func (s *Store) Complete(ctx context.Context, key, token string, r idempotency.R
 // complete stores r, and reports whether there was no cell before. It returns
 // ErrLeaseLost if the cell is not token's.
 func (s *Store) complete(ctx context.Context, q querier, key, token string, r idempotency.Result) (fresh bool, err error) {
-	for range maxTries {
+	var notified *string
+	err = q.QueryRow(ctx, s.sql.completeOwn, key, token, notNil(r.Fingerprint), notNil(r.Value), micros(r.TTL)).Scan(&notified)
+	if !errors.Is(err, pgx.ErrNoRows) {
+		return false, err
+	}
+	for range maxTries { // a repeated Complete, or one of a cell that is not token's
 		var written bool
 		var old cell
-		var notified *string
 		err := q.QueryRow(ctx, s.sql.complete, key, token, notNil(r.Fingerprint), notNil(r.Value), micros(r.TTL)).
 			Scan(&written, &notified, &old.state, &old.token)
 		switch {

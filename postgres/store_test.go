@@ -382,3 +382,25 @@ func TestCleaningReadsOneBatch(t *testing.T) {
 	require.Less(t, read, 2000)
 	require.Positive(t, deleted)
 }
+
+// A handler's transaction may hold an expired row, which is not waited for.
+func TestCleaningSkipsLockedRows(t *testing.T) {
+	pool := startServer(t).dial(4)
+	store := newStore(t, pool, nil)
+	ctx := t.Context()
+	_, err := pool.Exec(ctx, `INSERT INTO idempotency SELECT 'old' || i, 2, 'A', 1, false, false,
+		clock_timestamp() - interval '1 s', clock_timestamp() - interval '1 s', '', '' FROM generate_series(1, 100) AS i`)
+	require.NoError(t, err)
+	tx, err := pool.Begin(ctx)
+	require.NoError(t, err)
+	defer func() { _ = tx.Rollback(ctx) }()
+	_, err = tx.Exec(ctx, `SELECT FROM idempotency WHERE key = 'old1' FOR UPDATE`)
+	require.NoError(t, err)
+	claims, left := 0, 100
+	for end := time.Now().Add(patience); left > 1 && time.Now().Before(end); claims++ {
+		_, err := store.Acquire(ctx, fmt.Sprint("new", claims), claim("A", time.Minute))
+		require.NoError(t, err)
+		require.NoError(t, pool.QueryRow(ctx, `SELECT count(*) FROM idempotency WHERE key LIKE 'old%'`).Scan(&left))
+	}
+	require.Equal(t, 1, left)
+}

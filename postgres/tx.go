@@ -9,7 +9,6 @@ import (
 
 	"github.com/go-idempotency/idempotency"
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -260,10 +259,7 @@ func (t *Tx) complete(ctx context.Context, key, token string, r idempotency.Resu
 	}
 	err = t.Tx.Commit(ctx)
 	t.end()
-	switch {
-	case errors.Is(err, pgx.ErrTxCommitRollback), pgconn.SafeToRetry(err):
-		err = errors.Join(idempotency.ErrRolledBack, err)
-	case err != nil:
+	if err != nil {
 		err = t.findOut(ctx, key, token, err)
 	}
 	if err == nil {

@@ -231,6 +231,9 @@ func TestTx(t *testing.T) {
 				require.Equal(t, "201 replayed", s.post("key"))
 				require.Equal(t, tc.orders, s.orders())
 			}
+			if tc.gets == "503" { // and the key is free: the handler runs again, and fails again
+				require.Equal(t, "503", s.post("key"))
+			}
 		})
 	}
 }
@@ -380,7 +383,7 @@ func TestTxOfAnUnprotectedRun(t *testing.T) {
 // pooler that has lost the server answers: the store finds the response.
 func TestCommitWhoseAnswerIsLost(t *testing.T) {
 	server := startServer(t)
-	proxy := startProxy(t, "127.0.0.1:"+server.port)
+	proxy := startProxy(t, "127.0.0.1:"+server.Port)
 	pool, err := pgxpool.New(t.Context(), "postgres://test@"+proxy.addr+"/postgres?sslmode=disable")
 	require.NoError(t, err)
 	defer pool.Close()
@@ -452,4 +455,61 @@ func TestManyClientsOneKey(t *testing.T) {
 	}
 	all.Wait()
 	require.Equal(t, 1, s.orders())
+}
+
+// The connection breaks while PostgreSQL commits. The store waits for the end of
+// that before it says what has become of the transaction.
+func TestCommitThatGoesOn(t *testing.T) {
+	server := startServer(t)
+	proxy := startProxy(t, "127.0.0.1:"+server.Port)
+	pool, err := pgxpool.New(t.Context(), "postgres://test@"+proxy.addr+"/postgres?sslmode=disable")
+	require.NoError(t, err)
+	defer pool.Close()
+	s := &shop{t: t, pool: pool, store: newStore(t, pool, nil)}
+	opts := &idempotency.Options{StoreTimeout: patience, Lease: 2 * patience}
+	s.handler = idempotency.Middleware(s.store, opts)(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		require.NoError(t, s.order(r.Context()))
+		w.WriteHeader(http.StatusCreated)
+	}))
+	_, err = pool.Exec(t.Context(), `
+		CREATE TABLE orders (item text);
+		CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(1); RETURN NULL; END';
+		CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON orders DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION slow()`)
+	require.NoError(t, err)
+	proxy.cutCommit(cutDuring)
+	require.Equal(t, "201", s.post("key"))
+	require.True(t, proxy.hasCut())
+	require.Equal(t, "201 replayed", s.post("key"))
+	require.Equal(t, 1, s.orders())
+}
+
+// A response is kept for the TTL from when it is stored, not from when the
+// handler's transaction began.
+func TestTTLBeginsWithTheResponse(t *testing.T) {
+	var late time.Time // in the transaction, after it began
+	s := openShop(t, 2, &idempotency.Options{TTL: time.Hour}, func(s *shop, w http.ResponseWriter, r *http.Request) {
+		require.NoError(s.t, s.order(r.Context(), func(tx *postgres.Tx) {
+			require.NoError(s.t, tx.QueryRow(r.Context(), `SELECT clock_timestamp()`).Scan(&late))
+		}))
+		w.WriteHeader(http.StatusCreated)
+	})
+	require.Equal(t, "201", s.post("key"))
+	var expires time.Time
+	require.NoError(t, s.pool.QueryRow(t.Context(), `SELECT expires_at FROM idempotency`).Scan(&expires))
+	require.False(t, expires.Before(late.Add(time.Hour)), "the response expires %v too early", late.Add(time.Hour).Sub(expires))
+}
+
+// A run whose transaction is rolled back leaves its connection in the pool.
+func TestReleaseReturnsTheConnection(t *testing.T) {
+	s := openShop(t, 1, nil, func(s *shop, w http.ResponseWriter, r *http.Request) {
+		require.NoError(s.t, s.order(r.Context()))
+		w.WriteHeader(http.StatusInternalServerError)
+	})
+	require.Equal(t, "500", s.post("key"))
+	opened := s.pool.Stat().NewConnsCount()
+	for range 3 {
+		require.Equal(t, "500", s.post("key"))
+	}
+	require.Equal(t, opened, s.pool.Stat().NewConnsCount())
+	require.Equal(t, 0, s.orders())
 }

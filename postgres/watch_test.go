@@ -55,7 +55,7 @@ func TestWatchLosesItsConnection(t *testing.T) {
 // out. The waiters must not wait for it.
 func TestWatchOverADeafConnection(t *testing.T) {
 	server := startServer(t)
-	proxy := startProxy(t, "127.0.0.1:"+server.port)
+	proxy := startProxy(t, "127.0.0.1:"+server.Port)
 	config := server.dial(4).Config()
 	dial := config.ConnConfig.DialFunc
 	var dialed atomic.Int64
