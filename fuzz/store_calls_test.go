@@ -31,6 +31,7 @@ type storeFlow struct {
 	withheld bool                                               // a failed Complete withholds the answer
 
 	inner, outer func(fullStore) fullStore // what is planted within the store, and around it
+	remote       *idemtest.RemoteStore     // nil: a MemoryStore
 }
 
 var storeFlows = []storeFlow{
@@ -304,7 +305,12 @@ func TestStoreCalls(t *testing.T) {
 	golden := string(content)
 	head, _, _ := strings.Cut(golden, "\n== ")
 	written, played := head, 0
+	var remote *idemtest.RemoteStore
+	if addr := os.Getenv(idemtest.RemoteStoreAddr); addr != "" {
+		remote = idemtest.DialStore(t, addr)
+	}
 	for _, f := range storeFlows {
+		f.remote = remote
 		t.Run(f.name, func(t *testing.T) {
 			rows := f.rows(t)
 			written += rows

@@ -90,7 +90,9 @@ func (p *proxy) serve(client net.Conn) {
 	defer func() { _ = server.Close() }()
 	var mute sync.Mutex // held by the side that may answer
 	swallow := false
+	answered := make(chan struct{})
 	go func() {
+		defer close(answered)
 		defer func() { _ = client.Close() }()
 		b := make([]byte, 64<<10)
 		for {
@@ -124,6 +126,8 @@ func (p *proxy) serve(client net.Conn) {
 		}
 		_, _ = server.Write(b[:n])
 		if cut && p.isDuring() {
+			_ = client.Close()
+			<-answered // closing now could take the COMMIT back
 			return
 		}
 	}
