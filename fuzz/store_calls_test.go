@@ -298,6 +298,10 @@ func durationsOf(way storeWay) []string {
 //	go test -run TestStoreCalls -update ./fuzz
 //
 // What must hold in every row, whatever the table says, is in storeRules.
+//
+// The table holds for every store. With STORE_CALLS_AT in the environment the
+// calls go to the store that is served there. The tests of package postgres and
+// of examples/customstore start this one so.
 func TestStoreCalls(t *testing.T) {
 	file := filepath.Join("testdata", "store_calls.txt")
 	content, err := os.ReadFile(file)
