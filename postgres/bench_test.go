@@ -271,27 +271,23 @@ func BenchmarkPostgresStorm(b *testing.B) {
 
 // A night's keys have expired, and first executions delete them. The floor are
 // the same first executions while nothing has expired. Half of the requests wait
-// for no longer than median-us, and the slowest of 100 for p99-us.
+// for no longer than median-us, and all but one in a hundred for p99-us.
 func BenchmarkPostgresCleaning(b *testing.B) {
-	const night = 100_000
+	const night = 50_000
 	x := startBench(b, 1)
 	for _, contender := range []string{"bare", "idempotency"} {
 		b.Run(contender, func(b *testing.B) {
-			x.fill(0)
-			_, err := x.pool.Exec(b.Context(), `TRUNCATE idempotency`)
+			_, err := x.pool.Exec(b.Context(), `TRUNCATE idempotency, bare`)
 			require.NoError(b, err)
 			x.fill(night)
 			if contender == "idempotency" {
 				_, err = x.pool.Exec(b.Context(), `UPDATE idempotency SET expires_at = clock_timestamp() - interval '1 s'`)
 				require.NoError(b, err)
 			}
-			_, err = x.pool.Exec(b.Context(), `TRUNCATE bare`)
-			require.NoError(b, err)
-			// A batch comes once in 32 claims and has 256 rows.
-			const claims = night / 8
+			// A batch of 256 rows comes once in 32 claims, so an eighth of the
+			// night is enough, and a few more for batches that take too long.
+			const claims = night / 6
 			took := make([]float64, 0, claims)
-			server := x.server.processes()
-			cpu := x.server.cpuTime(server)
 			b.ResetTimer()
 			for range claims {
 				began := time.Now()
@@ -299,7 +295,6 @@ func BenchmarkPostgresCleaning(b *testing.B) {
 				took = append(took, float64(time.Since(began).Nanoseconds())/1e3)
 			}
 			b.StopTimer()
-			b.ReportMetric(float64(x.server.cpuTime(server)-cpu)/claims, "cpu-ns/claim")
 			sort.Float64s(took)
 			b.ReportMetric(took[claims/2], "median-us")
 			b.ReportMetric(took[claims*99/100], "p99-us")

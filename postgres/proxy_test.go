@@ -99,7 +99,9 @@ func (p *proxy) serve(client net.Conn) {
 	defer func() { _ = server.Close() }()
 	var mute sync.Mutex // held by the side that may answer
 	swallow := notCut
+	answered := make(chan struct{})
 	go func() {
+		defer close(answered)
 		defer func() { _ = client.Close() }()
 		b := make([]byte, 64<<10)
 		for {
@@ -142,6 +144,8 @@ func (p *proxy) serve(client net.Conn) {
 		}
 		_, _ = server.Write(b[:n])
 		if how == cutDuring {
+			_ = client.Close()
+			<-answered // closing now could take the COMMIT back
 			return
 		}
 	}

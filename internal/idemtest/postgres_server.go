@@ -1,6 +1,8 @@
 package idemtest
 
 import (
+	"encoding/binary"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -81,7 +83,7 @@ func (s *PostgresServer) Start() bool {
 	s.cmd.Stdout, s.cmd.Stderr = log, log
 	require.NoError(s.T, s.cmd.Start())
 	for deadline := time.Now().Add(Patience); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
-		if s.command("pg_isready", "-q", "-h", "127.0.0.1", "-p", s.Port).Run() == nil {
+		if s.accepts() {
 			return true
 		}
 	}
@@ -89,6 +91,24 @@ func (s *PostgresServer) Start() bool {
 	text, _ := os.ReadFile(s.Dir + "/log")
 	s.T.Logf("PostgreSQL does not answer\n%s", text)
 	return false
+}
+
+// accepts reports whether a session can begin. The first byte of the answer to the
+// message that starts one is an R then, and an E while the server recovers.
+func (s *PostgresServer) accepts() bool {
+	conn, err := net.DialTimeout("tcp", "127.0.0.1:"+s.Port, time.Second)
+	if err != nil {
+		return false
+	}
+	defer func() { _ = conn.Close() }()
+	const parameters = "user\x00test\x00database\x00postgres\x00\x00"
+	message := binary.BigEndian.AppendUint32(nil, uint32(8+len(parameters)))
+	message = binary.BigEndian.AppendUint32(message, 3<<16) // the version of the protocol
+	_, _ = conn.Write(append(message, parameters...))
+	_ = conn.SetReadDeadline(time.Now().Add(time.Second))
+	var answer [1]byte
+	_, err = conn.Read(answer[:])
+	return err == nil && answer[0] == 'R'
 }
 
 // Restart starts it anew on the same port and directory.
