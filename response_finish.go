@@ -102,7 +102,8 @@ func (r *recorder) crash() {
 	r.late.open = !r.wroteHeader && !r.calling
 }
 
-// dropLocked leaves a chunk that is being written to the garbage collector.
+// dropLocked ends the recording and the sending. While a chunk is being
+// written, dropLocked does not return it to its pool.
 func (r *recorder) dropLocked() {
 	r.closed, r.dropped = true, true
 	r.changed.Broadcast()

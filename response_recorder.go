@@ -85,9 +85,9 @@ func (r *recorder) waitLocked() {
 
 // callLocked calls w without the lock. A client that does not read holds such a
 // call up for as long as it likes. The end of the handler, a panic above all,
-// takes only the lock, so it does not wait for that client. Whoever uses
-// callLocked has made the record complete before, and looks at closed and
-// dropped behind it.
+// takes only the lock, so it does not wait for that client. A caller of
+// callLocked makes the record complete before the call, and looks at closed and
+// dropped after it.
 func (r *recorder) callLocked(call func(w http.ResponseWriter)) {
 	r.calling = true
 	r.mu.Unlock()
