@@ -250,7 +250,7 @@ func (c *call) serve(lines []string) {
 // the background after the answer uses claim.detach, so that it does not keep
 // the request alive.
 func (c *call) run(attempt int, outer *Execution) {
-	c.execution = Execution{key: c.key, storeKey: c.storeKey, attempt: attempt, claim: &c.claim, outer: outer}
+	c.execution = Execution{key: c.key, storeKey: c.storeKey, attempt: attempt, claim: &c.claim, outer: outer, context: &c.context}
 	c.cancellation = cancellation{request: c.r.Context(), keepCancel: c.opts.CancelOnDisconnect}
 	c.context = handlerContext{&c.cancellation, &c.execution}
 	defer c.context.cancel(nil)
@@ -287,7 +287,8 @@ func (c *call) mayRunUnprotected(err error) bool {
 func (c *call) runUnprotected(err error, outer *Execution) {
 	c.warn(c.r.Context(), c.storeKey, "store unavailable, running unprotected", err)
 	c.execution = Execution{key: c.key, storeKey: c.storeKey, attempt: 1, outer: outer, failOpen: true}
-	c.callHandler(c.w, context.WithValue(c.r.Context(), executionKey{}, &c.execution))
+	c.execution.context = context.WithValue(c.r.Context(), executionKey{}, &c.execution)
+	c.callHandler(c.w, c.execution.context)
 	c.execution.end()
 	c.report(OutcomeUnprotected, 0, err)
 }
