@@ -136,10 +136,11 @@ func (b *requestBody) readAhead(r *http.Request, identity []byte, limit int64) e
 	return nil
 }
 
-// grow returns a larger buffer with the bytes of full, which is full. A declared
-// length is not trusted with memory before some of the bytes have come: a client
-// gets at most 32 times of what it has sent. So a declared body of 1 MiB is copied
-// once, after 64 KiB. Doubling would allocate two such bodies for it.
+// grow returns a larger buffer with the bytes of full, which is full. A
+// declared length is not trusted with memory before some of the bytes have
+// come: a client has the server allocate at most 32 times what it has sent. So
+// a declared body of 1 MiB is copied once, after 64 KiB. Doubling would
+// allocate two such bodies for it.
 func (b *requestBody) grow(full []byte, declared int64) []byte {
 	size := 2 * int64(len(full))
 	if declared > int64(len(full)) {

@@ -170,6 +170,21 @@ func seal(aead cipher.AEAD, storeKey string, r Result) []byte {
 	return aead.Seal(sealed, nonce, r.Value, sealedWith(storeKey, r.Fingerprint))
 }
 
+// unseal is the reverse of seal. A panic of the AEAD makes the record
+// unreadable: the client gets an answer, and the operator an event.
+func unseal(aead cipher.AEAD, storeKey string, rec Record) (value []byte, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("AEAD panicked: %v", p)
+		}
+	}()
+	n := aead.NonceSize()
+	if len(rec.Value) < 1+n {
+		return nil, errMalformed
+	}
+	return aead.Open(nil, rec.Value[1:1+n], rec.Value[1+n:], sealedWith(storeKey, rec.Fingerprint))
+}
+
 // sealedWith returns the additional data of an AEAD. The length before the key
 // keeps a part of a fingerprint from passing as a part of the key.
 func sealedWith(storeKey string, fingerprint []byte) []byte {
@@ -194,11 +209,7 @@ func decodeResponse(aead cipher.AEAD, storeKey string, rec Record, text *strings
 	case kind == kindResponse && aead != nil:
 		return storedResponse{}, errUnsealed
 	case kind == kindSealed:
-		n := aead.NonceSize()
-		if len(value) < 1+n {
-			return storedResponse{}, errMalformed
-		}
-		if value, err = aead.Open(nil, value[1:1+n], value[1+n:], sealedWith(storeKey, rec.Fingerprint)); err == nil {
+		if value, err = unseal(aead, storeKey, rec); err == nil {
 			kind, err = kindOf(value)
 		}
 		if err != nil {

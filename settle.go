@@ -314,7 +314,8 @@ func (s *settlement) encodeResponse(r *Result) {
 	}
 	defer s.contain(s.request.r.Context(), s.claim.storeKey, "ReplayHeader")
 	if s.memory == nil || s.opts.AEAD != nil {
-		r.Value, _ = s.recorder.encode(nil, s.digest, s.opts.ReplayHeader, true)
+		whole := s.opts.AEAD != nil || !s.isRedis
+		r.Value, r.parts = s.recorder.encode(nil, s.digest, s.opts.ReplayHeader, whole)
 		return
 	}
 	// A MemoryStore copies what is small before it returns, and the request no

@@ -37,11 +37,11 @@ type txState uint8
 const (
 	txOpen       txState = iota // the handler
 	txHandedOver                // the next Complete or Release
-	txEnded                     // nobody
+	txEnded                     // no one: the connection is given back or closed
 )
 
-// Begin begins a transaction for a handler, whose context ctx is. It reads as
-// any other transaction:
+// Begin begins a transaction for a handler. ctx is the context of the request,
+// or one made from it. A handler uses the transaction as any other:
 //
 //	tx, err := store.Begin(r.Context())
 //	if err != nil { ... }
@@ -56,14 +56,14 @@ const (
 // [Tx.AfterCommit] for what must come after it.
 //
 // Nothing is written when the handler does not call Commit, panics, calls
-// Discard, or answers with a status that frees the key. Nor is it when the claim
-// went to another owner or PostgreSQL refuses the commit: then the client gets
-// 409 or 503, and not the handler's response. When the connection breaks during
-// the commit, the store looks for the response. If it cannot, the client gets
-// 503, and its retry finds out.
+// Discard, or answers with a status that frees the key. Nothing is written
+// either when the claim went to another owner or PostgreSQL refuses the commit.
+// The client then gets 409 or 503, and not the handler's response. When the
+// connection breaks during the commit, the store looks for the response. If it
+// cannot, the client gets 503, and its retry finds out.
 //
-// Without an Execution, in a request without a key, Commit commits. So it does in
-// a run that is not protected ([idempotency.Options.FailOpen]).
+// Commit commits at once without an Execution, which is a request without a
+// key, and in a run that is not protected ([idempotency.Options.FailOpen]).
 //
 // The middleware must use this store, perhaps wrapped: another one does not
 // commit the transaction. Where handlers change the search_path or the role of a
