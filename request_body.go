@@ -114,7 +114,7 @@ func (b *requestBody) readAhead(r *http.Request, identity []byte, limit int64) e
 	b.started = true
 	// The spare byte lets the end arrive together with the last byte before it.
 	declared := int64(len(identity)) + max(r.ContentLength, 0) + 1
-	buf = slices.Grow(buf, int(min(declared, maxPooledBuffer))-len(buf))
+	buf = slices.Grow(buf, max(0, int(min(declared, maxPooledBuffer))-len(buf)))
 	for int64(len(buf)-len(identity)) <= most {
 		if len(buf) == cap(buf) {
 			buf = b.grow(buf, declared)
@@ -308,7 +308,7 @@ func (b *requestBody) noteLocked(p []byte, err error) {
 		if trailer := b.request.Trailer; trailer != nil && b.copy.Trailer == nil {
 			b.copy.Trailer = trailer
 		}
-	case err != nil:
+	case err != nil && !b.eof: // the server closes a body that was read whole
 		var tooLarge *http.MaxBytesError
 		b.broken = !errors.As(err, &tooLarge) // every retry meets the same limit
 	}

@@ -45,6 +45,8 @@ type Store struct {
 	acquired atomic.Uint64 // counts claims until the next cleaning
 	cleaning atomic.Bool
 
+	attaching sync.Mutex // held by a Tx that looks whether it is the first, and attaches itself
+
 	mu     sync.Mutex // guards what follows
 	own    *pgxpool.Pool
 	closed bool
@@ -257,19 +259,20 @@ func (s *Store) Complete(ctx context.Context, key, token string, r idempotency.R
 		return err
 	}
 	for range maxTries {
-		if err = s.complete(ctx, own, key, token, r); !isRace(err) {
+		if _, err = s.complete(ctx, own, key, token, r); !isRace(err) {
 			return err
 		}
 	}
 	return err
 }
 
-// complete stores r. It returns ErrLeaseLost if the cell is not token's.
-func (s *Store) complete(ctx context.Context, q querier, key, token string, r idempotency.Result) error {
+// complete stores r, and reports whether there was no cell before. It returns
+// ErrLeaseLost if the cell is not token's.
+func (s *Store) complete(ctx context.Context, q querier, key, token string, r idempotency.Result) (fresh bool, err error) {
 	var notified *string
-	err := q.QueryRow(ctx, s.sql.completeOwn, key, token, notNil(r.Fingerprint), notNil(r.Value), micros(r.TTL)).Scan(&notified)
+	err = q.QueryRow(ctx, s.sql.completeOwn, key, token, notNil(r.Fingerprint), notNil(r.Value), micros(r.TTL)).Scan(&notified)
 	if !errors.Is(err, pgx.ErrNoRows) {
-		return err
+		return false, err
 	}
 	for range maxTries { // a repeated Complete, or one of a cell that is not token's
 		var written bool
@@ -278,14 +281,14 @@ func (s *Store) complete(ctx context.Context, q querier, key, token string, r id
 			Scan(&written, &notified, &old.state, &old.token)
 		switch {
 		case err != nil:
-			return err
+			return false, err
 		case written, old.state == completed && old.token == token:
-			return nil
+			return old.state == absent, nil
 		case old.state == released, old.state != absent && old.token != token:
-			return idempotency.ErrLeaseLost
+			return false, idempotency.ErrLeaseLost
 		}
 	}
-	return errRaces
+	return false, errRaces
 }
 
 // Release implements [idempotency.Store]. It rolls back the transaction that the
