@@ -36,5 +36,5 @@ func TestStoreCalls(t *testing.T) {
 	idemtest.CheckStoreCalls(t, "..", store, func(now time.Time) {
 		_, err := admin.Exec(t.Context(), `UPDATE virtual.clock SET now = $1`, now)
 		idemtest.Must(err)
-	})
+	}, "first execution", "take-over")
 }

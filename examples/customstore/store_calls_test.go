@@ -31,5 +31,7 @@ func TestStoreCalls(t *testing.T) {
 	_, err := db.ExecContext(t.Context(), `PRAGMA synchronous = OFF`) // nothing crashes here
 	require.NoError(t, err)
 	t.Cleanup(func() { virtualNow.Store(0) })
-	idemtest.CheckStoreCalls(t, "../..", newStore(t, db), func(now time.Time) { virtualNow.Store(now.UnixMilli()) })
+	idemtest.CheckStoreCalls(t, "../..", newStore(t, db), func(now time.Time) { virtualNow.Store(now.UnixMilli()) },
+		"first execution", "replay", "take-over", "commit", "commit, panic", "release", "panic", "renewals",
+		"at most once", "at most once, discard", "at most once, panic", "attached")
 }
