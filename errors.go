@@ -37,7 +37,7 @@ var (
 	ErrOutcomeUnknown = errors.New("idempotency: outcome unknown")
 
 	// ErrResponseNotStored: 409, the handler ran, but its response could not be
-	// kept. Error.OriginalStatus is the status of that response.
+	// kept. Error.OriginalStatus is the status of that response, if it is known.
 	ErrResponseNotStored = errors.New("idempotency: response not stored")
 
 	// ErrRecordUnreadable: 500, the stored response is damaged, was written by
@@ -92,7 +92,8 @@ type Error struct {
 	Retryable bool
 
 	// OriginalStatus is the HTTP status of a response that was not stored.
-	// Zero: there is none.
+	// Zero: there is none, or it was written around the middleware and is not
+	// known.
 	OriginalStatus int
 
 	// Err is the sentinel, or wraps it together with the cause. It is for logs,

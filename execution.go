@@ -22,6 +22,7 @@ type Execution struct {
 	claim    *claim     // nil when the run is unprotected
 	failOpen bool       // the run is unprotected
 	outer    *Execution // of a middleware around this one, under another key; or nil
+	context  context.Context
 
 	mu         sync.Mutex // guards what follows
 	ended      bool
@@ -75,6 +76,14 @@ func (e *Execution) Attempt() int { return e.attempt }
 // down and [Options.FailOpen] is set: then nothing that is attached is committed,
 // so a handler that would attach a transaction commits it itself.
 func (e *Execution) Protected() bool { return !e.failOpen }
+
+// Context returns the context that the handler was called with. It ends when
+// the run is over: the response is stored or given up, or the handler panicked.
+// A store that begins transactions for handlers follows this context. The one
+// that the handler passes to the store may be derived from it, and end as soon
+// as the function returns that made it, or never. During the calls that a store
+// gets after the run, it is context.Background.
+func (e *Execution) Context() context.Context { return e.context }
 
 // DownstreamKey returns an idempotency key for a call that the handler makes to
 // another service. It is the same in every attempt and distinct for each name.
@@ -191,6 +200,7 @@ func (e *Execution) detachedCopy() *Execution {
 	return &Execution{
 		key: strings.Clone(e.key), storeKey: strings.Clone(e.storeKey), attempt: e.attempt,
 		ended: true, committed: e.committed, discarded: e.discarded, attachment: e.attachment,
+		context: context.Background(),
 	}
 }
 

@@ -101,7 +101,8 @@ import (
 
 // Middleware returns middleware that runs the next handler once for each key
 // and answers every retry with the first answer. It works with any router of
-// net/http handlers. For other frameworks see docs/frameworks.md:
+// net/http handlers. For echo, gin, huma, fiber and connect-go see
+// docs/frameworks.md:
 //
 //	mux.Handle("POST /charge", idempotency.Middleware(store, nil)(charge))
 //	r.Use(idempotency.Middleware(store, nil)) // chi, gorilla/mux
@@ -249,7 +250,7 @@ func (c *call) serve(lines []string) {
 // the background after the answer uses claim.detach, so that it does not keep
 // the request alive.
 func (c *call) run(attempt int, outer *Execution) {
-	c.execution = Execution{key: c.key, storeKey: c.storeKey, attempt: attempt, claim: &c.claim, outer: outer}
+	c.execution = Execution{key: c.key, storeKey: c.storeKey, attempt: attempt, claim: &c.claim, outer: outer, context: &c.context}
 	c.cancellation = cancellation{request: c.r.Context(), keepCancel: c.opts.CancelOnDisconnect}
 	c.context = handlerContext{&c.cancellation, &c.execution}
 	defer c.context.cancel(nil)
@@ -269,13 +270,15 @@ func (c *call) run(attempt int, outer *Execution) {
 // failed. It may not when the store has told this request of another execution:
 // FailOpen accepts that a handler is not protected, not that it runs beside one
 // that is known. A store with too few replicas works and refuses, so FailOpen
-// does not apply to it either.
+// does not apply to it either. Nor does it to a Redis cell that cannot be read:
+// its handler may have finished.
 //
 // A claim may have been written although its answer was lost. The middleware
 // leaves it in the store: the handler does run, and the claim keeps duplicates
 // away for one lease, or until TTL if the mark was written too.
 func (c *call) mayRunUnprotected(err error) bool {
-	return c.opts.FailOpen && !c.claim.heldByOther && !errors.Is(err, ErrTooFewReplicas)
+	return c.opts.FailOpen && !c.claim.heldByOther && !errors.Is(err, ErrTooFewReplicas) &&
+		!errors.Is(err, errForeignCell)
 }
 
 // runUnprotected runs the handler without a claim. Its Execution has no claim,
@@ -284,7 +287,8 @@ func (c *call) mayRunUnprotected(err error) bool {
 func (c *call) runUnprotected(err error, outer *Execution) {
 	c.warn(c.r.Context(), c.storeKey, "store unavailable, running unprotected", err)
 	c.execution = Execution{key: c.key, storeKey: c.storeKey, attempt: 1, outer: outer, failOpen: true}
-	c.callHandler(c.w, context.WithValue(c.r.Context(), executionKey{}, &c.execution))
+	c.execution.context = context.WithValue(c.r.Context(), executionKey{}, &c.execution)
+	c.callHandler(c.w, c.execution.context)
 	c.execution.end()
 	c.report(OutcomeUnprotected, 0, err)
 }

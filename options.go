@@ -263,8 +263,9 @@ type Options struct {
 	// FailOpen runs the handler unprotected when the store is down or full.
 	// Commit then fails, and an attached transaction is left to the handler. A
 	// request that waits for another execution when the store fails is refused
-	// all the same. Default false: the answer is 503, because a request that is
-	// refused is safer than one that is charged twice.
+	// all the same. So is one whose cell in Redis is of another program or of a
+	// newer release. Default false: the answer is 503, because a request that
+	// is refused is safer than one that is charged twice.
 	FailOpen bool
 
 	// CancelOnDisconnect keeps the client's cancellation on the handler's

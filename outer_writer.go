@@ -1,8 +1,10 @@
 package idempotency
 
 import (
+	"maps"
 	"net/http"
 	"reflect"
+	"slices"
 )
 
 // canFlush reports whether http.ResponseController finds a Flush. It looks
@@ -105,4 +107,24 @@ func (r *recorder) lookAroundLocked() {
 		status = http.StatusOK // what net/http sends for a writer without a status
 	}
 	r.wroteNothing, r.wroteAround, r.streaming, r.status = false, true, true, status
+}
+
+// lookAtHeader looks for an answer around the recorder where w tells nothing of
+// itself, as the writer of net/http does. A header of w that changed while the
+// handler ran, and that the recorder did not change, goes to this client and
+// would be missing from a replay. It mostly comes with a status and a body, of
+// which nothing is known: the recorder has no status then.
+//
+// It is not asked about a handler whose context has ended. An outer timeout may
+// have answered for that one.
+func (r *recorder) lookAtHeader() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.wroteNothing || r.calling {
+		return
+	}
+	defer r.late.contain(r.late.request, r.late.storeKey, "Header of the outer ResponseWriter")
+	if !maps.EqualFunc(r.w.Header(), r.outer, slices.Equal) {
+		r.wroteNothing, r.wroteAround, r.streaming, r.status = false, true, true, 0
+	}
 }

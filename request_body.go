@@ -114,7 +114,7 @@ func (b *requestBody) readAhead(r *http.Request, identity []byte, limit int64) e
 	b.started = true
 	// The spare byte lets the end arrive together with the last byte before it.
 	declared := int64(len(identity)) + max(r.ContentLength, 0) + 1
-	buf = slices.Grow(buf, int(min(declared, maxPooledBuffer))-len(buf))
+	buf = slices.Grow(buf, max(0, int(min(declared, maxPooledBuffer))-len(buf)))
 	for int64(len(buf)-len(identity)) <= most {
 		if len(buf) == cap(buf) {
 			buf = b.grow(buf, declared)

@@ -30,6 +30,28 @@ func TestDigestOfALargeBodyDependsOnTheKey(t *testing.T) {
 	}
 }
 
+// Credentials and query lie before the body in one buffer, and may be longer
+// than a pooled buffer is: net/http takes a header of 1 MiB.
+func TestBodyAfterALongHeader(t *testing.T) {
+	for _, size := range []int{63 << 10, 64 << 10, 65 << 10, 300 << 10} {
+		for _, body := range []string{"x", strings.Repeat("x", 200<<10)} {
+			var got string
+			c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, r *http.Request) {
+				all, err := io.ReadAll(r.Body)
+				idemtest.Must(err)
+				got = string(all)
+				w.WriteHeader(http.StatusCreated)
+			})
+			x := idemtest.Exchange{Key: "a", Body: body, Header: http.Header{"Cookie": {strings.Repeat("c", size)}}}
+			for i, get := range []string{"201 ", "replay 201 "} {
+				x.Get = get
+				c.Check(t, i, x)
+			}
+			require.Equal(t, body, got)
+		}
+	}
+}
+
 // A server of HTTP/1 closes a body that was read when the response goes out. A
 // handler that streams and then drains the body once more meets an error. The
 // body has not broken off, so a retry gets the response.

@@ -148,7 +148,7 @@ func appendHeaderFields(b []byte, fields []headerField) []byte {
 }
 
 // encodeNotStored returns the stored form of a response that cannot be kept: it
-// was too large or cut short, say.
+// was too large or cut short, say. Status 0 is one that is not known.
 func encodeNotStored(status int, digest []byte) []byte {
 	return appendField(binary.AppendUvarint([]byte{form(kindNotStored)}, uint64(status)), digest)
 }
@@ -265,8 +265,9 @@ func decodeStatus(resp storedResponse, payload []byte) (_ storedResponse, rest [
 		resp.implicit, status = true, http.StatusOK
 	}
 	resp.status = int(status)
-	// Of the 1xx the recorder stores only 101. WriteHeader panics over 999.
-	return resp, rest, ok && (status == http.StatusSwitchingProtocols || status >= 200 && status <= 999)
+	// Of the 1xx the recorder stores only 101. WriteHeader panics over 999. Of an
+	// answer around the recorder the status may not be known.
+	return resp, rest, ok && (status == http.StatusSwitchingProtocols || status >= 200 && status <= 999 || resp.notStored && status == 0)
 }
 
 // decodeParts reads the head and the body of a response. Its size must be that

@@ -87,7 +87,7 @@ func TestDamagedRecords(t *testing.T) {
 		"no kind it knows": {0x19, 0xc9, 1, 0},
 		"more than status": {0x12, 0xc9, 1, 0, 0},
 		"more than digest": {0x14, 0, 0},
-		"no status at all": {0x12, 0, 0},
+		"a status of 1":    {0x12, 1, 0},
 		"a list too long":  {0x11, 0xc9, 1, 0, 6, 1, 1, 1<<2 | 3, 'x', 2, 0, 0},
 	}
 	for n := range golden {

@@ -6,6 +6,7 @@ import (
 	"crypto/cipher"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -13,9 +14,11 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/signal"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/redis/go-redis/v9"
@@ -33,8 +36,10 @@ type replicaConfig struct {
 	Lease  time.Duration
 	Wait   time.Duration
 	Bug    string // what to break on purpose
-	Soak   string // the kind of store, in a soak
 	TTL    time.Duration
+
+	Soak     string // the kind of store, in a soak
+	Database string // its address
 
 	Provider string // who charges, in a deployment
 }
@@ -54,9 +59,10 @@ func runReplica(config replicaConfig) {
 		runDeployed(config)
 		return
 	}
+	background := new(idempotency.Background)
 	var handler http.Handler
 	if config.Soak != "" {
-		handler = newSoakService(config)
+		handler = newSoakService(config, background)
 	} else {
 		handler = newReplica(config)
 	}
@@ -64,8 +70,24 @@ func runReplica(config replicaConfig) {
 	must(err)
 	fmt.Printf("serving on %s\n", listener.Addr())
 	server := &http.Server{Handler: handler, ErrorLog: log.New(io.Discard, "", 0)} // handlers panic on purpose
-	go func() { must(server.Serve(listener)) }()
+	terminated, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+	defer stop()
+	context.AfterFunc(terminated, func() { finish(server, background) })
+	go func() {
+		if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+			panic(err)
+		}
+	}()
 	_, _ = io.Copy(io.Discard, os.Stdin)
+	os.Exit(0)
+}
+
+// finish ends the process when all that it does is done.
+func finish(server *http.Server, background *idempotency.Background) {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	must(server.Shutdown(ctx))
+	must(background.Wait(ctx))
 	os.Exit(0)
 }
 

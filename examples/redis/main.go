@@ -75,8 +75,10 @@ const ledger = "charges"
 
 // charge has its effect first and takes its time afterwards. A replica that is
 // killed in between has charged and not answered. A retry takes the key over
-// when its lease is over, and attempt 2 charges again. To prevent that, use
-// [idempotency.Execution.Commit] or DownstreamKey; the chi example shows both.
+// when its lease is over, and attempt 2 charges again. So it does after an error
+// of the provider: the charge may have happened and its answer be lost, and the
+// 502 frees the key. To prevent both, use [idempotency.Execution.Commit] or
+// DownstreamKey; the chi example shows both.
 func (rep *replica) charge(w http.ResponseWriter, r *http.Request) {
 	exec, ok := idempotency.FromContext(r.Context())
 	if !ok {
