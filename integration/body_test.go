@@ -3,10 +3,13 @@ package integration
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"io"
 	"mime/multipart"
 	"net/http"
 	"strings"
+	"sync/atomic"
+	"testing/iotest"
 
 	"github.com/go-idempotency/idempotency"
 	"github.com/go-idempotency/idempotency/integration/history"
@@ -22,14 +25,25 @@ type event struct{ ID, Payload string }
 // than the middleware reads before it claims the key.
 const headLength = 2 * maxBufferedBody
 
+// brokenLength is how long the body of a Broken key is. Its first half is more than
+// a client keeps in a buffer.
+const brokenLength = 64 << 10
+
 // newRequest makes the request of op. Its body can be read again where that is
 // possible, so that Go's Transport sends the request a second time by itself when
-// an idle connection breaks.
-func newRequest(address string, op history.Op) *http.Request {
+// an idle connection breaks. The body of a Broken key may break off in its middle.
+func newRequest(address string, op history.Op, breaks bool) *http.Request {
 	var body io.Reader = strings.NewReader(op.Payload)
 	key, contentType := op.Key, "text/plain"
 	header := make(http.Header)
+	length := int64(-1)
 	switch op.Kind {
+	case history.Broken:
+		length = brokenLength
+		body = strings.NewReader(op.Payload + strings.Repeat(" ", brokenLength-len(op.Payload)))
+		if breaks {
+			body = io.MultiReader(io.LimitReader(body, brokenLength/2), iotest.ErrReader(errors.New("as planned")))
+		}
 	case history.Large:
 		body = strings.NewReader(op.Payload + strings.Repeat(" ", 3*maxBufferedBody))
 	case history.Head: // no reader whose length net/http knows, so the body is chunked
@@ -48,12 +62,35 @@ func newRequest(address string, op history.Op) *http.Request {
 	}
 	req, err := http.NewRequest(http.MethodPost, address+"/"+op.Kind, body)
 	must(err)
+	if length >= 0 {
+		req.ContentLength = length
+	}
 	req.Header = header
 	req.Header.Set("Content-Type", contentType)
 	if key != "" {
 		req.Header.Set("Idempotency-Key", key)
 	}
 	return req
+}
+
+// A watchedBody is a body as it came. It notes that it has broken off.
+type watchedBody struct {
+	io.ReadCloser
+	eof    bool
+	broken atomic.Bool
+	hides  bool // only the handler is told so, by this flag
+}
+
+func (b *watchedBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	b.eof = b.eof || err == io.EOF
+	if err != nil && !b.eof { // a server closes a body that was read, which is no end of it
+		b.broken.Store(true)
+		if b.hides {
+			err = nil
+		}
+	}
+	return n, err
 }
 
 // newForm encodes a form, with a boundary of its own.
@@ -108,10 +145,10 @@ func readPayload(kind, bug string, r *http.Request) (string, error) {
 			return "", err
 		}
 		source = file
-	case history.Head:
+	case history.Head, history.Broken:
 		head := make([]byte, headLength)
 		_, err := io.ReadFull(r.Body, head)
-		if err == nil && bug == readsOn {
+		if err == nil && kind == history.Head && bug == readsOn {
 			_, err = io.Copy(io.Discard, r.Body)
 		}
 		return strings.TrimSpace(string(head)), err

@@ -61,6 +61,9 @@ const (
 	shortensMarkers    = "every marker is kept for a lease"
 	lengthensMarkers   = "every marker is kept for the TTL"
 	shrinksAnswers     = "a small record is stored as soon as an answer is not"
+	opensBeside        = "a key that is in progress counts as a store that is down"
+	opensAnyhow        = "a claim counts as a store that is down"
+	freesExposed       = "the key of a run without a claim is freed"
 	keepsFailures      = "what is not final is stored"
 	marksNoReplays     = "replays are not marked"
 	comparesNoBodies   = "large bodies are not compared"
@@ -69,6 +72,7 @@ const (
 	comparesBoundaries = "the boundaries of forms are compared"
 	takesAnyEvent      = "all events have one key"
 	takesAnyTenant     = "the keys of tenants are not told apart"
+	hidesBreaks        = "a body that breaks off is taken for one that the handler has read in part"
 	readsOn            = "the handler reads a body further than it needs it"
 )
 
@@ -101,6 +105,12 @@ func (s *brokenCaller) Acquire(ctx context.Context, key string, c idempotency.Cl
 	skips := s.bug == skipsMarks && c.Once
 	c.Once = c.Once && !skips
 	rec, err := s.journal.Acquire(ctx, key, c)
+	switch {
+	case s.bug == opensBeside && rec.State == idempotency.InProgress, s.bug == opensAnyhow && rec.State == idempotency.Acquired:
+		return idempotency.Record{}, errors.New("taken for an error")
+	case s.bug == freesExposed && err != nil:
+		time.AfterFunc(20*time.Millisecond, func() { _ = s.journal.Release(context.Background(), key, c.Token, recordTTL) })
+	}
 	rec.Once = rec.Once || skips && rec.State == idempotency.Acquired
 	return rec, err
 }

@@ -33,7 +33,9 @@ var mixedLoad = workload{
 
 // requestLoad is about what a request is: how its key and its body come.
 var requestLoad = workload{
-	clients: 16, groups: 4, ahead: 4, kinds: []string{history.Form, history.Event, history.Tenant, history.Head},
+	clients: 16, groups: 4, ahead: 4, kinds: []string{
+		history.Form, history.Event, history.Tenant, history.Head, history.Broken, history.Open,
+	},
 	variant: 8, hangUp: 12, pause: 40 * time.Millisecond,
 }
 
@@ -102,7 +104,7 @@ func (c *crowd) work(ctx context.Context, name string, group, job int) {
 		replica, pause := r.IntN(len(c.fleet.servers)), between(r, 0, c.load.pause)
 		op, asked := c.ask(history.Op{
 			ID: fmt.Sprintf("%s/%d", name, try), Key: key, Kind: kind, Payload: payload,
-		}, c.fleet.servers[replica], timeout)
+		}, c.fleet.servers[replica], timeout, kind == history.Broken && r.IntN(4) == 0)
 		enough := asked && op.Err == "" && op.Code != "in_progress" && op.Code != "store_unavailable" &&
 			op.Status != http.StatusUnauthorized && (op.Status < 500 || op.Replayed)
 		if enough || !pauseFor(ctx, pause) {
@@ -112,14 +114,14 @@ func (c *crowd) work(ctx context.Context, name string, group, job int) {
 }
 
 // ask sends a request. It does not when there is no process to send it to.
-func (c *crowd) ask(op history.Op, s *server, timeout time.Duration) (_ history.Op, asked bool) {
+func (c *crowd) ask(op history.Op, s *server, timeout time.Duration, breaks bool) (_ history.Op, asked bool) {
 	address := s.address()
 	if address == "" {
 		return op, false
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
-	req := newRequest(address, op).WithContext(ctx)
+	req := newRequest(address, op, breaks).WithContext(ctx)
 	req.Header.Set(opHeader, op.ID)
 	req.Header.Set(keyHeader, op.Key)
 	op.Replica, op.Start = s.name, since(c.fleet.epoch)
@@ -188,7 +190,7 @@ func (c *crowd) settle(op history.Op, s *server, limit time.Duration, noneDied b
 	id, pause := op.ID, c.fleet.lease/10
 	for try, began := 0, time.Now(); try == 0 || time.Since(began) < limit; try++ {
 		op.ID = fmt.Sprintf("%s/%s/%d", id, s.name, try)
-		if got, _ := c.ask(op, s, patienceOfClient); got.Lasting(noneDied) {
+		if got, _ := c.ask(op, s, patienceOfClient, false); got.Lasting(noneDied) {
 			return
 		}
 		pauseFor(context.Background(), pause)

@@ -135,7 +135,8 @@ func playSeeds(t *testing.T, load workload) {
 
 // TestHistoriesOfRequests plays histories that are about what a request is: forms
 // that are encoded anew for every try, a key in the body, tenants that use the
-// same keys, and streamed bodies of which the handler reads the head alone.
+// same keys, streamed bodies of which the handler reads the head alone, bodies that
+// break off, and handlers that run without a claim while Redis is down.
 func TestHistoriesOfRequests(t *testing.T) { playSeeds(t, requestLoad) }
 
 // number reads a number from the environment.
@@ -160,9 +161,9 @@ func describe(h history.History, faults schedule, r *history.Report) string {
 	}
 	return fmt.Sprintf("%d requests of %d keys (%d answers, %d of them replays; %d without an answer; %v), "+
 		"%d runs, %d effects, %d faults; runs after a release %d, after a lease %d; "+
-		"answers that were not kept %d, and then ran again %d",
+		"answers that were not kept %d, and then ran again %d; runs without a claim %d; told that it is not stored %d",
 		len(h.Ops), r.Keys, r.Answers, r.Replays, unknown, codes, r.Runs, r.Effects, faults.count(),
-		r.AfterRelease, r.AfterLease, r.Unkept, r.UnkeptRuns)
+		r.AfterRelease, r.AfterLease, r.Unkept, r.UnkeptRuns, r.Exposed, r.NotStored)
 }
 
 // requireClean prints all that is known about a few keys that are not.

@@ -21,6 +21,8 @@ var (
 	eventKeys  = []string{history.Event}
 	tenantKeys = []string{history.Tenant}
 	headKeys   = []string{history.Head}
+	brokenKeys = []string{history.Broken}
+	openKeys   = []string{history.Open}
 
 	quiet  = faultMix{}
 	stops  = faultMix{process: []choice[faultKind]{{1, stopProcess}}, pause: 400 * time.Millisecond}
@@ -124,6 +126,10 @@ var troubles = map[string]func() scenario{
 	"event":   func() scenario { return targeted(quiet, eventKeys, simple) },
 	"head":    func() scenario { return targeted(quiet, headKeys, simple) },
 
+	"broken": func() scenario { return withVariants(targeted(quiet, brokenKeys, simple)) },
+	"open":   func() scenario { return targeted(quiet, openKeys, slowly) },
+	"opened": func() scenario { return targeted(cuts, openKeys, slowly) },
+
 	"freed keys": func() scenario { return targeted(stops, plainKeys, freed) },
 
 	// Commands come late, by more than a lease. What comes when its claim was given
@@ -222,6 +228,10 @@ var plantedBugs = []struct {
 	{readsOn, "head", history.Code},
 	{takesAnyEvent, "event", history.Code},
 	{takesAnyTenant, "tenants", history.Phantom},
+	{hidesBreaks, "broken", history.Part},
+	{opensBeside, "open", history.Exposed},
+	{opensAnyhow, "open", history.Exposed},
+	{freesExposed, "opened", history.Freed},
 	{"Redis keeps nothing", "outages", history.RanAgain},
 }
 
@@ -269,7 +279,10 @@ func TestNothingPlanted(t *testing.T) {
 				report := history.Check(h)
 				t.Log(describe(h, faults, report))
 				requireClean(t, s.seed, h, faults, report)
-				require.Equal(t, s.bug == refusesAnswers, report.NotStored > 0)
+				require.Equal(t, s.bug == refusesAnswers || name == "broken", report.NotStored > 0)
+				if name == "opened" {
+					require.NotZero(t, report.Exposed, "nothing was tested")
+				}
 			})
 		}
 	}

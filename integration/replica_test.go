@@ -107,10 +107,11 @@ func newReplica(config replicaConfig) http.Handler {
 	mux := http.NewServeMux()
 	for _, kind := range []string{
 		history.Plain, history.Large, history.Once, history.Commit, history.Form, history.Event, history.Tenant, history.Head,
+		history.Broken, history.Open,
 	} {
 		opts := &idempotency.Options{
 			Lease: config.Lease, Wait: config.Wait, AtMostOnce: kind == history.Once,
-			TTL: recordTTL, MaxExecution: maxExecution, MaxBufferedBody: maxBufferedBody,
+			TTL: recordTTL, MaxExecution: maxExecution, MaxBufferedBody: maxBufferedBody, FailOpen: kind == history.Open,
 		}
 		if kind == history.Once || kind == history.Commit {
 			opts.AEAD = newAEAD()
@@ -144,6 +145,8 @@ func newAEAD() cipher.AEAD {
 type visit struct {
 	calls atomic.Int64 // of Acquire and Release
 	body  []byte       // that was hidden from the middleware on purpose
+
+	request *watchedBody // as it came
 
 	mu       sync.Mutex  // guards what follows
 	about    history.Row // what every row of it says
@@ -188,6 +191,8 @@ func (p *replica) enter(kind string, next http.Handler) http.Handler {
 			Key: keyOf(kind, r), Kind: kind, Op: r.Header.Get(opHeader), Process: p.config.Name,
 			Visit: fmt.Sprintf("%s-%d", p.config.Name, p.visits.Add(1)),
 		}}
+		r.Body = &watchedBody{ReadCloser: r.Body, hides: p.config.Bug == hidesBreaks}
+		v.request = r.Body.(*watchedBody)
 		hideBody(p.config.Bug, v, r)
 		next.ServeHTTP(withoutMarks(p.config.Bug, w), r.WithContext(context.WithValue(r.Context(), visitKey{}, v)))
 	})
@@ -223,12 +228,13 @@ func (p *replica) handle(w http.ResponseWriter, r *http.Request) {
 	}
 	begun := p.note(v, history.RowBegin, func(row *history.Row) {
 		row.Payload, row.Attempt, row.Sent, row.Returned = payload, e.Attempt(), v.sent, v.returned
+		row.Unprotected = !e.Protected()
 	})
 	v.mu.Lock()
 	v.about.Run, v.about.Attempt = begun.Run, e.Attempt()
 	v.mu.Unlock()
 	defer releaseAfterPanic(p, v)
-	h := &handling{replica: p, visit: v, execution: e, ctx: r.Context(), w: w}
+	h := &handling{replica: p, visit: v, execution: e, ctx: r.Context(), w: w, rest: r.Body}
 	for _, s := range begun.Plan {
 		if done := h.do(s); done {
 			return
@@ -243,9 +249,11 @@ type handling struct {
 	execution *idempotency.Execution
 	ctx       context.Context
 	w         http.ResponseWriter
+	rest      io.Reader // of the body
 
 	yields, large, discarded, committed bool
-	streamed                            string // what has gone out
+
+	streamed string // what has gone out
 }
 
 // do is true when the handler is to return.
@@ -265,6 +273,7 @@ func (h *handling) do(s step) (done bool) {
 		h.discarded = true
 		h.execution.Discard()
 	case doFlush:
+		h.readOn()
 		body := h.body()
 		h.streamed = body[:len(body)/2]
 		h.head(http.StatusCreated)
@@ -315,12 +324,26 @@ func (h *handling) answer(status int) {
 	if h.streamed != "" {
 		status = http.StatusCreated
 	}
-	body := h.body()
+	h.readOn()
+	body, cut := h.body(), h.visit.request.broken.Load()
 	h.note(h.visit, history.RowEnd, func(row *history.Row) {
-		row.Status, row.Hash, row.Discard, row.Committed = status, hashOf(body), h.discarded, h.committed
+		row.Cut, row.Status, row.Hash, row.Discard, row.Committed = cut, status, hashOf(body), h.discarded, h.committed
 	})
 	h.head(status)
 	_, _ = io.WriteString(h.w, body[len(h.streamed):])
+}
+
+// readOn reads the rest of a body that may break off. Its handler has read the head
+// before it began.
+func (h *handling) readOn() {
+	if h.visit.about.Kind != history.Broken {
+		return
+	}
+	buffer := make([]byte, 512)
+	var err error // the row of the answer says how it ended
+	for err == nil && !h.visit.request.broken.Load() {
+		_, err = h.rest.Read(buffer)
+	}
 }
 
 // body is different in every run.

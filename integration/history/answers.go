@@ -46,9 +46,14 @@ func (c *checker) checkAnswer(op Op) {
 		c.violate(Phantom, "request %s got %d %s, and %s had answered %d %s", op.ID, op.Status, op.Hash, r.Run, r.end.Status, r.end.Hash)
 	case op.End < r.end.At:
 		c.violate(Phantom, "request %s got the answer of %s, which had not ended", op.ID, op.Run)
+	case op.Replayed && r.Unprotected:
+		c.violate(Exposed, "request %s got the answer of %s, which had no claim, as a replay", op.ID, r.Run)
+	case op.Replayed && r.isOfPart():
+		c.violate(Part, "request %s got the answer of %s, whose body had broken off", op.ID, r.Run)
 	case op.Replayed:
 	case r.Op != op.ID:
 		c.violate(Phantom, "request %s got the answer of %s, which is not marked as a replay", op.ID, r.Run)
+	case r.Unprotected:
 	case r.final() && !keptOrFailed(r, op.End):
 		c.violate(Unstored, "request %s got the answer of %s, which the store was not given, or has refused", op.ID, r.Run)
 	}
@@ -91,7 +96,7 @@ func (c *checker) checkCode(op Op) {
 	case notStored:
 		c.report.NotStored++
 		if !c.mayBeSmall(op.End) {
-			c.violate(Code, "request %s got %s, and no small record took the place of an answer", op.ID, op.Code)
+			c.violate(Code, "request %s got %s, and no small record took the place of an answer, nor did a body break off", op.ID, op.Code)
 		}
 	case "in_progress", "store_unavailable":
 	case "key_reused":
@@ -116,18 +121,19 @@ const notStored = "response_not_stored"
 // mayBeSmall reports whether a small record can have been stored until then.
 func (c *checker) mayBeSmall(until time.Duration) bool {
 	for _, r := range c.runs {
-		if len(r.smalls) > 0 && r.smalls[0].At <= until {
+		if len(r.smalls) > 0 && r.smalls[0].At <= until || r.isOfPart() && r.end.At <= until {
 			return true
 		}
 	}
 	return false
 }
 
-// shrunkRun returns the last run that was to have a small record. When there are
+// shrunkRun returns the last run that was to have a small record, or whose answer
+// is to a part of a body. When there are
 // several, those before it were overtaken, and have none.
 func (c *checker) shrunkRun() (shrunk *run) {
 	for _, r := range c.runs {
-		if len(r.smalls) > 0 {
+		if len(r.smalls) > 0 || r.isOfPart() {
 			shrunk = r
 		}
 	}
@@ -136,13 +142,13 @@ func (c *checker) shrunkRun() (shrunk *run) {
 
 // checkLater judges a request that was sent after an answer was stored.
 func (c *checker) checkLater(op Op, stored *run) {
-	switch {
-	case op.Code == "store_unavailable":
+	switch r := c.byID[op.Run]; {
+	case op.Code == "store_unavailable", r != nil && r.Unprotected:
 	case op.Payload != stored.Payload:
 		if op.Code != "key_reused" {
 			c.violate(Payload, "request %s with payload %q got %d %s, and %q is stored", op.ID, op.Payload, op.Status, op.Code, stored.Payload)
 		}
-	case op.Code == notStored && len(stored.smalls) > 0:
+	case op.Code == notStored && (len(stored.smalls) > 0 || stored.isOfPart()):
 	case op.Run != stored.Run || !op.Replayed:
 		c.violate(Forgotten, "request %s got %d %s%s, and the answer of %s was stored", op.ID, op.Status, op.Code, op.Run, stored.Run)
 	}

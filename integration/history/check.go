@@ -28,6 +28,8 @@ const (
 	GaveUp    = "gave up"         // a run stopped storing its answer before its time was over
 	Lost      = "lost to nobody"  // a run was told that its lease is lost, and nobody can have taken it
 	Forgotten = "forgotten"       // a stored answer was known, and later not
+	Part      = "part"            // a whole body got the answer to a part of it
+	Exposed   = "exposed"         // a run was unprotected without need, or beside one that its request was told of
 	Code      = "unexpected code" // an error that nothing explains
 	Stuck     = "stuck"           // no answer, though all faults are over
 	Register  = "not linearizable"
@@ -46,6 +48,7 @@ type Report struct {
 	Effects    int
 	Answers    int // of handlers, to clients
 	Replays    int
+	Exposed    int // runs without a claim
 	NotStored  int // requests that were told that the answer is not stored
 
 	// Why runs of plain keys were followed by others. All of them are legal.
@@ -77,6 +80,7 @@ func Check(h History) *Report {
 		c.report = report
 		c.countKey()
 		c.checkRuns()
+		c.checkExposed()
 		c.checkPairs()
 		c.checkRenewals()
 		c.checkAttempts()
@@ -115,11 +119,20 @@ func (r *run) final() bool {
 	if r.end.Discard {
 		return false
 	}
+	if r.end.Cut {
+		return r.end.Status < 400
+	}
 	switch r.end.Status {
 	case 401, 403, 407, 408, 425, 429:
 		return false
 	}
 	return r.end.Status < 500 || r.Kind == Once
+}
+
+// isOfPart reports whether a retry learns the status of the run and no more: its
+// body broke off, and it says that it has done something.
+func (r *run) isOfPart() bool {
+	return r.end != nil && r.end.Cut && !r.end.Committed && r.final()
 }
 
 // committed returns when Commit had succeeded, as the handler was told. A mark
@@ -139,6 +152,7 @@ type checker struct {
 	ops      []Op
 	rows     []Row
 	runs     []*run
+	exposed  []*run // without a claim; runs has none of them
 	byID     map[string]*run
 	calls    []*claim
 	claims   []*claim // of calls, those that may have given their visit the key
@@ -155,7 +169,7 @@ type checker struct {
 func (c *checker) atMostOnce() bool { return c.kind == Once || c.kind == Commit }
 
 // isLarge reports whether the claim of a body does not say what the body is.
-func (c *checker) isLarge() bool { return c.kind == Large || c.kind == Head }
+func (c *checker) isLarge() bool { return c.kind == Large || c.kind == Head || c.kind == Broken }
 
 // split makes a checker for each key, in order of their names.
 func split(h History) []*checker {
@@ -202,7 +216,11 @@ func (c *checker) index() {
 		switch {
 		case row.Type == RowBegin:
 			r = &run{Row: row}
-			c.runs = append(c.runs, r)
+			if row.Unprotected {
+				c.exposed = append(c.exposed, r)
+			} else {
+				c.runs = append(c.runs, r)
+			}
 			c.visits[row.Visit], c.byID[row.Run] = r, r
 		case r == nil: // a claim that did not come to a run
 		case row.Type == RowEffect:
@@ -246,6 +264,7 @@ func (r *run) storedBefore(t time.Duration) bool { return r.stored && r.storedBy
 func (c *checker) countKey() {
 	c.report.Keys++
 	c.report.Runs += len(c.runs)
+	c.report.Exposed += len(c.exposed)
 	for _, r := range c.runs {
 		c.report.Effects += r.effects
 	}

@@ -116,6 +116,13 @@ func TestLegalHistories(t *testing.T) {
 			triesSmall("b", 276), asks("c", 278, refuses(notStored)), completes("a", 1000, ErrLeaseLost), completes("b", 1000, "down"))...),
 		"the answer goes out when a small record is there": told(Plain, append(refused, completesSmall("a", 86, ""),
 			first("a", 100, 201), asks("b", 101, refuses(notStored)))...),
+		"a body broke off, and the handler had done something": told(Broken, runs("a", 1, 10), breaksOff("a", 20, 201),
+			completes("a", 25, ""), asks("b", 30, refuses(notStored)), asks("c", 40, sweeps("one", refuses(notStored)))),
+		"or its process died before it could tell":  told(Broken, runs("a", 1, 10), breaksOff("a", 20, 201), asks("b", 30, refuses(notStored))),
+		"or had done nothing":                       told(Broken, runs("a", 1, 10), breaksOff("a", 20, 404), releases("a", 25), runs("b", 2, 30)),
+		"the store is down, and a run has no claim": told(Open, exposes("a", 10), ends("a", 20, 201), first("a", 30, 201), runs("b", 1, 40)),
+		"beside one that has": told(Open, runs("a", 1, 10), exposes("b", 15), ends("b", 20, 201), first("b", 30, 201), ends("a", 40, 201),
+			completes("a", 41, ""), exposes("c", 50), ends("c", 52, 201), first("c", 54, 201), asks("d", 60, replay("a", 201))),
 		"a process died before it could tell of its store": told(Plain, runs("a", 1, 10), ends("a", 20, 201),
 			asks("b", 30, replay("a", 201))),
 	}
@@ -169,6 +176,35 @@ func TestBrokenHistories(t *testing.T) {
 		"unknown, though none died":      {noneDied(told(Once, runs("a", 1, 10), asks("b", 200, func(op *Op) { refuses("outcome_unknown")(op); op.Sweep = true }))), []string{Stuck}},
 		"answers of two runs": {told(Plain, runs("a", 1, 10), ends("a", 20, 201), runs("b", 2, 115), ends("b", 120, 201),
 			asks("c", 130, replay("b", 201)), asks("d", 130, replay("a", 201))), []string{Register, Stale, Answers}},
+	})
+}
+
+// What is about bodies that break off, and about runs without a claim.
+func TestRulesOfPartsAndExposedRuns(t *testing.T) {
+	part := func(lines ...func(*tale)) History { return told(Broken, lines...) }
+	open := func(lines ...func(*tale)) History { return told(Open, lines...) }
+	requireKinds(t, map[string]broken{
+		"the answer to a part is replayed": {part(runs("a", 1, 10), breaksOff("a", 20, 201), completes("a", 25, ""),
+			asks("b", 40, replay("a", 201))), []string{Part}},
+		"a part that came to nothing is kept": {part(runs("a", 1, 10), breaksOff("a", 20, 404), completes("a", 25, "down"),
+			releases("a", 30)), []string{Freed}},
+		"a part that came to something frees the key": {part(runs("a", 1, 10), breaksOff("a", 20, 201), releases("a", 25)),
+			[]string{Freed, GaveUp}},
+		"the marker of a part is short": {part(runs("a", 1, 10), breaksOff("a", 20, 401), releasesFor("a", 25, lease, "")),
+			[]string{Marker}},
+		"not stored, and the body was whole": {part(runs("a", 1, 10), asks("b", 30, refuses(notStored)), breaksOff("a", 40, 201)),
+			[]string{Code}},
+
+		"no claim, and the store has not failed": {open(asksStoreAs("a", 1, 10, StateAcquired, ""), exposesAnyhow("a", 10)), []string{Exposed}},
+		"nor before": {open(asksStoreAs("a", 1, 10, StateAcquired, ""), exposesAnyhow("a", 10), asksStore("a", 30, "", "down")),
+			[]string{Exposed}},
+		"no claim, beside a run that is known": {open(runs("a", 1, 10), asksStore("b", 12, "in progress", ""), exposes("b", 20)),
+			[]string{Exposed}},
+		"no claim, and its answer is kept": {open(exposes("a", 10), ends("a", 20, 201), completes("a", 25, "")), []string{Exposed}},
+		"or replayed":                      {open(exposes("a", 10), ends("a", 20, 201), asks("b", 30, replay("a", 201))), []string{Exposed}},
+		"no claim, and the key is freed": {open(exposes("a", 10), ends("a", 20, 500), releasesFor("a", 25, 10*lease, "")),
+			[]string{Freed}},
+		"its effect comes twice": {open(exposes("a", 10), effects("a", 15)), []string{Twice}},
 	})
 }
 

@@ -101,7 +101,7 @@ func (c *checker) hasSentMark(visit string) bool {
 // the visit has sent a mark.
 func (c *checker) marker(r *release) time.Duration {
 	run := c.visits[r.visit]
-	gotSomewhere := run != nil && run.end != nil && run.end.Status >= 500 && !run.end.Discard
+	gotSomewhere := run != nil && run.end != nil && (run.end.Status >= 500 || run.end.Cut) && !run.end.Discard
 	if r.marks || gotSomewhere {
 		return c.TTL
 	}

@@ -22,6 +22,8 @@ const (
 	Event  = "event"  // like Plain, and the key is in the body (Options.Key)
 	Tenant = "tenant" // like Plain, with Options.Scope; two tenants use the same keys
 	Head   = "head"   // like Large, streamed; the handler reads the payload alone, and what follows differs
+	Broken = "broken" // like Large, and in some requests the body breaks off
+	Open   = "open"   // like Plain, with Options.FailOpen
 )
 
 // An Op is one request of a client. Times are since the history began.
@@ -84,7 +86,10 @@ type Row struct {
 	Keep  time.Duration // of RowRelease: how long the marker is to be kept
 	Err   string        // of RowClaimed, RowReleased and RowComplete; ErrLeaseLost, or anything else
 
+	Unprotected bool // of RowBegin: the run has no claim (Options.FailOpen)
+
 	Panic     bool // of RowEnd, like what follows
+	Cut       bool // the body has broken off under the handler
 	Discard   bool
 	Committed bool // Commit returned nil
 	Status    int
@@ -141,11 +146,11 @@ func (r Row) String() string {
 	case r.Type == RowRelease:
 		s += fmt.Sprintf(", marker for %v", r.Keep)
 	case r.Type == RowBegin:
-		s += ", payload " + r.Payload
+		s += fmt.Sprintf(", payload %s unprotected %t", r.Payload, r.Unprotected)
 	case r.Type == RowEnd && r.Panic:
 		s += ", panic"
 	case r.Type == RowEnd:
-		s += fmt.Sprintf(", status %d body %s discard %t committed %t", r.Status, r.Hash, r.Discard, r.Committed)
+		s += fmt.Sprintf(", status %d body %s discard %t committed %t cut %t", r.Status, r.Hash, r.Discard, r.Committed, r.Cut)
 	case r.Err != "":
 		s += ", error: " + r.Err
 	case r.Once:

@@ -2,13 +2,14 @@ package history
 
 import (
 	"fmt"
+	"slices"
 	"time"
 )
 
 // checkRuns looks at each run for itself.
 func (c *checker) checkRuns() {
 	effects := 0
-	for _, r := range c.runs {
+	for _, r := range slices.Concat(c.runs, c.exposed) {
 		effects += r.effects
 		if op := c.op(r.Op); op == nil || op.Payload != r.Payload {
 			c.violate(Payload, "%s ran payload %q, which its request %s did not send", r.Run, r.Payload, r.Op)
@@ -16,6 +17,8 @@ func (c *checker) checkRuns() {
 		if r.effects > 1 {
 			c.violate(Twice, "%s has %d effects", r.Run, r.effects)
 		}
+	}
+	for _, r := range c.runs {
 		c.checkStoring(r)
 	}
 	c.checkReleases()
@@ -30,10 +33,34 @@ func (c *checker) checkReleases() {
 	for _, f := range c.releases {
 		r := c.visits[f.visit]
 		switch {
-		case r != nil && (r.end == nil || r.end.Panic || r.final()):
+		case r != nil && (r.Unprotected || r.end == nil || r.end.Panic || r.final()):
 			c.violate(Freed, "%s freed the key", r.Run)
 		case f.asked != f.keep:
 			c.violate(Marker, "%s freed the key, with a marker for %v in the place of %v", f.visit, f.asked, f.keep)
+		}
+	}
+}
+
+// checkExposed wants a reason for a run without a claim: a call of its visit has
+// failed. It is none that another execution may be running, and its request was
+// told so before. Nothing of such a run is stored.
+func (c *checker) checkExposed() {
+	for _, r := range c.exposed {
+		failed := false
+		for _, k := range c.calls {
+			if k.visit != r.Visit || k.sent > r.At {
+				continue
+			}
+			failed = failed || k.failed
+			if k.refused {
+				c.violate(Exposed, "%s began at %v, and had been told of another run", r.Run, r.At)
+			}
+		}
+		if !failed {
+			c.violate(Exposed, "%s began at %v, and the store had not failed", r.Run, r.At)
+		}
+		if len(r.completes) > 0 {
+			c.violate(Exposed, "the answer of %s was kept", r.Run)
 		}
 	}
 }

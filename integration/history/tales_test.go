@@ -79,6 +79,28 @@ func runsWith(payload, run string, attempt int, at time.Duration) func(*tale) {
 	}
 }
 
+// exposes is a run without a claim, of a request whose claim was not answered.
+func exposes(run string, at time.Duration) func(*tale) {
+	return func(t *tale) {
+		asksStore(run, at, "", "down")(t)
+		exposesAnyhow(run, at)(t)
+	}
+}
+
+// exposesAnyhow is the same, whatever the store has said.
+func exposesAnyhow(run string, at time.Duration) func(*tale) {
+	return func(t *tale) {
+		t.op(run, at-1, at+1000, func(op *Op) { op.Err = "broken" })
+		t.row(at+1, RowBegin, run, func(r *Row) { r.Run, r.Attempt, r.Payload, r.Unprotected = run, 1, "payload", true })
+		t.row(at+2, RowEffect, run, nil)
+	}
+}
+
+// breaksOff ends a run whose body has broken off.
+func breaksOff(run string, at time.Duration, status int) func(*tale) {
+	return endsWith(run, at, func(r *Row) { r.Status, r.Cut = status, true })
+}
+
 func ends(run string, at time.Duration, status int) func(*tale) {
 	return func(t *tale) {
 		t.row(at, RowEnd, run, func(r *Row) { r.Status, r.Hash = status, "hash-"+run })
@@ -181,7 +203,7 @@ func releasesFor(run string, at, keep time.Duration, err string) func(*tale) {
 func (t *tale) due(run string) time.Duration {
 	for _, row := range t.h.Rows {
 		isMark := row.Type == RowClaim && row.Asked > 0 && row.Once
-		gotSomewhere := row.Type == RowEnd && row.Status >= 500 && !row.Discard
+		gotSomewhere := row.Type == RowEnd && (row.Status >= 500 || row.Cut) && !row.Discard
 		if row.Visit == "visit-"+run && (isMark || gotSomewhere) {
 			return t.h.TTL
 		}
