@@ -13,10 +13,10 @@ import (
 	"time"
 )
 
-// A Background knows what goes on in middlewares that a server does not wait
-// for, so that a program that stops can wait for it. [Options.Background] gives
-// it to a middleware, and several middlewares may share one. The zero value is
-// ready to use. A Background must not be copied, and is safe for concurrent use.
+// A Background lets a program that stops wait for the work of middlewares that
+// a server does not wait for. [Options.Background] gives it to a middleware,
+// and several middlewares may share one. The zero value is ready to use. A
+// Background must not be copied, and is safe for concurrent use.
 //
 // [http.Server.Shutdown] returns when all requests are answered. Two things may
 // still go on then. While the store fails, the middleware sends a response that
@@ -38,14 +38,14 @@ type Background struct {
 
 // Wait returns nil when nothing goes on any more: no request with a key is
 // being answered, no response waits to be stored, and no key waits to be freed.
-// While Wait waits, store calls that failed are repeated at once and then every
-// 0.2 seconds, without the pauses of up to a sixth of [Options.Lease] that spare
-// a store that is down.
+// While Wait waits, store calls that failed are repeated at once and then after
+// pauses of at most 0.2 seconds. Without Wait the pauses grow to a sixth of
+// [Options.Lease], to spare a store that is down.
 //
 // When ctx ends first, the error wraps that of ctx and tells how much is left.
 // Each response that is not stored is then logged with its store key, since its
-// request may run again if the program exits. All of it goes on until then, and
-// Wait may be called again.
+// request may run again if the program exits. The work goes on until the
+// program exits, and Wait may be called again.
 //
 // Work may begin while Wait waits. Call Wait after the server has stopped taking
 // requests: a request that arrives later is not waited for. When Shutdown gives
@@ -109,8 +109,8 @@ func (b *Background) isAwaited() bool {
 }
 
 // enter counts a request that is about to ask for its key. A nil Background
-// counts nothing: two atomic operations on one counter would be all that the
-// processors share when the store is a MemoryStore.
+// counts nothing, because processors would share the counter. With a
+// MemoryStore they share nothing else.
 func (b *Background) enter() {
 	if b != nil {
 		b.running.Add(1)
@@ -208,9 +208,10 @@ func (r *retry) again(err error) {
 }
 
 // maxUnstored is how many bytes of responses wait to be stored in a middleware.
-// A store that is down takes no claims either, so that few responses wait. A
-// store that takes claims and refuses responses would otherwise hold up 20 GiB
-// at 1,000 responses of 1 MiB a second, and the process would die with them.
+// When a store is down it takes no claims either, so that few responses wait.
+// When a store takes claims and refuses responses, at 1,000 responses of 1 MiB
+// a second, the middleware would otherwise hold 20 GiB, and the process would
+// die.
 const maxUnstored = 64 << 20
 
 var errTooManyUnstored = errors.New("the responses that wait to be stored take too much memory")
@@ -223,16 +224,16 @@ var errTooManyUnstored = errors.New("the responses that wait to be stored take t
 // than none: the next retry gets it.
 //
 // A store may be up and refuse the result, one that is too large for it, say. A
-// handler that has finished must not run again because of that. So in the second
-// half of the lease, small takes the place of a result that the store refuses
-// although it renews the claim. It takes two refusals in a row: the first may be
-// that of a store that has just come back. While Wait waits, small does not wait
-// for the second half: the program may exit before. A result that exceeds
-// maxUnstored makes room for small at once.
+// handler that has finished must not run again because of that. So in the
+// second half of the lease, small takes the place of a result that the store
+// refuses although it renews the claim. It takes two refusals in a row: the
+// first may be that of a store that has just come back. While Wait waits, small
+// does not wait for the second half: the program may exit before. A result that
+// exceeds maxUnstored is replaced by small at once.
 func (c *claim) completeLater(ctx context.Context, r, small Result) {
 	leaseEnd, _ := c.standing()
 	ctx, o := c.detach(ctx)
-	size := int64(len(r.Value))
+	size := int64(len(r.Value) + sizeOf(r.parts))
 	if o.unstored.Add(size) > maxUnstored {
 		o.unstored.Add(-size)
 		r, size = small, 0

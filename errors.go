@@ -37,7 +37,7 @@ var (
 	ErrOutcomeUnknown = errors.New("idempotency: outcome unknown")
 
 	// ErrResponseNotStored: 409, the handler ran, but its response could not be
-	// kept. Error.OriginalStatus is the status of that response.
+	// kept. Error.OriginalStatus is the status of that response, if it is known.
 	ErrResponseNotStored = errors.New("idempotency: response not stored")
 
 	// ErrRecordUnreadable: 500, the stored response is damaged, was written by
@@ -45,11 +45,11 @@ var (
 	ErrRecordUnreadable = errors.New("idempotency: stored record unreadable")
 
 	// ErrBodyIncomplete: 400, the request body broke off. The handler did not
-	// run, because the request could not be told from others under the key, or
-	// Options.Key not be asked for its key. Or the handler ran, met the break in
-	// a large body and returned without an answer. The status is 500 when outer
-	// middleware has parsed a form and one of its files cannot be read again:
-	// the client has sent all of it.
+	// run, because the middleware could not tell the request from others under
+	// the key, or could not ask Options.Key for its key. Or the handler ran,
+	// met the break in a large body and returned without an answer. The status
+	// is 500 when outer middleware has parsed a form and one of its files
+	// cannot be read again: the client has sent all of it.
 	ErrBodyIncomplete = errors.New("idempotency: request body incomplete")
 
 	// ErrBodyTooLarge: 413, the request body is over MaxBufferedBody and a
@@ -92,7 +92,8 @@ type Error struct {
 	Retryable bool
 
 	// OriginalStatus is the HTTP status of a response that was not stored.
-	// Zero: there is none.
+	// Zero: there is none, or it was written around the middleware and is not
+	// known.
 	OriginalStatus int
 
 	// Err is the sentinel, or wraps it together with the cause. It is for logs,
@@ -234,10 +235,12 @@ func isLinkTarget(s string) bool {
 
 // WriteError writes err as a problem of RFC 9457 (application/problem+json)
 // with the members code, retryable and, where there is one, original_status. It
-// sets Cache-Control: no-store, and Retry-After in seconds when RetryAfter is
-// not zero. It is the default [Options.ErrorHandler], and a custom one may call
-// it for the errors that it does not write itself. It panics as WriteHeader
-// does when Status is not an HTTP status, as in the zero Error.
+// sets Cache-Control: no-store, Content-Language: en and
+// X-Content-Type-Options: nosniff, Retry-After in seconds when RetryAfter is
+// not zero, and a Link header when Type is a URL. It is the default
+// [Options.ErrorHandler], and a custom one may call it for the errors that it
+// does not write itself. It panics as WriteHeader does when Status is not an
+// HTTP status, as in the zero Error.
 func WriteError(w http.ResponseWriter, _ *http.Request, err *Error) {
 	body := struct {
 		Type           string `json:"type"`

@@ -43,9 +43,10 @@ type Event struct {
 	// Attempt is that of the execution, from 1. Zero: the handler did not run.
 	Attempt int
 
-	// Status is the HTTP status that the client was sent. It is zero after a
-	// panic, and when the handler ran unprotected, where the response is not
-	// recorded.
+	// Status is the HTTP status of the answer. For an answer of the
+	// middleware's own it is that of the Error, even if Options.ErrorHandler
+	// has sent another. It is zero after a panic, and when the handler ran
+	// unprotected, where the response is not recorded.
 	Status int
 
 	// Duration is the time in the middleware and the handler. Waited is the

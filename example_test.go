@@ -97,8 +97,9 @@ func loseFirstAnswer(next http.Handler) http.Handler {
 	})
 }
 
-// Before an effect that nobody else can make idempotent, Commit makes the key
-// at-most-once: if the process dies after it, nobody sends the letter again.
+// Some effects cannot be taken back, and no other system makes them idempotent.
+// Commit before such an effect makes the key at-most-once: if the process dies
+// after Commit, no retry sends the letter again.
 func ExampleExecution_Commit() {
 	letter := func(w http.ResponseWriter, r *http.Request) {
 		if e, ok := idempotency.FromContext(r.Context()); ok {
@@ -247,9 +248,9 @@ func ExampleStore() {
 	// 200 replayed: true
 }
 
-// A webhook has its key in its body. Key checks the signature first: whoever
-// can send a key can occupy it. The sender may change other parts of the event
-// between two deliveries, so the id is all that counts.
+// A webhook has its key in its body. Key checks the signature first, because
+// every client that can send a key can occupy it. The sender may change other
+// parts of the event between two deliveries, so the id is all that counts.
 func ExampleOptions_key() {
 	sign := func(body []byte) string {
 		mac := hmac.New(sha256.New, []byte("secret"))

@@ -22,6 +22,7 @@ type Execution struct {
 	claim    *claim     // nil when the run is unprotected
 	failOpen bool       // the run is unprotected
 	outer    *Execution // of a middleware around this one, under another key; or nil
+	context  context.Context
 
 	mu         sync.Mutex // guards what follows
 	ended      bool
@@ -33,9 +34,9 @@ type Execution struct {
 // executionKey is the key of the Execution among the values of a context.
 type executionKey struct{}
 
-// FromContext returns the Execution that a handler runs in. The bool is false when
-// the request carries no key, or when no middleware of this package is around
-// the handler.
+// FromContext returns the Execution that a handler runs in. The bool is false
+// when the request carries no key, or when no middleware of this package is
+// around the handler.
 func FromContext(ctx context.Context) (*Execution, bool) {
 	e, _ := ctx.Value(executionKey{}).(*Execution)
 	return e, e != nil
@@ -44,9 +45,13 @@ func FromContext(ctx context.Context) (*Execution, bool) {
 // covers reports whether the cell belongs to the execution, or to one that it
 // is part of. A request that meets two middlewares under one key would
 // otherwise wait for itself. covers of a nil Execution is false.
+//
+// An execution that has ended protects no request. One may go on behind an
+// http.TimeoutHandler that has answered in its place: the key is free by then,
+// or another request holds it.
 func (e *Execution) covers(storeKey string) bool {
 	for ; e != nil; e = e.outer {
-		if e.storeKey == storeKey {
+		if e.storeKey == storeKey && !e.hasEnded() {
 			return true
 		}
 	}
@@ -63,8 +68,8 @@ func (e *Execution) Key() string { return e.key }
 // Attempts are counted for [Options.TTL] after a run that answered 5xx, met a
 // body that broke off, gave no answer or died, and after every later run. After
 // a first run that says that nothing was done, they are counted for one
-// [Options.Lease]. When the store has lost the record, or the run is
-// unprotected, Attempt is 1.
+// [Options.Lease], or for TTL if the key was at-most-once. When the store has
+// lost the record, or the run is unprotected, Attempt is 1.
 func (e *Execution) Attempt() int { return e.attempt }
 
 // Protected reports whether the run holds its key. It is false when the store is
@@ -72,12 +77,20 @@ func (e *Execution) Attempt() int { return e.attempt }
 // so a handler that would attach a transaction commits it itself.
 func (e *Execution) Protected() bool { return !e.failOpen }
 
+// Context returns the context that the handler was called with. It ends when
+// the run is over: the response is stored or given up, or the handler panicked.
+// A store that begins transactions for handlers follows this context. The one
+// that the handler passes to the store may be derived from it, and end as soon
+// as the function returns that made it, or never. During the calls that a store
+// gets after the run, it is context.Background.
+func (e *Execution) Context() context.Context { return e.context }
+
 // DownstreamKey returns an idempotency key for a call that the handler makes to
 // another service. It is the same in every attempt and distinct for each name.
-// A service that does not know the client's key cannot compute it from its own.
-// It has the form of a UUID (version 8, RFC 9562, section 5.8), which every API
-// accepts. It does not depend on the payload: a changed payload must fail
-// downstream rather than run twice.
+// A service that gets the key of one name cannot compute the key of another
+// unless it knows the client's key. It has the form of a UUID (version 8, RFC
+// 9562, section 5.8), which every API accepts. It does not depend on the
+// payload: a changed payload must fail downstream rather than run twice.
 func (e *Execution) DownstreamKey(name string) string {
 	b := appendField([]byte("idempotency downstream key 1"), e.storeKey)
 	b = appendField(b, e.key)
@@ -90,9 +103,10 @@ func (e *Execution) DownstreamKey(name string) string {
 }
 
 // Commit says that the effect is about to happen, or has happened, and must
-// never be repeated. After it the key is at-most-once, and whatever the handler
-// answers is stored. If the process dies after Commit, retries are answered 409
-// in_progress until the lease ends, then 409 outcome_unknown until TTL.
+// never be repeated. After Commit the key is at-most-once, and whatever the
+// handler answers is stored. If the process dies after Commit, retries are
+// answered 409 in_progress until the lease ends, then 409 outcome_unknown until
+// TTL.
 //
 // Commit is one renewal of the lease, which takes [Options.StoreTimeout] at
 // most, its repetition included. When the store has lost the claim, Commit is
@@ -186,6 +200,7 @@ func (e *Execution) detachedCopy() *Execution {
 	return &Execution{
 		key: strings.Clone(e.key), storeKey: strings.Clone(e.storeKey), attempt: e.attempt,
 		ended: true, committed: e.committed, discarded: e.discarded, attachment: e.attachment,
+		context: context.Background(),
 	}
 }
 

@@ -824,3 +824,37 @@ func TestProtected(t *testing.T) {
 		require.Equal(t, !down, protected)
 	}
 }
+
+// The context of the run does not end with one that the handler derives from it,
+// and ends with the run, even if the handler panics.
+func TestContextOfTheRun(t *testing.T) {
+	for _, panics := range []bool{false, true} {
+		var run context.Context
+		c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(_ http.ResponseWriter, r *http.Request) {
+			ctx, cancel := context.WithCancel(r.Context())
+			cancel()
+			e, _ := idempotency.FromContext(ctx)
+			run = e.Context()
+			require.NoError(t, run.Err())
+			again, _ := idempotency.FromContext(run)
+			require.Same(t, e, again)
+			if panics {
+				panic("crash")
+			}
+		})
+		c.Do(c.Request(idemtest.Exchange{Key: "a"}))
+		require.ErrorIs(t, run.Err(), context.Canceled)
+	}
+}
+
+func TestContextOfAnUnprotectedRun(t *testing.T) {
+	store := &idemtest.FaultyStore{Store: idempotency.NewMemoryStore()}
+	store.Fail("Acquire", idemtest.ErrDown)
+	c := idemtest.NewClient(store, &idempotency.Options{FailOpen: true}, func(_ http.ResponseWriter, r *http.Request) {
+		e := idemtest.Execution(r)
+		again, _ := idempotency.FromContext(e.Context())
+		require.Same(t, e, again)
+	})
+	c.Do(c.Request(idemtest.Exchange{Key: "a"}))
+	require.Equal(t, 1, c.Runs())
+}

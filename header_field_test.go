@@ -7,6 +7,7 @@ import (
 	"net/http/httptest"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/go-idempotency/idempotency"
 	"github.com/go-idempotency/idempotency/internal/idemtest"
@@ -532,6 +533,33 @@ func TestOuterHeadersOfAnInformationalResponse(t *testing.T) {
 				require.NotContains(t, h, "X-Internal")
 			}
 			require.Equal(t, 1, c.Runs())
+		})
+	}
+}
+
+// Behind a proxy another service decides how many headers a response has, and
+// how many names its headers list. They cost what their bytes do: a search of
+// the list for each header would take minutes here, and takes a tenth of a
+// second.
+func TestHeadersThatNameVeryMany(t *testing.T) {
+	const n = 100_000
+	var names strings.Builder
+	for i := range n {
+		fmt.Fprintf(&names, "Named-%d,", i)
+	}
+	for _, list := range []string{"Trailer", "Connection"} {
+		t.Run(list, func(t *testing.T) {
+			c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(w http.ResponseWriter, _ *http.Request) {
+				for i := range n {
+					w.Header()[fmt.Sprintf("X-%d", i)] = []string{""}
+				}
+				w.Header().Set(list, names.String())
+				w.WriteHeader(http.StatusCreated)
+			})
+			start := time.Now()
+			c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 "})
+			c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 response_not_stored", Original: http.StatusCreated})
+			require.Less(t, time.Since(start), time.Minute)
 		})
 	}
 }

@@ -60,11 +60,12 @@
 // The context of its request is not cancelled when the client hangs up. It is
 // cancelled when the lease is lost ([context.Cause] is [ErrLeaseLost]) and
 // after [Options.MaxExecution] ([context.Cause] is [context.DeadlineExceeded]).
-// The deadline of the request's context holds, and its cancellation does if it
-// has a cause other than [context.Canceled], which becomes the handler's. So a
-// server that has to stop cancels the context of its [http.Server.BaseContext]
-// with [context.WithCancelCause]. A client that has hung up before hides what
-// the server does: its handler is not told.
+// The deadline of the request's context holds for the handler. A cancellation
+// of that context does if its cause is another than [context.Canceled], and the
+// handler's context then has the same cause. So a program that wants to stop
+// its handlers cancels the context of [http.Server.BaseContext] with
+// [context.WithCancelCause]. This does not reach a handler whose client has
+// hung up before: the context of that request was cancelled already.
 //
 // A handler that gives up then answers with a 5xx, or calls
 // [Execution.Discard]. When it returns without an answer, its effect is
@@ -73,10 +74,10 @@
 // The response is held back until the handler returns, flushes, or writes more
 // than [Options.MaxResponseBytes]. Connections cannot be hijacked.
 //
-// The request is a copy. Of what a router inside finds out about it, outer
-// middleware sees the Pattern, after the handler has returned or panicked, and
-// not path values or forms. A replay runs no router, so its Pattern is that of
-// the routers outside.
+// The handler gets a copy of the request. When the handler has returned or
+// panicked, outer middleware sees the Pattern that a router inside has found.
+// It does not see path values or forms. A replay runs no router, so its Pattern
+// is that of the routers outside.
 //
 // # Cost
 //
@@ -100,7 +101,8 @@ import (
 
 // Middleware returns middleware that runs the next handler once for each key
 // and answers every retry with the first answer. It works with any router of
-// net/http handlers. For other frameworks see docs/frameworks.md:
+// net/http handlers. For echo, gin, huma, fiber and connect-go see
+// docs/frameworks.md:
 //
 //	mux.Handle("POST /charge", idempotency.Middleware(store, nil)(charge))
 //	r.Use(idempotency.Middleware(store, nil)) // chi, gorilla/mux
@@ -113,10 +115,12 @@ import (
 // authenticates, limits, compresses, recovers or adds CORS headers. Put it
 // inside of http.TimeoutHandler too: further out, it would see the 503 of the
 // TimeoutHandler and free the key while the handler is still running. Put it
-// outside of middleware that reads the body: of a body that was read outside,
-// only a form that is parsed into the request counts ([Options.Fingerprint]).
-// When a request meets two of these middlewares under one scope, method, path
-// and key, the outer one protects it and the inner one passes it on.
+// outside of middleware that reads the body. When outer middleware has read it,
+// only a form that it has parsed into the request counts
+// ([Options.Fingerprint]). When a request meets two of these middlewares under
+// one scope, method, path and key, the outer one protects it and the inner one
+// passes it on. Once the handler of the outer one has returned, the inner one
+// protects what goes on.
 //
 // Middleware panics if store is nil or an option is invalid. What it returns
 // panics if the next handler is nil, and is safe for concurrent use.
@@ -129,6 +133,7 @@ func Middleware(store Store, opts *Options) func(http.Handler) http.Handler {
 	m.background = cmp.Or(m.opts.Background, new(Background))
 	m.watcher, _ = store.(Watcher)
 	m.memory, _ = store.(*MemoryStore)
+	_, m.isRedis = store.(*RedisStore)
 	return func(next http.Handler) http.Handler {
 		if next == nil {
 			panic("idempotency: the handler to wrap is nil")
@@ -142,6 +147,7 @@ type middleware struct {
 	store   Store
 	watcher Watcher      // the same store; nil if it cannot watch
 	memory  *MemoryStore // the same store; nil if it is another kind
+	isRedis bool         // the store is a RedisStore
 	opts    Options
 	header  string // Options.Header as it stands in a header map
 
@@ -243,7 +249,7 @@ func (c *call) serve(lines []string) {
 // the background after the answer uses claim.detach, so that it does not keep
 // the request alive.
 func (c *call) run(attempt int, outer *Execution) {
-	c.execution = Execution{key: c.key, storeKey: c.storeKey, attempt: attempt, claim: &c.claim, outer: outer}
+	c.execution = Execution{key: c.key, storeKey: c.storeKey, attempt: attempt, claim: &c.claim, outer: outer, context: &c.context}
 	c.cancellation = cancellation{request: c.r.Context(), keepCancel: c.opts.CancelOnDisconnect}
 	c.context = handlerContext{&c.cancellation, &c.execution}
 	defer c.context.cancel(nil)
@@ -264,14 +270,16 @@ func (c *call) run(attempt int, outer *Execution) {
 // mayRunUnprotected reports whether the handler may run although the store
 // failed. It may not when the store has told this request of another execution:
 // FailOpen accepts that a handler is not protected, not that it runs beside one
-// that is known. Too few replicas are a store that works and refuses, so
-// FailOpen does not apply either.
+// that is known. A store with too few replicas works and refuses, so FailOpen
+// does not apply to it either. Nor does it to a Redis cell that cannot be read:
+// its handler may have finished.
 //
 // A claim may have been written although its answer was lost. The middleware
 // leaves it in the store: the handler does run, and the claim keeps duplicates
 // away for one lease, or until TTL if the mark was written too.
 func (c *call) mayRunUnprotected(err error) bool {
-	return c.opts.FailOpen && !c.claim.heldByOther && !errors.Is(err, ErrTooFewReplicas)
+	return c.opts.FailOpen && !c.claim.heldByOther && !errors.Is(err, ErrTooFewReplicas) &&
+		!errors.Is(err, errForeignCell)
 }
 
 // runUnprotected runs the handler without a claim. Its Execution has no claim,
@@ -280,7 +288,8 @@ func (c *call) mayRunUnprotected(err error) bool {
 func (c *call) runUnprotected(err error, outer *Execution) {
 	c.warn(c.r.Context(), c.storeKey, "store unavailable, running unprotected", err)
 	c.execution = Execution{key: c.key, storeKey: c.storeKey, attempt: 1, outer: outer, failOpen: true}
-	c.callHandler(c.w, context.WithValue(c.r.Context(), executionKey{}, &c.execution))
+	c.execution.context = context.WithValue(c.r.Context(), executionKey{}, &c.execution)
+	c.callHandler(c.w, c.execution.context)
 	c.execution.end()
 	c.report(OutcomeUnprotected, 0, err)
 }
@@ -290,17 +299,17 @@ func (c *call) runUnprotected(err error, outer *Execution) {
 // those that the handler opened through the copy.
 //
 // The Pattern of an inner router goes back to the request, where tracing and
-// metrics further out look for the route. Nothing else does. A changed Method
-// or a form would make another request of it, should outer middleware send it
+// metrics further out look for the route. Nothing else does. With a changed
+// Method or a form it would be another request if outer middleware sent it
 // through again. Path values may share a map with the copy, which a goroutine
 // that the handler left behind may read.
 //
 // A handler that leaves by panic or runtime.Goexit is a crash: nothing is
 // released, the claim ends with its lease, and the panic goes on untouched.
-// Freeing the key instead would be worse than it looks. When a connection
-// breaks without an answer, Go's Transport sends a request with this header
-// again on its own. The handler would then run, and panic, several times: up to
-// five times when measured.
+// Freeing the key instead would run the handler again and again. When a
+// connection breaks without an answer, Go's Transport sends a request with this
+// header again on its own. The handler would then run, and panic, several
+// times: up to five times when measured.
 func (c *call) callHandler(w http.ResponseWriter, ctx context.Context) {
 	r := c.r.WithContext(ctx)
 	c.body.handOver(r)

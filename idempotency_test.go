@@ -387,6 +387,47 @@ func TestNestedMiddlewareAroundAnother(t *testing.T) {
 	}
 }
 
+// A request may go on behind a TimeoutHandler that has answered in its place.
+// Its inner middleware does not rely on the outer one, which has freed the key.
+// It claims the key itself, so that a retry waits. A request that has a body is
+// refused, as its body ended with the outer middleware.
+func TestNestedMiddlewareThatOutlivesTheOuterOne(t *testing.T) {
+	for name, row := range map[string]struct {
+		body string
+		get  []string
+		runs int
+	}{
+		"no body": {"", []string{"503 too slow", "409 in_progress", "replay 201 "}, 1},
+		"a body":  {"x", []string{"503 too slow", "503 too slow", "503 too slow"}, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				mw := idempotency.Middleware(idempotency.NewMemoryStore(), nil)
+				runs := 0
+				charge := mw(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+					runs++
+					time.Sleep(10 * time.Second)
+					w.WriteHeader(http.StatusCreated)
+				}))
+				slow := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					time.Sleep(2 * time.Second) // of authentication, say
+					charge.ServeHTTP(w, r)
+				})
+				c := &idemtest.Client{Handler: mw(http.TimeoutHandler(slow, time.Second, "too slow"))}
+				for _, want := range row.get {
+					r := httptest.NewRequest("POST", "/charge", strings.NewReader(row.body))
+					r.Header.Set("Idempotency-Key", "a")
+					got, _ := idemtest.Describe(t, c.Do(r))
+					require.Equal(t, want, got)
+					time.Sleep(4 * time.Second)
+				}
+				time.Sleep(time.Minute) // the TimeoutHandler leaves goroutines behind
+				require.Equal(t, row.runs, runs)
+			})
+		})
+	}
+}
+
 // newServer serves handler behind the middleware on a real connection.
 func newServer(t *testing.T, opts *idempotency.Options, handler http.HandlerFunc) *httptest.Server {
 	t.Helper()

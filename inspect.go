@@ -12,9 +12,10 @@ import (
 )
 
 // An Inspector is a [Store] that an operator can look into. It is optional and
-// found by type assertion; the middleware does not use it. [MemoryStore] and
-// [RedisStore] are Inspectors. Both methods are atomic and safe for concurrent
-// use, and honour the deadline of their context.
+// found by type assertion; the middleware does not use it. [MemoryStore],
+// [RedisStore] and the store of module postgres are Inspectors. Both methods
+// are atomic and safe for concurrent use, and honour the deadline of their
+// context.
 //
 // The key is a store key. [StoreKey] derives it from what a client sent, and
 // [Event] and the log of the middleware have it.
@@ -27,15 +28,15 @@ type Inspector interface {
 
 	// Forget lets the handler run again under key, for a request of any
 	// content. It is for an operator who has found out by other means what
-	// became of the run that seen tells of.
+	// became of the last run.
 	//
-	// seen is the Cell that the operator has looked at. Forget does nothing and
-	// returns [ErrInProgress] while a lease is running, also that of a claim
-	// with Once. It does nothing and returns [ErrCellChanged] when the owner,
-	// the state or the attempt is no longer that of seen: another run has come
-	// since, whose outcome the operator does not know, or the old one has
-	// reported after all. Every other error means that the store failed, and
-	// does not tell whether the operation took effect.
+	// seen is the Cell of that run, as the operator has inspected it. Forget
+	// does nothing and returns [ErrInProgress] while a lease is running, also
+	// that of a claim with Once. It does nothing and returns [ErrCellChanged]
+	// when the owner, the state or the attempt is no longer that of seen:
+	// another run has come since, whose outcome the operator does not know, or
+	// the old one has reported after all. Every other error means that the
+	// store failed, and does not tell whether the operation took effect.
 	//
 	// What the cell becomes depends on what it is:
 	//
@@ -45,15 +46,15 @@ type Inspector interface {
 	//	Completed              Released, so that the next claim gets Attempt 2 or more
 	//
 	// The cell is not deleted, for three reasons. Attempts go on counting, so
-	// that the next run can tell that it is not the first. Execution.Attempt is
-	// what a handler goes by that asks its provider before it charges. A
-	// delayed renewal of a run that has ended brings nothing back. And a claim
-	// stays open to its owner: a process that was thought dead, and was only
-	// stopped, may still finish. Its answer is then stored if no other run has
-	// begun, and replayed, so that the handler does not run a second time. If
-	// another run has begun, the answer of the first comes too late and is
-	// dropped, as after any take-over. So an operator should make sure that the
-	// process is gone before the key is forgotten.
+	// that the next run can tell that it is not the first: a handler that asks
+	// its provider before it charges goes by Execution.Attempt. A delayed
+	// renewal of a run that has ended brings nothing back. And a claim stays
+	// open to its owner: a process that was thought dead, and was only stopped,
+	// may still finish. Its answer is then stored if no other run has begun,
+	// and replayed, so that the handler does not run a second time. If another
+	// run has begun, the answer of the first comes too late and is dropped, as
+	// after any take-over. So an operator should make sure that the process is
+	// gone before the key is forgotten.
 	//
 	// The next run gets the same Execution.DownstreamKey, so a provider that has
 	// seen it answers as it did before.

@@ -101,7 +101,7 @@ func isParameters(s string) bool {
 		}
 		if display, ok := strings.CutPrefix(value, `%"`); ok {
 			text, rest, ok := strings.Cut(display, `"`)
-			if !ok || !isBare(strings.NewReplacer(" ", "", ",", "").Replace(text)) {
+			if !ok || strings.ContainsFunc(text, func(c rune) bool { return c < ' ' || c > '~' }) {
 				return false
 			}
 			s = rest

@@ -31,37 +31,39 @@ func TestKeyForms(t *testing.T) {
 		`"a";v=1; w="x,\"y";z`:                 "a",
 		`"a";v=:aGk=:`:                         "a",
 		`"a";v=?1`:                             "a",
-		`"a";v=%"b c"`:                         "a",
+		`"a";v=%"b, c"`:                        "a",
 		long:                                   long,
 		`"` + long + `"`:                       long,
 
-		"":                "",
-		" ":               "",
-		`""`:              "",
-		`"`:               "",
-		`"a`:              "",
-		`a"`:              "",
-		`"a"b`:            "",
-		`"a", "b"`:        "",
-		`"a";x=1, "b"`:    "",
-		`"a";x, "b"`:      "",
-		`"a";,`:           "",
-		`"a";`:            "",
-		`"a";=1`:          "",
-		`"a";x=`:          "",
-		`"a";x="b`:        "",
-		`"a";x=%"b`:       "",
-		`"a\x"`:           "",
-		`"a\`:             "",
-		"a,b":             "",
-		"a b":             "",
-		"a\x00b":          "",
-		"\"a\x7f\"":       "",
-		"\"a\tb\"":        "",
-		"schlüssel":       "",
-		`"schlüssel"`:     "",
-		long + "k":        "",
-		`"` + long + `k"`: "",
+		"":                 "",
+		" ":                "",
+		`""`:               "",
+		`"`:                "",
+		`"a`:               "",
+		`a"`:               "",
+		`"a"b`:             "",
+		`"a", "b"`:         "",
+		`"a";x=1, "b"`:     "",
+		`"a";x, "b"`:       "",
+		`"a";,`:            "",
+		`"a";`:             "",
+		`"a";=1`:           "",
+		`"a";x=`:           "",
+		`"a";x="b`:         "",
+		`"a";x=%"b`:        "",
+		"\"a\";x=%\"\tb\"": "",
+		`"a";x=%"ü"`:       "",
+		`"a\x"`:            "",
+		`"a\`:              "",
+		"a,b":              "",
+		"a b":              "",
+		"a\x00b":           "",
+		"\"a\x7f\"":        "",
+		"\"a\tb\"":         "",
+		"schlüssel":        "",
+		`"schlüssel"`:      "",
+		long + "k":         "",
+		`"` + long + `k"`:  "",
 	} {
 		t.Run(line, func(t *testing.T) {
 			var got string
@@ -75,6 +77,27 @@ func TestKeyForms(t *testing.T) {
 				require.Equal(t, "400 key_invalid", answer)
 				require.NotEmpty(t, p.Detail)
 			}
+		})
+	}
+}
+
+// A client may send as many parameters as the server takes header bytes. They
+// cost no more than their bytes, which the allocations tell.
+func TestKeyWithManyParameters(t *testing.T) {
+	if idemtest.RaceDetector {
+		t.Skip("the race detector allocates")
+	}
+	for _, parameter := range []string{";a", ";a=1", `;a="1"`, `;a=%"1, 2"`} {
+		t.Run(parameter, func(t *testing.T) {
+			c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, nil)
+			allocs := func(n int) float64 {
+				key := `"a"` + strings.Repeat(parameter, n)
+				return testing.AllocsPerRun(10, func() {
+					require.Equal(t, http.StatusCreated, c.Do(c.Request(idemtest.Exchange{Key: key})).StatusCode)
+				})
+			}
+			require.Less(t, allocs(5000), allocs(1)+8000)
+			require.Equal(t, 1, c.Runs())
 		})
 	}
 }

@@ -254,8 +254,8 @@ func (r *packedRecords) record(ref recordRef) packedRecord {
 	return packedRecord(b[:binary.LittleEndian.Uint32(b[16:])])
 }
 
-// A packedRecord is the bytes of one record. Its methods check no bounds: only add
-// writes records, and they never leave the process.
+// A packedRecord is the bytes of one record. Its methods check no bounds: only
+// add writes records, and they never leave the process.
 type packedRecord []byte
 
 // The first two fields of a record. An expiry is in the time of memoryNow.

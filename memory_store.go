@@ -15,9 +15,9 @@ import (
 //
 // The zero value is ready to use. A MemoryStore is safe for concurrent use and
 // must not be copied. It has no goroutine: each operation frees a few expired
-// cells, and Len and Bytes free all of them. Among records of different TTLs, one
-// that has expired may count for a quarter of its TTL longer. Time is monotonic, so a step of
-// the wall clock has no effect.
+// cells, and Len and Bytes free all of them. Among records of different TTLs,
+// one that has expired may count for a quarter of its TTL longer. Time is
+// monotonic, so a step of the wall clock has no effect.
 //
 // A middleware that was given the MemoryStore itself stores a large response in
 // pieces. Record.Value then has only the first of them, and the Record has the

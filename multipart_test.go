@@ -8,6 +8,7 @@ import (
 	"mime/multipart"
 	"net/http"
 	"net/textproto"
+	"slices"
 	"strings"
 	"testing"
 
@@ -494,5 +495,44 @@ func TestMultipartFormAfterParseForm(t *testing.T) {
 		require.NoError(t, r.ParseForm())
 		got, _ := idemtest.Describe(t, c.Do(r))
 		require.Equal(t, try.get, got, i)
+	}
+}
+
+// A form of very many parts is compared with its boundary: no encoder writes
+// such a form, and hashing each part by itself would take a server's time.
+func TestFormOfManyParts(t *testing.T) {
+	const most = 10_000
+	for name, opts := range map[string]idempotency.Options{"small": {}, "large": {MaxBufferedBody: 1}} {
+		for parts, get := range map[int]string{most: "replay 201 ", most + 1: "422 key_reused"} {
+			t.Run(fmt.Sprintf("%s, %d", name, parts), func(t *testing.T) {
+				c := idemtest.NewClient(idempotency.NewMemoryStore(), &opts, reading(-1))
+				for _, try := range []struct{ boundary, get string }{{"A", "201 "}, {"B", get}, {"A", "replay 201 "}} {
+					body := encode(try.boundary, slices.Repeat([]string{field("x", "1")}, parts)...)
+					r := formRequest(c, "multipart/form-data; boundary="+try.boundary, body, 4096)
+					got, _ := idemtest.Describe(t, c.Do(r))
+					require.Equal(t, try.get, got)
+				}
+			})
+		}
+	}
+}
+
+// A client that fills a body with boundaries makes the server do little more
+// than for any other body, which the allocations tell.
+func TestBodyOfBoundaries(t *testing.T) {
+	if idemtest.RaceDetector {
+		t.Skip("the race detector allocates")
+	}
+	for name, body := range map[string]string{
+		"nothing else": strings.Repeat("--A", 100_000),
+		"empty parts":  strings.Repeat("\r\n--A\r\n", 100_000),
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, reading(-1))
+			require.Less(t, testing.AllocsPerRun(1, func() {
+				got, _ := idemtest.Describe(t, c.Do(formRequest(c, "multipart/form-data; boundary=A", body, 4096)))
+				require.Contains(t, []string{"201 ", "replay 201 "}, got)
+			}), 50_000.0)
+		})
 	}
 }

@@ -26,11 +26,12 @@ type Options struct {
 	// TTL is how long a stored response is replayed, from the end of the
 	// handler on. Default 24h; 100 years at most.
 	//
-	// TTL is also how long a key remembers that it was freed by a run that may
-	// have got somewhere: [Execution.Attempt] counts for TTL after a 5xx, a
-	// body that broke off or no answer. After a first run whose answer says that
-	// nothing was done it counts for one Lease only, so that a flood of refused
-	// requests does not fill the store. With AtMostOnce it counts for TTL.
+	// TTL is also how long the store remembers a run that freed its key and may
+	// have got somewhere: [Execution.Attempt] is over 1 for TTL after a 5xx, a
+	// body that broke off or no answer. After a first run whose answer says
+	// that nothing was done, it is over 1 for one Lease only, so that a flood
+	// of refused requests does not fill the store. With AtMostOnce it is over 1
+	// for TTL then too.
 	TTL time.Duration
 
 	// Lease is how long a claim outlives a process that died: the time until a
@@ -62,8 +63,8 @@ type Options struct {
 
 	// MaxExecution is the time after which the lease of a running handler is no
 	// longer renewed and its context is cancelled. A handler that goes on runs
-	// under the rest of its lease; after that a retry may run beside it.
-	// Default 10m.
+	// under the rest of its lease. After that a retry may run beside it, unless
+	// the key is at-most-once. Default 10m.
 	//
 	// It is also how long, after the lease, the middleware goes on in the
 	// background with what the store did not answer: storing the response of a
@@ -97,11 +98,12 @@ type Options struct {
 	// Before Key is called, a body that breaks off is answered 400
 	// body_incomplete, even if the request has no key.
 	//
-	// Whoever can send a key can occupy it. So check the signature of a webhook
-	// in Key, or in middleware outside of this one. A handler that refuses a
-	// forged event with 400 is too late: that answer is stored under the id of
-	// the true event. If the sender changes the body between two tries, as
-	// Stripe may do with pending_webhooks, set Fingerprint to what stays.
+	// Every client that can send a key can occupy it. So check the signature of
+	// a webhook in Key, or in middleware outside of this one. A handler that
+	// refuses a forged event with 400 is too late: that answer is stored under
+	// the id of the true event. If the sender changes the body between two
+	// tries, as Stripe may do with pending_webhooks, set Fingerprint to what
+	// stays.
 	//
 	// Default nil: the key is in Header.
 	Key func(r *http.Request, body []byte) (string, error)
@@ -155,10 +157,11 @@ type Options struct {
 	// an account), or who sends it (an API key). A retry in which one of them
 	// differs is answered 422. Names are compared without regard to case.
 	//
-	// Default nil: Authorization and Cookie, where there is no Scope, and in any
-	// case If-Match, If-None-Match, If-Modified-Since and If-Unmodified-Since.
-	// A client that corrects a precondition sends another request. These always
-	// count, with a custom Fingerprint too.
+	// Default nil: no further ones. Authorization and Cookie count where there
+	// is no Scope. If-Match, If-None-Match, If-Modified-Since and
+	// If-Unmodified-Since always count, because a client that corrects a
+	// precondition sends another request. All of these count with a custom
+	// Fingerprint too.
 	FingerprintHeaders []string
 
 	// Fingerprint replaces the query, the Content-Type and the body in what
@@ -174,7 +177,8 @@ type Options struct {
 	// 5.1.1) does not count: many clients pick another one for every try. Names,
 	// headers, contents and the order of parts count. The boundary does count
 	// when the Content-Type leaves doubt about it, or when the body is not
-	// exactly what an encoder writes, with the boundary within a part, say.
+	// exactly what an encoder writes, with the boundary within a part, say, or
+	// has more than 10,000 parts.
 	//
 	// When outer middleware has parsed a form (ParseForm, ParseMultipartForm,
 	// PostFormValue), what it parsed counts in the place of the body: values,
@@ -242,26 +246,26 @@ type Options struct {
 	// gets no session, so leave login routes outside of the middleware.
 	ReplayHeader func(name string) bool
 
-	// AtMostOnce never runs a key again unless the handler's own answer said
-	// that nothing was done: one of the 4xx that ShouldStore names, a response
-	// that a custom ShouldStore refuses, Discard, or a transaction that was
-	// rolled back. If a run dies or panics,
-	// retries are answered 409 outcome_unknown until TTL, which should be much
-	// longer than Lease.
+	// AtMostOnce never runs a key again unless the handler said that nothing
+	// was done: with one of the 4xx that ShouldStore names, a response that a
+	// custom ShouldStore refuses, Discard, or a transaction that was rolled
+	// back. If a run dies or panics, retries are answered 409 outcome_unknown
+	// until TTL, which should be much longer than Lease.
 	//
 	// It costs one more store call before the handler: the mark is set only
 	// after the answer to the claim was seen, so that a claim that arrives late
-	// marks nothing. A process that dies between the two leaves an ordinary
-	// claim, which ends with its lease. A key that was refused leaves a marker
-	// until TTL, so limit rates outside of the middleware. Default false: a run
-	// that died is repeated after Lease.
+	// marks nothing. A process that dies between the claim and the mark leaves
+	// an ordinary claim, which ends with its lease. A key that was refused
+	// leaves a marker until TTL, so limit rates outside of the middleware.
+	// Default false: a run that died is repeated after Lease.
 	AtMostOnce bool
 
 	// FailOpen runs the handler unprotected when the store is down or full.
 	// Commit then fails, and an attached transaction is left to the handler. A
 	// request that waits for another execution when the store fails is refused
-	// all the same. Default false: the answer is 503, because a request that is
-	// refused is safer than one that is charged twice.
+	// all the same. So is one whose cell in Redis is of another program or of a
+	// newer release. Default false: the answer is 503, because a request that
+	// is refused is safer than one that is charged twice.
 	FailOpen bool
 
 	// CancelOnDisconnect keeps the client's cancellation on the handler's
@@ -286,16 +290,16 @@ type Options struct {
 	// "": about:blank and no Link.
 	DocsURL string
 
-	// Background knows what goes on when the server has answered all requests,
-	// so that a program that stops can wait for it: see [Background.Wait].
-	// Default nil: a program that exits while the store is down loses the
-	// responses that are not stored yet, and their requests may run again.
+	// Background lets a program that stops wait for what goes on after the
+	// server has answered all requests: see [Background.Wait]. Default nil: a
+	// program that exits while the store is down loses the responses that are
+	// not stored yet, and their requests may run again.
 	Background *Background
 
-	// ErrorHandler writes the middleware's own answers. It may call [WriteError]
-	// with a copy of the Error in which it has changed the Status, as the
-	// examples of Options do: one for an API that wants 409 for another payload
-	// under a key, as the Universal Commerce Protocol does, and one for clients
+	// ErrorHandler writes the middleware's own answers. It may call
+	// [WriteError] with a copy of the Error whose Status it has changed. The
+	// examples of Options show two reasons: an API that wants 409 for another
+	// payload under a key, as the Universal Commerce Protocol does, and clients
 	// that take a 409 for final. An [Event] has the status of the Error as the
 	// middleware made it. Default [WriteError].
 	ErrorHandler func(http.ResponseWriter, *http.Request, *Error)

@@ -146,7 +146,8 @@ func TestAnswerAroundTheMiddleware(t *testing.T) {
 		handler    http.HandlerFunc
 		first      string
 		retry      string
-		original   int // seen
+		original   int  // seen
+		unknown    bool // seen, and no writer tells the status
 	}{
 		{name: "declined", frameworks: "gin chi echo", handler: answers(402, "declined"), first: "402 declined", original: 402},
 		{name: "a status only", frameworks: "gin chi echo", handler: answers(402, ""), first: "402 ", original: 402},
@@ -157,6 +158,25 @@ func TestAnswerAroundTheMiddleware(t *testing.T) {
 				outsideOf(r).end()
 				<-r.Context().Done()
 				answers(402, "declined")(w, r)
+			}},
+		{name: "a header and a body", frameworks: "net/http", first: "200 fine", unknown: true,
+			handler: func(_ http.ResponseWriter, r *http.Request) {
+				outsideOf(r).Header().Set("Content-Type", "text/x-fine")
+				_, _ = outsideOf(r).Write([]byte("fine"))
+			}},
+		{name: "another value of a header", frameworks: "net/http", first: "402 declined", unknown: true,
+			before: func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("Content-Type", "text/x-before") },
+			handler: func(w http.ResponseWriter, r *http.Request) {
+				outsideOf(r).Header().Set("Content-Type", "text/x-declined")
+				answers(402, "declined")(w, r)
+			}},
+		{name: "a header before", frameworks: "gin chi echo size net/http", handler: nothing, first: "200 ", retry: "replay 200 ",
+			before: func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("X-Request-Id", "1") }},
+		{name: "a header outside and an answer", frameworks: "net/http", first: "402 declined", retry: "replay 402 declined",
+			handler: func(w http.ResponseWriter, r *http.Request) {
+				outsideOf(r).Header().Set("X-Request-Id", "1")
+				w.WriteHeader(402)
+				_, _ = w.Write([]byte("declined"))
 			}},
 		{name: "nothing", frameworks: "gin chi echo size net/http", handler: nothing, first: "200 ", retry: "replay 200 "},
 		{name: "what was written outside", frameworks: "gin chi size net/http", handler: nothing,
@@ -193,7 +213,7 @@ func TestAnswerAroundTheMiddleware(t *testing.T) {
 					}
 					c.Handler = goingAround(framework, wrap, s.before, c.Handler)
 					c.Check(t, 0, idemtest.Exchange{Key: "a", Get: s.first})
-					if s.original == 0 {
+					if s.original == 0 && !s.unknown {
 						require.NoError(t, events.Last().Err)
 						c.Check(t, 1, idemtest.Exchange{Key: "a", Get: s.retry})
 						require.Equal(t, s.name == "discarded", logged.Len() > 0)
@@ -209,6 +229,56 @@ func TestAnswerAroundTheMiddleware(t *testing.T) {
 			}
 		}
 	}
+}
+
+// What outer middleware does to the header of a 1xx is no answer.
+func TestHeaderOfA1xxIsNoAnswer(t *testing.T) {
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), new(idempotency.Options), func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Link", "</style.css>")
+		w.WriteHeader(http.StatusEarlyHints)
+	})
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("X-Request-Id", "1")
+		c.Handler.ServeHTTP(hintingWriter{w}, r)
+	}))
+	defer server.Close()
+	for i := range 2 {
+		r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, server.URL, nil)
+		require.NoError(t, err)
+		r.Header.Set("Idempotency-Key", "a")
+		resp, err := server.Client().Do(r)
+		require.NoError(t, err)
+		require.NoError(t, resp.Body.Close())
+		require.Equal(t, http.StatusOK, resp.StatusCode)
+		require.Equal(t, i == 1, resp.Header.Get("Idempotent-Replayed") == "true")
+	}
+	require.Equal(t, 1, c.Runs())
+}
+
+// A hintingWriter adds a header when a 1xx goes out.
+type hintingWriter struct{ http.ResponseWriter }
+
+func (w hintingWriter) WriteHeader(status int) {
+	if status < 200 {
+		w.Header().Set("X-Hint", "1")
+	}
+	w.ResponseWriter.WriteHeader(status)
+}
+
+// A header that was set around the middleware does not answer for a handler that
+// gave up.
+func TestHeaderAroundAHandlerThatGivesUp(t *testing.T) {
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{CancelOnDisconnect: true},
+		func(_ http.ResponseWriter, r *http.Request) {
+			outsideOf(r).Header().Set("X-Request-Id", "1")
+			outsideOf(r).end()
+			<-r.Context().Done()
+		})
+	c.Handler = goingAround("net/http", false, func(http.ResponseWriter, *http.Request) {}, c.Handler)
+	for i := range 2 {
+		c.Check(t, i, idemtest.Exchange{Key: "a", Get: "409 outcome_unknown"})
+	}
+	require.Equal(t, 1, c.Runs())
 }
 
 // An outer timeout answers while the handler, which has begun a transaction, is
@@ -289,5 +359,28 @@ func TestOuterWriterThatPanics(t *testing.T) {
 		w := &writerThatPanics{ResponseWriter: httptest.NewRecorder()}
 		c.Handler.ServeHTTP(w, c.Request(idemtest.Exchange{Key: "a"}))
 	}
+	require.Equal(t, 1, c.Runs())
+}
+
+// A headerThatPanics panics when it is asked for after the handler.
+type headerThatPanics struct {
+	http.ResponseWriter
+	ran bool
+}
+
+func (w *headerThatPanics) Header() http.Header {
+	if w.ran {
+		panic("bug")
+	}
+	return w.ResponseWriter.Header()
+}
+
+// The result is stored before the panic comes out.
+func TestHeaderOfTheOuterWriterThatPanics(t *testing.T) {
+	var w *headerThatPanics
+	c := idemtest.NewClient(idempotency.NewMemoryStore(), &idempotency.Options{}, func(http.ResponseWriter, *http.Request) { w.ran = true })
+	w = &headerThatPanics{ResponseWriter: httptest.NewRecorder()}
+	require.PanicsWithValue(t, "bug", func() { c.Handler.ServeHTTP(w, c.Request(idemtest.Exchange{Key: "a"})) })
+	c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "replay 200 "})
 	require.Equal(t, 1, c.Runs())
 }

@@ -61,13 +61,14 @@ const (
 
 // A redisCell is a cell as it is first written. A cell that was read has no
 // lease, TTL and attempt, which only the scripts use, and a completed one no
-// token.
+// token. Its value is whole: no parts follow it.
 type redisCell struct {
 	state              byte
 	lease, ttl         int64 // of a claim, in milliseconds
 	attempt            int
 	token              string
 	fingerprint, value []byte
+	parts              [][]byte
 }
 
 // millis returns whole milliseconds, the unit of Redis. It rounds up: no lease
@@ -87,13 +88,17 @@ func (c *redisCell) encode() ([]byte, error) {
 		return nil, fmt.Errorf("idempotency: RedisStore takes a token and a fingerprint of up to 255 bytes each, not of %d and %d",
 			len(c.token), len(c.fingerprint))
 	}
-	b := make([]byte, 0, redisClaimedHeader+len(c.token)+len(c.fingerprint)+len(c.value))
+	b := make([]byte, 0, redisClaimedHeader+len(c.token)+len(c.fingerprint)+len(c.value)+sizeOf(c.parts))
 	b = append(b, redisFormat, c.state, byte(len(c.fingerprint)))
 	if c.state == redisCompleted {
 		digest := sha256.Sum256([]byte(c.token))
 		b = append(b, digest[:8]...)
 		b = append(b, c.fingerprint...)
-		return append(b, c.value...), nil
+		b = append(b, c.value...)
+		for _, part := range c.parts {
+			b = append(b, part...)
+		}
+		return b, nil
 	}
 	b = append(b, byte(len(c.token)))
 	b = binary.BigEndian.AppendUint32(b, uint32(min(int64(c.attempt), math.MaxUint32)))

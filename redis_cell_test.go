@@ -13,6 +13,22 @@ import (
 	"github.com/go-idempotency/idempotency/internal/idemtest"
 )
 
+// FailOpen is for a store that is down. A cell that cannot be read is evidence
+// that a handler may have run.
+func TestRedisForeignCellDoesNotFailOpen(t *testing.T) {
+	eachRedis(t, func(t *testing.T, addr string) {
+		client := idemtest.DialRedis(t, addr)
+		require.NoError(t, client.FlushAll(t.Context()).Err())
+		shop := idemtest.OpenShop(t, idempotency.NewRedisStore(client, nil), &idempotency.Options{FailOpen: true}, nil)
+		require.Contains(t, shop.Post("key"), "201")
+		name := client.Keys(t.Context(), "idem:*").Val()[0]
+		cell := client.Get(t.Context(), name).Val()
+		require.NoError(t, client.Set(t.Context(), name, "\x1e"+cell[1:], time.Hour).Err())
+		require.Equal(t, "503 Service Unavailable", shop.Post("key"))
+		require.EqualValues(t, 1, shop.Runs.Load())
+	})
+}
+
 // A value that is no record of this release is never taken for a free key, and
 // the store does not change it.
 func TestRedisForeignCells(t *testing.T) {

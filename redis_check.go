@@ -87,7 +87,8 @@ func (s *RedisStore) trialKeyOf(ctx context.Context, cluster masterFinder, node 
 }
 
 // checkServer checks one server, and tries the commands of the store on a key
-// that it has. What may be uncertain, the eviction, is looked at last.
+// that it has. The eviction comes last: its check may return
+// ErrEvictionUnknown, which must not hide another error.
 func (s *RedisStore) checkServer(ctx context.Context, client redis.Cmdable, key string) error {
 	err := checkRedisVersion(ctx, client)
 	if err == nil && key != "" {

@@ -58,7 +58,7 @@ return 1
 `)
 
 // Inspect implements [Inspector], in one round trip. It brings the whole value.
-// It is an error when the key holds something else than a record.
+// It fails when the key holds something that is no record.
 func (s *RedisStore) Inspect(ctx context.Context, key string) (Cell, error) {
 	cmd, _, err := s.run(ctx, inspectScript, false, s.opts.Prefix+key)
 	if err != nil {

@@ -28,8 +28,8 @@ type RedisOptions struct {
 	// them only. A gateway that passes its request on with the key holds the key
 	// itself, so the service behind it answers 409 and never runs.
 	//
-	// A change of Prefix forgets all keys: a retry of a finished request then runs
-	// again.
+	// A change of Prefix forgets all keys: a retry of a finished request then
+	// runs again.
 	Prefix string
 
 	// MinReplicas is how many replicas must acknowledge a claim before the
@@ -37,11 +37,11 @@ type RedisOptions struct {
 	// no claim waits for replicas.
 	//
 	// When fewer replicas acknowledge it, the claim is released and the request
-	// is refused with [ErrTooFewReplicas]. A renewal that they do not
-	// acknowledge fails too, so that a handler is cancelled at the end of its
-	// lease. WAIT goes with the claim in the same round trip. But while too few
-	// replicas are there, every claim takes ReplicaTimeout, even one that is
-	// answered with a replay.
+	// is answered 503; its Error matches [ErrTooFewReplicas]. A renewal that
+	// too few replicas acknowledge fails too, so that a handler is cancelled at
+	// the end of its lease. WAIT goes with the claim in the same round trip.
+	// But while too few replicas are there, every claim takes ReplicaTimeout,
+	// even one that is answered with a replay.
 	//
 	// A claim survives a failover only if a replica that acknowledged it is
 	// promoted, and Redis does not tell which ones did. So MinReplicas should
@@ -111,9 +111,10 @@ func (o *RedisOptions) withDefaults() RedisOptions {
 // only while one of them waits. Where the Redis user may not subscribe or
 // publish, they poll.
 //
-// Leases and TTLs run by the clock of the server, which is a wall clock. Have
-// it slewed, not stepped. The clocks of masters and replicas must differ by
-// much less than a lease, because a failover changes from one to the other.
+// Leases and TTLs run by the clock of the server, which is a wall clock. The
+// operator has it slewed, not stepped. The clocks of masters and replicas must
+// differ by much less than a lease, because a failover goes from one clock to
+// another.
 type RedisStore struct {
 	client redis.UniversalClient
 	opts   RedisOptions
@@ -154,8 +155,8 @@ func NewRedisStore(client redis.UniversalClient, opts *RedisOptions) *RedisStore
 
 // Acquire implements [Store]. Its error wraps [ErrStoreFull] when Redis has no
 // room for a key that it does not have, and [ErrTooFewReplicas] when too few
-// replicas acknowledged. It is an error too when the key holds something else
-// than a record.
+// replicas acknowledged. Acquire also fails when the key holds something that
+// is no record.
 //
 // Claims of one key through one store may share a command to Redis that was
 // sent after each of them began.
@@ -303,7 +304,7 @@ func (s *RedisStore) acquired(ctx context.Context, name string, c Claim, rec Rec
 // Complete implements [Store]. It succeeds when Redis is full, because its key
 // was let in before. It does not wait for replicas.
 func (s *RedisStore) Complete(ctx context.Context, key, token string, r Result) error {
-	cell := redisCell{state: redisCompleted, token: token, fingerprint: r.Fingerprint, value: r.Value}
+	cell := redisCell{state: redisCompleted, token: token, fingerprint: r.Fingerprint, value: r.Value, parts: r.parts}
 	ok, err := s.settle(ctx, completeScript, s.opts.Prefix+key, cell, r.TTL)
 	if err == nil && !ok {
 		err = ErrLeaseLost

@@ -2,11 +2,15 @@ package idempotency_test
 
 import (
 	"context"
+	"crypto/aes"
+	"crypto/cipher"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -446,4 +450,59 @@ func TestRedisMinReplicasIsARefusal(t *testing.T) {
 	require.Equal(t, "503 Service Unavailable", shop.Post("key"))
 	require.ErrorIs(t, events.Last().Err, idempotency.ErrTooFewReplicas)
 	require.Zero(t, shop.Runs.Load())
+}
+
+// A large response gets to Redis in parts that are copied once, and sealed as a
+// whole. A retry gets it as it was.
+func TestRedisLargeResponses(t *testing.T) {
+	block, err := aes.NewCipher(make([]byte, 16))
+	require.NoError(t, err)
+	aead, err := cipher.NewGCM(block)
+	require.NoError(t, err)
+	eachRedis(t, func(t *testing.T, addr string) {
+		for name, opts := range map[string]idempotency.Options{"plain": {}, "sealed": {AEAD: aead}} {
+			store := idempotency.NewRedisStore(idemtest.DialRedis(t, addr), &idempotency.RedisOptions{Prefix: name})
+			for _, size := range []int{4096, 4097, 15 << 10, 36864, 36865, 1 << 20} {
+				body := strings.Repeat("0123456789", size/10+1)[:size]
+				c := idemtest.NewClient(store, &opts, func(w http.ResponseWriter, _ *http.Request) {
+					for rest := body; rest != ""; {
+						n := min(len(rest), 5000)
+						_, err := io.WriteString(w, rest[:n])
+						idemtest.Must(err)
+						rest = rest[n:]
+					}
+				})
+				key := fmt.Sprint("key", size)
+				c.Check(t, 0, idemtest.Exchange{Key: key, Get: "200 " + body})
+				c.Check(t, 1, idemtest.Exchange{Key: key, Get: "replay 200 " + body})
+			}
+		}
+	})
+}
+
+// All bytes of responses that Redis does not take count, whatever they lie in.
+func TestRedisUnstoredResponsesAreBounded(t *testing.T) {
+	const mib, bound, requests = 1 << 20, 64, 68
+	mini := miniredis.RunT(t)
+	store := idempotency.NewRedisStore(idemtest.DialRedis(t, mini.Addr(), func(o *redis.Options) { o.MaxRetries = -1 }), nil)
+	log := &storeKeys{message: "idempotency: a response is not kept"}
+	large := make([]byte, mib-9000) // less than 1 MiB with its headers, in whole pages
+	background := new(idempotency.Background)
+	opts := idempotency.Options{Logger: slog.New(log), Background: background}
+	var running, answered sync.WaitGroup
+	running.Add(requests)
+	c := idemtest.NewClient(store, &opts, func(w http.ResponseWriter, _ *http.Request) {
+		running.Done()
+		running.Wait()
+		mini.SetError("ERR down")
+		w.Header().Set("Content-Type", "text/plain")
+		_, _ = w.Write(large)
+	})
+	for i := range requests {
+		answered.Go(func() { c.Do(c.Request(idemtest.Exchange{Key: fmt.Sprint(i)})) })
+	}
+	answered.Wait()
+	require.Len(t, log.keys, requests-bound)
+	mini.SetError("")
+	require.NoError(t, background.Wait(t.Context()))
 }

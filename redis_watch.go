@@ -192,9 +192,10 @@ func (ss *redisSession) end(cause error) {
 	ss.endLocked(cause)
 }
 
-// endLocked ends the session; cause tells why, if that is known. A session that has watches and was never up has
-// failed. After a failure the callers poll for watchRetry: each of them would
-// wait for a connection that is likely to fail again.
+// endLocked ends the session; cause tells why, if that is known. A session that
+// has watches and was never up has failed. After a failure the callers poll for
+// watchRetry: each of them would otherwise wait for a connection that is likely
+// to fail again.
 func (ss *redisSession) endLocked(cause error) {
 	if ss.store.session != ss {
 		return

@@ -114,7 +114,7 @@ func (b *requestBody) readAhead(r *http.Request, identity []byte, limit int64) e
 	b.started = true
 	// The spare byte lets the end arrive together with the last byte before it.
 	declared := int64(len(identity)) + max(r.ContentLength, 0) + 1
-	buf = slices.Grow(buf, int(min(declared, maxPooledBuffer))-len(buf))
+	buf = slices.Grow(buf, max(0, int(min(declared, maxPooledBuffer))-len(buf)))
 	for int64(len(buf)-len(identity)) <= most {
 		if len(buf) == cap(buf) {
 			buf = b.grow(buf, declared)
@@ -136,10 +136,11 @@ func (b *requestBody) readAhead(r *http.Request, identity []byte, limit int64) e
 	return nil
 }
 
-// grow returns a larger buffer with the bytes of full, which is full. A declared
-// length is not trusted with memory before some of the bytes have come: a client
-// gets at most 32 times of what it has sent. So a declared body of 1 MiB is copied
-// once, after 64 KiB. Doubling would allocate two such bodies for it.
+// grow returns a larger buffer with the bytes of full, which is full. A
+// declared length is not trusted with memory before some of the bytes have
+// come: a client has the server allocate at most 32 times what it has sent. So
+// a declared body of 1 MiB is copied once, after 64 KiB. Doubling would
+// allocate two such bodies for it.
 func (b *requestBody) grow(full []byte, declared int64) []byte {
 	size := 2 * int64(len(full))
 	if declared > int64(len(full)) {
@@ -307,7 +308,7 @@ func (b *requestBody) noteLocked(p []byte, err error) {
 		if trailer := b.request.Trailer; trailer != nil && b.copy.Trailer == nil {
 			b.copy.Trailer = trailer
 		}
-	case err != nil:
+	case err != nil && !b.eof: // the server closes a body that was read whole
 		var tooLarge *http.MaxBytesError
 		b.broken = !errors.As(err, &tooLarge) // every retry meets the same limit
 	}

@@ -148,7 +148,7 @@ func appendHeaderFields(b []byte, fields []headerField) []byte {
 }
 
 // encodeNotStored returns the stored form of a response that cannot be kept: it
-// was too large or cut short, say.
+// was too large or cut short, say. Status 0 is one that is not known.
 func encodeNotStored(status int, digest []byte) []byte {
 	return appendField(binary.AppendUvarint([]byte{form(kindNotStored)}, uint64(status)), digest)
 }
@@ -168,6 +168,21 @@ func seal(aead cipher.AEAD, storeKey string, r Result) []byte {
 	nonce := sealed[1:head]
 	_, _ = rand.Read(nonce) // never fails
 	return aead.Seal(sealed, nonce, r.Value, sealedWith(storeKey, r.Fingerprint))
+}
+
+// unseal is the reverse of seal. A panic of the AEAD makes the record
+// unreadable: the client gets an answer, and the operator an event.
+func unseal(aead cipher.AEAD, storeKey string, rec Record) (value []byte, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("AEAD panicked: %v", p)
+		}
+	}()
+	n := aead.NonceSize()
+	if len(rec.Value) < 1+n {
+		return nil, errMalformed
+	}
+	return aead.Open(nil, rec.Value[1:1+n], rec.Value[1+n:], sealedWith(storeKey, rec.Fingerprint))
 }
 
 // sealedWith returns the additional data of an AEAD. The length before the key
@@ -194,11 +209,7 @@ func decodeResponse(aead cipher.AEAD, storeKey string, rec Record, text *strings
 	case kind == kindResponse && aead != nil:
 		return storedResponse{}, errUnsealed
 	case kind == kindSealed:
-		n := aead.NonceSize()
-		if len(value) < 1+n {
-			return storedResponse{}, errMalformed
-		}
-		if value, err = aead.Open(nil, value[1:1+n], value[1+n:], sealedWith(storeKey, rec.Fingerprint)); err == nil {
+		if value, err = unseal(aead, storeKey, rec); err == nil {
 			kind, err = kindOf(value)
 		}
 		if err != nil {
@@ -254,8 +265,9 @@ func decodeStatus(resp storedResponse, payload []byte) (_ storedResponse, rest [
 		resp.implicit, status = true, http.StatusOK
 	}
 	resp.status = int(status)
-	// Of the 1xx the recorder stores only 101. WriteHeader panics over 999.
-	return resp, rest, ok && (status == http.StatusSwitchingProtocols || status >= 200 && status <= 999)
+	// Of the 1xx the recorder stores only 101. WriteHeader panics over 999. Of an
+	// answer around the recorder the status may not be known.
+	return resp, rest, ok && (status == http.StatusSwitchingProtocols || status >= 200 && status <= 999 || resp.notStored && status == 0)
 }
 
 // decodeParts reads the head and the body of a response. Its size must be that

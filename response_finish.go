@@ -43,7 +43,7 @@ func (r *recorder) trailersLocked() (trailers http.Header) {
 // isTrailer reports whether net/http would send a header as a trailer: one that
 // the handler declared, or one with http.TrailerPrefix.
 func (r *recorder) isTrailer(name string) bool {
-	return strings.HasPrefix(name, http.TrailerPrefix) || slices.Contains(r.declared, name)
+	return strings.HasPrefix(name, http.TrailerPrefix) || r.declared[name]
 }
 
 // complete reports whether the recorder has the whole response. It has not when
@@ -102,7 +102,8 @@ func (r *recorder) crash() {
 	r.late.open = !r.wroteHeader && !r.calling
 }
 
-// dropLocked leaves a chunk that is being written to the garbage collector.
+// dropLocked ends the recording and the sending. While a chunk is being
+// written, dropLocked does not return it to its pool.
 func (r *recorder) dropLocked() {
 	r.closed, r.dropped = true, true
 	r.changed.Broadcast()

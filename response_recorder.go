@@ -6,7 +6,6 @@ import (
 	"net/http"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -37,13 +36,13 @@ type recorder struct {
 	wroteNothing     bool // the handler did not write at all
 	wroteAround      bool // the handler wrote to w, around the recorder
 	status           int
-	length           int64         // declared by the handler, or -1
-	declared         []string      // names of trailers
-	connection       []string      // values of the Connection header
-	sniff            bool          // net/http will sniff the Content-Type
-	fields           []headerField // what the handler changed
-	trailersInHeader http.Header   // values of trailers that the header has already
-	trailers         []headerField // what the handler changed of its trailers since
+	length           int64           // declared by the handler, or -1
+	declared         map[string]bool // names of trailers
+	connection       map[string]bool // names in the Connection header
+	sniff            bool            // net/http will sniff the Content-Type
+	fields           []headerField   // what the handler changed
+	trailersInHeader http.Header     // values of trailers that the header has already
+	trailers         []headerField   // what the handler changed of its trailers since
 	body             recordedBody
 	written          int64 // bytes that the handler wrote, refused or not
 	streaming        bool  // the header has gone out
@@ -86,9 +85,9 @@ func (r *recorder) waitLocked() {
 
 // callLocked calls w without the lock. A client that does not read holds such a
 // call up for as long as it likes. The end of the handler, a panic above all,
-// takes only the lock, so it does not wait for that client. Whoever uses
-// callLocked has made the record complete before, and looks at closed and
-// dropped behind it.
+// takes only the lock, so it does not wait for that client. A caller of
+// callLocked makes the record complete before the call, and looks at closed and
+// dropped after it.
 func (r *recorder) callLocked(call func(w http.ResponseWriter)) {
 	r.calling = true
 	r.mu.Unlock()
@@ -179,14 +178,7 @@ func (r *recorder) writeHeaderLocked(status int) {
 	// A header that is there without a value tells net/http not to sniff.
 	_, typed := r.header["Content-Type"]
 	r.sniff = !typed && r.header.Get("Content-Encoding") == "" && bodyAllowed(status)
-	r.connection = slices.Clone(r.header["Connection"])
-	for _, line := range r.header["Trailer"] {
-		for name := range strings.SplitSeq(line, ",") {
-			if name = strings.TrimSpace(name); name != "" {
-				r.declared = append(r.declared, http.CanonicalHeaderKey(name))
-			}
-		}
-	}
+	r.connection, r.declared = namesIn(r.header["Connection"]), namesIn(r.header["Trailer"])
 	r.trailersInHeader = r.trailersLocked()
 	if r.sniff && r.proto == 1 && r.header.Get("Transfer-Encoding") != "" {
 		// HTTP/1 does not sniff then. A replay, which has no Transfer-Encoding

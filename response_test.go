@@ -87,7 +87,7 @@ func TestDamagedRecords(t *testing.T) {
 		"no kind it knows": {0x19, 0xc9, 1, 0},
 		"more than status": {0x12, 0xc9, 1, 0, 0},
 		"more than digest": {0x14, 0, 0},
-		"no status at all": {0x12, 0, 0},
+		"a status of 1":    {0x12, 1, 0},
 		"a list too long":  {0x11, 0xc9, 1, 0, 6, 1, 1, 1<<2 | 3, 'x', 2, 0, 0},
 	}
 	for n := range golden {
@@ -273,3 +273,24 @@ func TestResponseThatIsNotStoredTakesNoMemory(t *testing.T) {
 	c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "409 response_not_stored", Original: 200})
 	require.Less(t, s.Bytes(), int64(1<<10))
 }
+
+// An AEAD that panics makes a record unreadable, for clients and operators.
+func TestAEADThatPanicsWhenItOpens(t *testing.T) {
+	events := &idemtest.EventLog{}
+	store := idempotency.NewMemoryStore()
+	aead := panickingOpen{newAEAD(t, 1)}
+	c := idemtest.NewClient(store, &idempotency.Options{AEAD: aead, OnEvent: events.Add}, nil)
+	c.Check(t, 0, idemtest.Exchange{Key: "a", Get: "201 charge 1"})
+	c.Check(t, 1, idemtest.Exchange{Key: "a", Get: "500 record_unreadable"})
+	require.Equal(t, []string{"executed 201", "record_unreadable 500"}, events.All())
+
+	key := events.Last().StoreKey
+	cell, err := store.Inspect(t.Context(), key)
+	require.NoError(t, err)
+	_, err = cell.Response(key, aead)
+	require.ErrorIs(t, err, idempotency.ErrRecordUnreadable)
+}
+
+type panickingOpen struct{ cipher.AEAD }
+
+func (panickingOpen) Open(_, _, _, _ []byte) ([]byte, error) { panic("bug") }

@@ -184,6 +184,9 @@ func (s *settlement) gather() {
 	s.digest, f.status = digest, effectiveStatus(s.recorder.status, s.recorder.header)
 	f.cutOff = broken && !f.atMostOnce && !s.recorder.wroteAround
 	f.unanswered = (s.recorder.wroteNothing || s.mayBeAnsweredFor()) && (broken || s.context.hasEnded())
+	if !f.unanswered {
+		s.recorder.lookAtHeader()
+	}
 	switch {
 	case f.unanswered:
 		s.cause = context.Cause(s.context)
@@ -191,7 +194,7 @@ func (s *settlement) gather() {
 		// The status may be that of an outer timeout, which has answered in the
 		// place of the handler, so it must not free the key.
 		f.final = true
-		s.mistake(s.request.r.Context(), s.claim.storeKey, "the handler answered around the middleware, and retries get 409 response_not_stored", f.status)
+		s.mistake(s.request.r.Context(), s.claim.storeKey, "the handler answered around the middleware, and retries get 409 response_not_stored", s.recorder.status)
 	case !f.committed && !f.discarded: // which decide before ShouldStore
 		f.final = s.shouldStore()
 	}
@@ -314,7 +317,8 @@ func (s *settlement) encodeResponse(r *Result) {
 	}
 	defer s.contain(s.request.r.Context(), s.claim.storeKey, "ReplayHeader")
 	if s.memory == nil || s.opts.AEAD != nil {
-		r.Value, _ = s.recorder.encode(nil, s.digest, s.opts.ReplayHeader, true)
+		whole := s.opts.AEAD != nil || !s.isRedis
+		r.Value, r.parts = s.recorder.encode(nil, s.digest, s.opts.ReplayHeader, whole)
 		return
 	}
 	// A MemoryStore copies what is small before it returns, and the request no

@@ -56,7 +56,7 @@ func (s *sharedBodies) join(storeKey string, b *requestBody) {
 	b.leave()
 }
 
-// leave ends the part of b in a shared body. b keeps its buffer.
+// leave ends the use of a shared body by b. b keeps its buffer.
 func (b *requestBody) leave() {
 	if b.shared == nil {
 		return

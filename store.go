@@ -56,11 +56,10 @@ type Store interface {
 	//
 	// Only a renewal of a cell that is claimed under its token and attempt sets
 	// Once, if c.Once is set. The Once of a claim is ignored. Nothing unsets
-	// Once but the end of the claim (Complete, Release, or its expiry), and an
-	// operator's [Inspector].
-	// Record.Once tells what the cell has now. So a command that is sent twice
-	// is harmless, and one that arrives after its claim has ended holds a key
-	// for one lease at most.
+	// Once but the end of the claim (Complete, Release, or its expiry), and the
+	// Forget of an [Inspector]. Record.Once tells what the cell has now. So a
+	// command that is sent twice is harmless, and one that arrives after its
+	// claim has ended holds a key for one lease at most.
 	Acquire(ctx context.Context, key string, c Claim) (Record, error)
 
 	// Complete stores r under token and keeps it for r.TTL. It writes when the
@@ -133,8 +132,9 @@ type Result struct {
 	// TTL is how long the cell is kept, from the call of Complete on.
 	TTL time.Duration
 
-	// parts follow Value. Only a MemoryStore gets them. It keeps them as they
-	// are, which spares a large response one copy.
+	// parts follow Value. Only the stores of this package get them, which spares
+	// a large response one copy: a MemoryStore keeps them as they are, and a
+	// RedisStore copies them into the cell.
 	parts [][]byte
 }
 
@@ -160,8 +160,8 @@ type Record struct {
 }
 
 // A State is the answer of [Store.Acquire], or the state of a [Cell]. The zero
-// State is no answer, so a store that forgets to set it is found out. A Cell has
-// it when nothing is there.
+// State is no answer, so that the middleware notices a store that forgets to
+// set it. A Cell has the zero State when nothing is there.
 type State uint8
 
 // The numbers are fixed: stores write them and compare them. Acquire does not
@@ -213,8 +213,8 @@ var (
 	// dropped, and the key is freed unless Commit has marked it.
 	ErrRolledBack = errors.New("idempotency: attached transaction rolled back")
 
-	// ErrStoreFull: the store has no room for a key that the store does not
-	// have, claimed or renewed. Acquire returns it, and has then written
-	// nothing.
+	// ErrStoreFull: the store has no room for a key that it does not have.
+	// Acquire returns it for a claim or a renewal of such a key, and has then
+	// written nothing.
 	ErrStoreFull = errors.New("idempotency: store is full")
 )

@@ -3,8 +3,10 @@ package fuzz
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/go-idempotency/idempotency"
@@ -76,6 +78,39 @@ type storeFault struct {
 type fullStore interface {
 	idempotency.Store
 	idempotency.Watcher
+}
+
+// A remoteStore keeps the key of one history in a store that it shares with
+// others. It cannot watch.
+type remoteStore struct {
+	*idemtest.RemoteStore
+	prefix string
+}
+
+func (s remoteStore) Acquire(ctx context.Context, key string, c idempotency.Claim) (idempotency.Record, error) {
+	return s.RemoteStore.Acquire(ctx, s.prefix+key, c)
+}
+
+func (s remoteStore) Complete(ctx context.Context, key, token string, r idempotency.Result) error {
+	return s.RemoteStore.Complete(ctx, s.prefix+key, token, r)
+}
+
+func (s remoteStore) Release(ctx context.Context, key, token string, keep time.Duration) error {
+	return s.RemoteStore.Release(ctx, s.prefix+key, token, keep)
+}
+
+func (s remoteStore) Watch(context.Context, string) (<-chan struct{}, error) {
+	return nil, errors.ErrUnsupported
+}
+
+var histories atomic.Int64
+
+// newStore returns the store of a history.
+func (f storeFlow) newStore() fullStore {
+	if f.remote == nil {
+		return idempotency.NewMemoryStore()
+	}
+	return remoteStore{f.remote, fmt.Sprint(histories.Add(1), "-")}
 }
 
 // A callStore is a store whose calls are counted and can go wrong.

@@ -67,7 +67,7 @@ type clientAnswer struct {
 
 func newHistory(flow storeFlow) *callHistory {
 	h := &callHistory{flow: flow}
-	h.store = &callStore{fullStore: idempotency.NewMemoryStore(), history: h}
+	h.store = &callStore{fullStore: flow.newStore(), history: h}
 	if flow.inner != nil {
 		h.store.fullStore = flow.inner(h.store.fullStore)
 	}

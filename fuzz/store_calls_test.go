@@ -31,6 +31,7 @@ type storeFlow struct {
 	withheld bool                                               // a failed Complete withholds the answer
 
 	inner, outer func(fullStore) fullStore // what is planted within the store, and around it
+	remote       *idemtest.RemoteStore     // nil: a MemoryStore
 }
 
 var storeFlows = []storeFlow{
@@ -297,6 +298,10 @@ func durationsOf(way storeWay) []string {
 //	go test -run TestStoreCalls -update ./fuzz
 //
 // What must hold in every row, whatever the table says, is in storeRules.
+//
+// The table holds for every store. With STORE_CALLS_AT in the environment the
+// calls go to the store that is served there. The tests of package postgres and
+// of examples/customstore start this one so.
 func TestStoreCalls(t *testing.T) {
 	file := filepath.Join("testdata", "store_calls.txt")
 	content, err := os.ReadFile(file)
@@ -304,7 +309,12 @@ func TestStoreCalls(t *testing.T) {
 	golden := string(content)
 	head, _, _ := strings.Cut(golden, "\n== ")
 	written, played := head, 0
+	var remote *idemtest.RemoteStore
+	if addr := os.Getenv(idemtest.RemoteStoreAddr); addr != "" {
+		remote = idemtest.DialStore(t, addr)
+	}
 	for _, f := range storeFlows {
+		f.remote = remote
 		t.Run(f.name, func(t *testing.T) {
 			rows := f.rows(t)
 			written += rows

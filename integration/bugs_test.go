@@ -64,6 +64,12 @@ const (
 	keepsFailures      = "what is not final is stored"
 	marksNoReplays     = "replays are not marked"
 	comparesNoBodies   = "large bodies are not compared"
+
+	// In what the service says about its requests.
+	comparesBoundaries = "the boundaries of forms are compared"
+	takesAnyEvent      = "all events have one key"
+	takesAnyTenant     = "the keys of tenants are not told apart"
+	readsOn            = "the handler reads a body further than it needs it"
 )
 
 // refusesAnswers is no bug but a store that is up and takes no answers: they are

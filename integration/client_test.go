@@ -7,7 +7,6 @@ import (
 	"io"
 	"net/http"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -30,6 +29,12 @@ type workload struct {
 var mixedLoad = workload{
 	clients: 16, groups: 4, ahead: 4, kinds: []string{history.Plain, history.Once, history.Large, history.Commit},
 	variant: 12, hangUp: 12, pause: 40 * time.Millisecond,
+}
+
+// requestLoad is about what a request is: how its key and its body come.
+var requestLoad = workload{
+	clients: 16, groups: 4, ahead: 4, kinds: []string{history.Form, history.Event, history.Tenant, history.Head},
+	variant: 8, hangUp: 12, pause: 40 * time.Millisecond,
 }
 
 // patienceOfClient is how long a client waits that does not hang up early.
@@ -58,6 +63,9 @@ func (c *crowd) keyOf(group, n int) (key, kind string) {
 		n %= c.load.limit
 	}
 	kind = c.load.kinds[n%len(c.load.kinds)]
+	if kind == history.Tenant { // groups share keys
+		return fmt.Sprintf("tenant-%c/key-%d", 'a'+group, n), kind
+	}
 	return fmt.Sprintf("%s-%c%d", kind, 'a'+group, n), kind
 }
 
@@ -111,12 +119,9 @@ func (c *crowd) ask(op history.Op, s *server, timeout time.Duration) (_ history.
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
-	// The reader can be read again, so Go's Transport sends the request a second
-	// time by itself when an idle connection breaks.
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, address+"/"+op.Kind, strings.NewReader(bodyOf(op.Kind, op.Payload)))
-	must(err)
-	req.Header.Set("Idempotency-Key", op.Key)
+	req := newRequest(address, op).WithContext(ctx)
 	req.Header.Set(opHeader, op.ID)
+	req.Header.Set(keyHeader, op.Key)
 	op.Replica, op.Start = s.name, since(c.fleet.epoch)
 	c.receive(req, &op)
 	op.End = since(c.fleet.epoch)

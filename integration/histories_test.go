@@ -110,15 +110,18 @@ func (f *fleet) kill(n int) {
 	f.killed[name] = at
 }
 
-// TestHistories plays histories and judges them. A failure prints its seed;
+// TestHistories plays histories and judges them.
+func TestHistories(t *testing.T) { playSeeds(t, mixedLoad) }
+
+// playSeeds plays histories of a load with all faults. A failure prints its seed;
 // HISTORY_SEED is the first seed to play, HISTORY_RUNS how many.
-func TestHistories(t *testing.T) {
+func playSeeds(t *testing.T, load workload) {
 	first, runs := number(t, "HISTORY_SEED", 1), number(t, "HISTORY_RUNS", 3)
 	for seed := first; seed < first+runs; seed++ {
 		t.Run(fmt.Sprintf("seed %d", seed), func(t *testing.T) {
 			leases := []choice[time.Duration]{{1, 300 * time.Millisecond}, {1, 500 * time.Millisecond}, {1, 900 * time.Millisecond}}
 			s := scenario{
-				seed: seed, length: 6 * time.Second, settle: patienceOfSweep, mix: allFaults, load: mixedLoad,
+				seed: seed, length: 6 * time.Second, settle: patienceOfSweep, mix: allFaults, load: load,
 				lease: choose(newRand(seed, "lease"), leases),
 			}
 			h, faults := play(t, s)
@@ -129,6 +132,11 @@ func TestHistories(t *testing.T) {
 		})
 	}
 }
+
+// TestHistoriesOfRequests plays histories that are about what a request is: forms
+// that are encoded anew for every try, a key in the body, tenants that use the
+// same keys, and streamed bodies of which the handler reads the head alone.
+func TestHistoriesOfRequests(t *testing.T) { playSeeds(t, requestLoad) }
 
 // number reads a number from the environment.
 func number(t *testing.T, name string, otherwise uint64) uint64 {

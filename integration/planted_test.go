@@ -17,6 +17,10 @@ var (
 	onceKeys   = []string{history.Once}
 	commitKeys = []string{history.Commit}
 	largeKeys  = []string{history.Large}
+	formKeys   = []string{history.Form}
+	eventKeys  = []string{history.Event}
+	tenantKeys = []string{history.Tenant}
+	headKeys   = []string{history.Head}
 
 	quiet  = faultMix{}
 	stops  = faultMix{process: []choice[faultKind]{{1, stopProcess}}, pause: 400 * time.Millisecond}
@@ -112,6 +116,14 @@ var troubles = map[string]func() scenario{
 	"sealed":       func() scenario { return targeted(quiet, onceKeys, simple) },
 	"large":        func() scenario { return withVariants(targeted(quiet, largeKeys, simple)) },
 
+	"forms":   func() scenario { return withVariants(targeted(quiet, formKeys, simple)) },
+	"events":  func() scenario { return withVariants(targeted(quiet, eventKeys, simple)) },
+	"tenants": func() scenario { return withVariants(targeted(quiet, tenantKeys, simple)) },
+	"heads":   func() scenario { return withVariants(targeted(quiet, headKeys, simple)) },
+	"form":    func() scenario { return targeted(quiet, formKeys, simple) },
+	"event":   func() scenario { return targeted(quiet, eventKeys, simple) },
+	"head":    func() scenario { return targeted(quiet, headKeys, simple) },
+
 	"freed keys": func() scenario { return targeted(stops, plainKeys, freed) },
 
 	// Commands come late, by more than a lease. What comes when its claim was given
@@ -206,6 +218,10 @@ var plantedBugs = []struct {
 	{refusesAll, "refusals", history.Stuck},
 	{leavesMarks, "cut commits", history.NotFreed},
 	{givesUpAtLease, "downtime", history.GaveUp},
+	{comparesBoundaries, "form", history.Code},
+	{readsOn, "head", history.Code},
+	{takesAnyEvent, "event", history.Code},
+	{takesAnyTenant, "tenants", history.Phantom},
 	{"Redis keeps nothing", "outages", history.RanAgain},
 }
 

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -71,6 +72,20 @@ func (s *server) start() error {
 	}
 	s.url = "http://" + strings.TrimPrefix(strings.TrimSpace(line), "serving on ")
 	return nil
+}
+
+// deploy starts another process, and has the one before finish what it does.
+func (s *server) deploy() error {
+	s.mu.Lock()
+	old := s.cmd
+	s.mu.Unlock()
+	if err := s.start(); err != nil {
+		return err
+	}
+	if err := old.Process.Signal(syscall.SIGTERM); err != nil {
+		return err
+	}
+	return old.Wait()
 }
 
 // address returns "" while there is no process.

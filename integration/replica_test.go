@@ -6,6 +6,7 @@ import (
 	"crypto/cipher"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -13,9 +14,11 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/signal"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/redis/go-redis/v9"
@@ -33,8 +36,10 @@ type replicaConfig struct {
 	Lease  time.Duration
 	Wait   time.Duration
 	Bug    string // what to break on purpose
-	Soak   string // the kind of store, in a soak
 	TTL    time.Duration
+
+	Soak     string // the kind of store, in a soak
+	Database string // its address
 
 	Provider string // who charges, in a deployment
 }
@@ -42,6 +47,7 @@ type replicaConfig struct {
 // Headers of requests and answers.
 const (
 	opHeader  = "Op"  // names the request
+	keyHeader = "Key" // names the key, for the ledger alone
 	runHeader = "Run" // names the run that made the answer
 )
 
@@ -53,9 +59,10 @@ func runReplica(config replicaConfig) {
 		runDeployed(config)
 		return
 	}
+	background := new(idempotency.Background)
 	var handler http.Handler
 	if config.Soak != "" {
-		handler = newSoakService(config)
+		handler = newSoakService(config, background)
 	} else {
 		handler = newReplica(config)
 	}
@@ -63,8 +70,24 @@ func runReplica(config replicaConfig) {
 	must(err)
 	fmt.Printf("serving on %s\n", listener.Addr())
 	server := &http.Server{Handler: handler, ErrorLog: log.New(io.Discard, "", 0)} // handlers panic on purpose
-	go func() { must(server.Serve(listener)) }()
+	terminated, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+	defer stop()
+	context.AfterFunc(terminated, func() { finish(server, background) })
+	go func() {
+		if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+			panic(err)
+		}
+	}()
 	_, _ = io.Copy(io.Discard, os.Stdin)
+	os.Exit(0)
+}
+
+// finish ends the process when all that it does is done.
+func finish(server *http.Server, background *idempotency.Background) {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	must(server.Shutdown(ctx))
+	must(background.Wait(ctx))
 	os.Exit(0)
 }
 
@@ -82,7 +105,9 @@ func newReplica(config replicaConfig) http.Handler {
 	p.store = plant(config.Bug, client, idempotency.NewRedisStore(client, nil))
 	store := plantAbove(config.Bug, &journal{store: p.store, replica: p})
 	mux := http.NewServeMux()
-	for _, kind := range []string{history.Plain, history.Large, history.Once, history.Commit} {
+	for _, kind := range []string{
+		history.Plain, history.Large, history.Once, history.Commit, history.Form, history.Event, history.Tenant, history.Head,
+	} {
 		opts := &idempotency.Options{
 			Lease: config.Lease, Wait: config.Wait, AtMostOnce: kind == history.Once,
 			TTL: recordTTL, MaxExecution: maxExecution, MaxBufferedBody: maxBufferedBody,
@@ -90,6 +115,7 @@ func newReplica(config replicaConfig) http.Handler {
 		if kind == history.Once || kind == history.Commit {
 			opts.AEAD = newAEAD()
 		}
+		setUp(opts, kind, config.Bug)
 		protect := idempotency.Middleware(store, opts)
 		mux.Handle("/"+kind, p.enter(kind, protect(http.HandlerFunc(p.handle))))
 	}
@@ -112,15 +138,6 @@ func newAEAD() cipher.AEAD {
 	aead, err := cipher.NewGCM(block)
 	must(err)
 	return aead
-}
-
-// bodyOf is the body of a request. One under a Large key is longer than what the
-// middleware reads before it claims the key.
-func bodyOf(kind, payload string) string {
-	if kind != history.Large {
-		return payload
-	}
-	return payload + strings.Repeat(" ", 3*maxBufferedBody)
 }
 
 // A visit is one request that has arrived at this process.
@@ -168,7 +185,7 @@ func visitOf(ctx context.Context) *visit { return ctx.Value(visitKey{}).(*visit)
 func (p *replica) enter(kind string, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		v := &visit{about: history.Row{
-			Key: r.Header.Get("Idempotency-Key"), Kind: kind, Op: r.Header.Get(opHeader), Process: p.config.Name,
+			Key: keyOf(kind, r), Kind: kind, Op: r.Header.Get(opHeader), Process: p.config.Name,
 			Visit: fmt.Sprintf("%s-%d", p.config.Name, p.visits.Add(1)),
 		}}
 		hideBody(p.config.Bug, v, r)
@@ -196,16 +213,16 @@ func (p *replica) note(v *visit, kind string, change func(*history.Row)) begun {
 func (p *replica) handle(w http.ResponseWriter, r *http.Request) {
 	e, _ := idempotency.FromContext(r.Context())
 	v := visitOf(r.Context())
-	body, err := io.ReadAll(r.Body)
+	payload, err := readPayload(v.about.Kind, p.config.Bug, r)
 	if err != nil { // the client has hung up in the middle of it
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
 	if v.body != nil {
-		body = v.body
+		payload = strings.TrimSpace(string(v.body))
 	}
 	begun := p.note(v, history.RowBegin, func(row *history.Row) {
-		row.Payload, row.Attempt, row.Sent, row.Returned = strings.TrimSpace(string(body)), e.Attempt(), v.sent, v.returned
+		row.Payload, row.Attempt, row.Sent, row.Returned = payload, e.Attempt(), v.sent, v.returned
 	})
 	v.mu.Lock()
 	v.about.Run, v.about.Attempt = begun.Run, e.Attempt()

@@ -18,16 +18,20 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/redis/go-redis/v9"
 
 	"github.com/go-idempotency/idempotency"
 	"github.com/go-idempotency/idempotency/integration/history"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
+	"github.com/go-idempotency/idempotency/postgres"
 )
 
 // Kinds of stores in a soak.
 const (
-	soakRedis  = "redis"
-	soakMemory = "memory"
+	soakRedis    = "redis"
+	soakPostgres = "postgres"
+	soakMemory   = "memory"
 )
 
 // failHeader asks the handler to answer 500 and to do nothing in its first
@@ -71,20 +75,33 @@ func (s *brokenSoakStore) Acquire(ctx context.Context, key string, c idempotency
 	return rec, nil
 }
 
+// newSoakStore returns the store of the soak's kind.
+func newSoakStore(config replicaConfig, memory *idempotency.MemoryStore) idempotency.Store {
+	switch config.Soak {
+	case soakRedis:
+		return idempotency.NewRedisStore(redis.NewClient(&redis.Options{
+			Addr: config.Database, ContextTimeoutEnabled: true, PoolSize: 64,
+		}), nil)
+	case soakPostgres:
+		pool, err := pgxpool.New(context.Background(), idemtest.PostgresURL(config.Database))
+		must(err)
+		store := postgres.NewStore(pool, &postgres.Options{MaxConns: 16})
+		for err = store.Migrate(context.Background()); err != nil; err = store.Migrate(context.Background()) {
+			time.Sleep(100 * time.Millisecond) // the database is down
+		}
+		return store
+	}
+	return memory
+}
+
 // newSoakService returns the service of a soak. It tells its effects to a
 // ledger as lines on one connection: there are thousands a second.
-func newSoakService(config replicaConfig) http.Handler {
+func newSoakService(config replicaConfig, background *idempotency.Background) http.Handler {
 	slog.SetDefault(slog.New(slog.DiscardHandler)) // the faults are known, and many
 	ledger, err := net.Dial("tcp", config.Ledger)
 	must(err)
-	var store idempotency.Store
 	memory := idempotency.NewMemoryStore()
-	store = memory
-	if config.Soak == soakRedis {
-		store = idempotency.NewRedisStore(redis.NewClient(&redis.Options{
-			Addr: config.Redis, ContextTimeoutEnabled: true, PoolSize: 64,
-		}), nil)
-	}
+	store := newSoakStore(config, memory)
 	if config.Bug != "" {
 		store = &brokenSoakStore{Store: store, bug: config.Bug}
 	}
@@ -96,6 +113,7 @@ func newSoakService(config replicaConfig) http.Handler {
 	for _, kind := range []string{history.Plain, history.Once} {
 		mux.Handle("/"+kind, idempotency.Middleware(store, &idempotency.Options{
 			TTL: config.TTL, Lease: config.Lease, Wait: config.Wait, AtMostOnce: kind == history.Once,
+			Background: background,
 		})(h))
 	}
 	return mux

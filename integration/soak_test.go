@@ -13,32 +13,37 @@ import (
 	"testing"
 	"time"
 
-	"github.com/go-idempotency/idempotency/internal/idemtest"
-	"github.com/redis/go-redis/v9"
 	"github.com/stretchr/testify/require"
 )
 
-// A soak is two processes on a Redis and one with a MemoryStore, under load.
+// A soak is two processes on a database and one with a MemoryStore, under load.
 type soak struct {
-	t       *testing.T
-	began   time.Time
-	length  time.Duration
-	ledger  *soakLedger
-	redis   *idemtest.RedisServer
-	links   []*link
-	servers []*server
-	load    *soakLoad
-	samples map[string][]sample
+	t        *testing.T
+	began    time.Time
+	length   time.Duration
+	ledger   *soakLedger
+	database soakDatabase
+	links    []*link
+	servers  []*server
+	load     *soakLoad
+	samples  map[string][]sample
+	deployed int // how often the first process was replaced
 }
 
 // TestSoak runs for as long as SOAK says, 10m for example, and not at all
 // without it. SOAK_RATE is the number of requests a second.
-func TestSoak(t *testing.T) {
+func TestSoak(t *testing.T) { runSoak(t, soakRedis, 2500) }
+
+// TestSoakPostgres has PostgreSQL in the place of Redis. Every record is flushed
+// to the disk, so it sends fewer requests.
+func TestSoakPostgres(t *testing.T) { runSoak(t, soakPostgres, 250) }
+
+func runSoak(t *testing.T, kind string, rate uint64) {
 	length, err := time.ParseDuration(os.Getenv("SOAK"))
 	if err != nil {
 		t.Skip("SOAK=10m runs it for ten minutes")
 	}
-	s := startSoak(t, length, float64(number(t, "SOAK_RATE", 2500)), "")
+	s := startSoak(t, kind, length, float64(number(t, "SOAK_RATE", rate)), "")
 	base := make(map[string]int)
 	for _, server := range s.servers {
 		base[server.name] = s.take(server).Goroutines
@@ -70,7 +75,7 @@ func TestSoakFindsBugs(t *testing.T) {
 		{soakForgetsTimes, "no process of it was killed"},
 	} {
 		t.Run(cmp.Or(row.bug, "nothing planted"), func(t *testing.T) {
-			s := startSoak(t, length, rate, row.bug)
+			s := startSoak(t, soakRedis, length, rate, row.bug)
 			if row.bug != "" {
 				s.load.patience = time.Second
 			}
@@ -86,17 +91,17 @@ func TestSoakFindsBugs(t *testing.T) {
 	}
 }
 
-func startSoak(t *testing.T, length time.Duration, rate float64, bug string) *soak {
+func startSoak(t *testing.T, kind string, length time.Duration, rate float64, bug string) *soak {
 	ttl := min(30*time.Second, max(8*time.Second, length/10))
 	// A claim outlives its process for a TTL. After that even an at-most-once
 	// key is free, so clients must have been told by then.
 	lease := ttl / 4
-	s := &soak{t: t, began: time.Now(), length: length, ledger: startSoakLedger(t, lease), redis: idemtest.StartRedis(t, durable...),
-		samples: make(map[string][]sample)}
+	s := &soak{t: t, began: time.Now(), length: length, ledger: startSoakLedger(t, lease),
+		database: startSoakDatabase(t, kind), samples: make(map[string][]sample)}
 	config := replicaConfig{Ledger: s.ledger.addr, TTL: ttl, Lease: lease, Wait: 3 * time.Second, Bug: bug}
 	for n := range 2 {
-		s.links = append(s.links, startLink(t, s.redis.Addr))
-		config.Name, config.Redis, config.Soak = fmt.Sprintf("redis-%d", n), s.links[n].addr(), soakRedis
+		s.links = append(s.links, startLink(t, s.database.addr()))
+		config.Name, config.Database, config.Soak = fmt.Sprintf("%s-%d", kind, n), s.links[n].addr(), kind
 		s.servers = append(s.servers, startServer(t, config))
 	}
 	config.Name, config.Soak = "memory", soakMemory
@@ -109,23 +114,28 @@ func startSoak(t *testing.T, length time.Duration, rate float64, bug string) *so
 	return s
 }
 
-// trouble cuts connections, kills the first process, and kills Redis, now and
-// then. The second process lives as long as the soak, so that what it keeps can
-// be compared.
+// trouble cuts connections, kills or replaces the first process, and kills the
+// database, now and then. The second process lives as long as the soak, so that
+// what it keeps can be compared.
 func (s *soak) trouble(ctx context.Context) {
 	r := newRand(number(s.t, "HISTORY_SEED", 1), "soak")
 	pause := min(5*time.Second, s.length/20)
 	for n := 1; pauseFor(ctx, between(r, pause/2, pause*3/2)); n++ {
-		switch {
-		case n%6 == 0:
+		switch n % 6 {
+		case 0:
 			down := time.Now()
-			s.redis.Kill()
+			s.database.kill()
 			pauseFor(ctx, 200*time.Millisecond)
-			if !s.redis.Start() {
-				s.t.Error("redis-server does not start again")
+			if !s.database.start() {
+				s.t.Error("the database does not start again")
 			}
 			s.ledger.away(down, time.Now())
-		case n%3 == 0:
+		case 2:
+			if err := s.servers[0].deploy(); err != nil {
+				s.t.Error(err)
+			}
+			s.deployed++
+		case 3:
 			server := s.servers[0]
 			s.ledger.bury(server.config.Name)
 			server.kill()
@@ -156,13 +166,13 @@ func (s *soak) watch(ctx context.Context) {
 		for _, server := range s.servers {
 			if sample := s.take(server); sample.alive {
 				s.samples[server.name] = append(s.samples[server.name], sample)
-				fmt.Fprintf(&b, "    %-8s heap %5.1f MiB, RSS %5.1f MiB, %4d goroutines, %d records\n", server.name,
+				fmt.Fprintf(&b, "    %-10s heap %5.1f MiB, RSS %5.1f MiB, %4d goroutines, %d records\n", server.name,
 					mib(sample.Heap), mib(sample.RSS), sample.Goroutines, sample.Records)
 			}
 		}
-		if sample := s.takeRedis(); sample.alive {
-			s.samples["redis"] = append(s.samples["redis"], sample)
-			fmt.Fprintf(&b, "    %-8s uses %.1f MiB, %d records", "redis", mib(sample.Heap), sample.Records)
+		if sample := s.takeDatabase(); sample.alive {
+			s.samples["database"] = append(s.samples["database"], sample)
+			fmt.Fprintf(&b, "    database uses %.1f MiB, %d records", mib(sample.Heap), sample.Records)
 		}
 		s.t.Log(b.String())
 		if time.Since(turned) > 2*s.load.ttl {
@@ -186,21 +196,6 @@ func (s *soak) take(server *server) (sample sample) {
 	return sample
 }
 
-func (s *soak) takeRedis() (sample sample) {
-	client := redis.NewClient(&redis.Options{Addr: s.redis.Addr, ContextTimeoutEnabled: true})
-	defer func() { _ = client.Close() }()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-	defer cancel()
-	info, err := client.InfoMap(ctx, "memory").Result()
-	if err != nil {
-		return sample
-	}
-	_, err = fmt.Sscan(info["Memory"]["used_memory"], &sample.Heap)
-	sample.Records = int(client.DBSize(ctx).Val())
-	sample.alive, sample.at = err == nil, time.Since(s.began)
-	return sample
-}
-
 // judgeGoroutines wants the load to leave none.
 func (s *soak) judgeGoroutines(base map[string]int) {
 	for _, server := range s.servers {
@@ -219,7 +214,7 @@ func (s *soak) judge() (wrong []string) {
 	s.load.mu.Lock()
 	defer s.load.mu.Unlock()
 	sent, answers := int(s.load.sent.Load()), s.load.answers
-	s.t.Logf("%d requests, %v; %d effects, %d again after a kill", sent, answers, total, again)
+	s.t.Logf("%d requests, %v; %d effects, %d again after a kill, %d deployments", sent, answers, total, again, s.deployed)
 	for _, what := range double {
 		wrong = append(wrong, "double effect: "+what)
 	}

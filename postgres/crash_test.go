@@ -139,7 +139,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 	step, survived := 1, false
 	for ; !survived; step++ {
 		cmd := exec.CommandContext(t.Context(), self)
-		cmd.Env = append(os.Environ(), killAt+"="+strconv.Itoa(step), killURL+"="+server.url())
+		cmd.Env = append(os.Environ(), killAt+"="+strconv.Itoa(step), killURL+"="+server.URL())
 		out, err := cmd.Output()
 		survived = err == nil
 		if survived {
@@ -173,8 +173,8 @@ func TestServerKilled(t *testing.T) {
 	}
 	for _, some := range []int64{clients * keys / 4, clients * keys / 2} {
 		require.Eventually(t, func() bool { return done.Load() >= some }, patience, time.Millisecond)
-		server.stop()
-		server.start()
+		server.Crash()
+		server.Restart()
 	}
 	all.Wait()
 	var orders, items int

@@ -7,7 +7,6 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"syscall"
 	"testing"
 	"time"
 
@@ -32,10 +31,10 @@ func startPgBouncer(t *testing.T, s *server) string {
 	_, port, _ := net.SplitHostPort(listener.Addr().String())
 	require.NoError(t, listener.Close())
 	ini := fmt.Sprintf("[databases]\npostgres = host=127.0.0.1 user=test port=%s\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"+
-		"listen_port = %s\nunix_socket_dir =\nauth_type = any\npool_mode = transaction\ndefault_pool_size = 4\n", s.port, port)
-	require.NoError(t, os.WriteFile(s.dir+"/pgbouncer.ini", []byte(ini), 0o644))
-	cmd := exec.Command(binary, s.dir+"/pgbouncer.ini")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: s.cred}
+		"listen_port = %s\nunix_socket_dir =\nauth_type = any\npool_mode = transaction\ndefault_pool_size = 4\n", s.Port, port)
+	require.NoError(t, os.WriteFile(s.Dir+"/pgbouncer.ini", []byte(ini), 0o644))
+	cmd := exec.Command(binary, s.Dir+"/pgbouncer.ini")
+	s.Demote(cmd)
 	require.NoError(t, cmd.Start())
 	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
 	return "postgres://test@127.0.0.1:" + port + "/postgres?sslmode=disable"

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"strings"
 	"unicode/utf8"
@@ -27,6 +28,10 @@ const (
 // never earlier than the decision, so no lease is shorter than was asked for.
 //
 // now() would be the beginning of the handler's transaction.
+//
+// Every operator gets operands of exactly its types. PostgreSQL then takes its
+// own operator. Otherwise it may prefer one that another role has made in a
+// schema of the search_path.
 const (
 	tableSQL = `CREATE TABLE IF NOT EXISTS {table} (
 	key         text COLLATE "C" PRIMARY KEY,
@@ -43,7 +48,33 @@ const (
 CREATE INDEX IF NOT EXISTS {index} ON {table} (expires_at);
 `
 
-	// acquire writes only when its snapshot lets it. A replay writes nothing and
+	// claim is what a claim sends first. It takes an absent cell, and reads any
+	// other one, so it is enough for a first execution and for a replay. Its plan
+	// is small: the server spends two thirds of what acquire costs it on a replay,
+	// and less on a first execution. It returns no row when the cell has expired,
+	// and when another claim inserts it at the same time.
+	//
+	// $1 key, $2 token, $3 fingerprint, $4 lease, $5 TTL in microseconds
+	claimSQL = `WITH old AS MATERIALIZED (
+	SELECT state, token, attempt, once, fingerprint, value, lease_until, watched, expires_at
+	FROM {table} WHERE key = $1::text
+), written AS (
+	INSERT INTO {table}
+		(key, state, token, attempt, once, watched, lease_until, expires_at, fingerprint, value)
+	SELECT $1::text, 1, $2::text, 1, false, false,
+		clock_timestamp() + $4::bigint::float8 * interval '1 microsecond',
+		clock_timestamp() + $5::bigint::float8 * interval '1 microsecond', $3::bytea, ''::bytea
+	WHERE NOT EXISTS (SELECT FROM old)
+	ON CONFLICT (key) DO NOTHING
+	RETURNING key
+)
+SELECT 0::smallint, '', 0, false, ''::bytea, ''::bytea, 0::bigint, false FROM written
+UNION ALL
+SELECT state, token, attempt, once, fingerprint, value,
+	CASE WHEN state = 1 THEN ceil(extract(epoch FROM lease_until - statement_timestamp())::numeric * 1000000::numeric)::bigint ELSE 0::bigint END, watched
+FROM old WHERE expires_at > statement_timestamp()`
+
+	// acquire is for all cells. It writes only when its snapshot lets it. A replay writes nothing and
 	// locks nothing. The conditions are checked once more on the row that is
 	// locked, which may be newer. When they fail there, no row is written.
 	//
@@ -68,7 +99,7 @@ CREATE INDEX IF NOT EXISTS {index} ON {table} (expires_at);
 )
 SELECT w.attempt, w.once, coalesce(r.state, 0::smallint), coalesce(r.token, ''), coalesce(r.attempt, 0),
 	coalesce(r.once, false), r.fingerprint, r.value,
-	coalesce(ceil(extract(epoch FROM r.lease_until - statement_timestamp()) * 1000000), 0)::bigint,
+	coalesce({micros r.lease_until}, 0::bigint),
 	coalesce(r.watched, false)
 FROM (SELECT) AS one
 LEFT JOIN written AS w ON true
@@ -87,6 +118,16 @@ LEFT JOIN old AS r ON NOT {expired r}`
 	ownSQL     = `(r.expires_at > statement_timestamp() AND r.state = 1 AND r.token = $2::text)`
 	expiredSQL = `(r.expires_at <= statement_timestamp())`
 
+	// completeOwn is what Complete sends first. An UPDATE costs the server two
+	// thirds of an INSERT that conflicts. It returns no row unless the cell is
+	// claimed under the token, and complete decides then.
+	//
+	// $1 key, $2 token, $3 fingerprint, $4 value, $5 TTL in microseconds
+	completeOwnSQL = `UPDATE {table} AS t SET state = 2, once = false, fingerprint = $3::bytea, value = $4::bytea,
+	expires_at = clock_timestamp() + $5::bigint::float8 * interval '1 microsecond'
+WHERE key = $1::text AND {own t}
+RETURNING CASE WHEN watched THEN pg_notify('{channel}', $1::text)::text END`
+
 	// $1 key, $2 token, $3 fingerprint, $4 value, $5 TTL in microseconds
 	completeSQL = `WITH old AS MATERIALIZED (
 	SELECT state, token, expires_at FROM {table} WHERE key = $1::text
@@ -94,9 +135,9 @@ LEFT JOIN old AS r ON NOT {expired r}`
 	INSERT INTO {table} AS t
 		(key, state, token, attempt, once, watched, lease_until, expires_at, fingerprint, value)
 	VALUES ($1::text, 2, $2::text, 0, false, false, clock_timestamp(),
-		clock_timestamp() + $5::bigint * interval '1 microsecond', $3::bytea, $4::bytea)
+		clock_timestamp() + {keep}, $3::bytea, $4::bytea)
 	ON CONFLICT (key) DO UPDATE SET state = 2, token = $2::text, once = false, fingerprint = $3::bytea,
-		value = $4::bytea, expires_at = clock_timestamp() + $5::bigint * interval '1 microsecond'
+		value = $4::bytea, expires_at = clock_timestamp() + {keep}
 	WHERE {expired t} OR {own t}
 	RETURNING watched
 )
@@ -111,12 +152,12 @@ LEFT JOIN old AS r ON NOT {expired r}`
 	INSERT INTO {table} AS t
 		(key, state, token, attempt, once, watched, lease_until, expires_at, fingerprint, value)
 	VALUES ($1::text, 3, $2::text, 0, false, false, clock_timestamp(),
-		clock_timestamp() + $3::bigint * interval '1 microsecond', '', '')
+		clock_timestamp() + {marker}, '', '')
 	ON CONFLICT (key) DO UPDATE SET state = 3, token = $2::text, once = false, fingerprint = '', value = '',
 		attempt = CASE WHEN {expired t} THEN 0 ELSE t.attempt END,
 		expires_at = CASE WHEN t.attempt > 1 AND {own t}
-			THEN greatest(t.expires_at, clock_timestamp() + $3::bigint * interval '1 microsecond')
-			ELSE clock_timestamp() + $3::bigint * interval '1 microsecond' END
+			THEN greatest(t.expires_at, clock_timestamp() + {marker})
+			ELSE clock_timestamp() + {marker} END
 	WHERE {expired t} OR {own t}
 	RETURNING watched
 )
@@ -129,8 +170,7 @@ SELECT CASE WHEN watched THEN pg_notify('{channel}', $1::text)::text END FROM wr
 
 	// $1 key
 	inspectSQL = `SELECT state, token, attempt, once, fingerprint, value,
-	ceil(extract(epoch FROM lease_until - statement_timestamp()) * 1000000)::bigint,
-	ceil(extract(epoch FROM expires_at - statement_timestamp()) * 1000000)::bigint
+	{micros lease_until}, {micros expires_at}
 FROM {table} WHERE key = $1::text AND expires_at > statement_timestamp()`
 
 	forgetSQL = `WITH forgotten AS (
@@ -144,16 +184,21 @@ SELECT CASE WHEN watched THEN pg_notify('{channel}', $1::text)::text END FROM fo
 
 	// A claim may revive a row after the inner SELECT has read it. The condition
 	// of the DELETE is checked again on the row as it is then.
-	cleanSQL = `DELETE FROM {table} WHERE expires_at <= statement_timestamp() AND key IN (
+	//
+	// The keys are an array, which the planner can only look up one by one. It
+	// joins the rows of IN, and may read every expired row for that. After a quiet
+	// night these are so many that no batch would end within cleanTime.
+	cleanSQL = `DELETE FROM {table} WHERE expires_at <= statement_timestamp() AND key = ANY (ARRAY(
 	SELECT key FROM {table} WHERE expires_at <= statement_timestamp()
-	ORDER BY expires_at LIMIT $1::int FOR UPDATE SKIP LOCKED)`
+	ORDER BY expires_at LIMIT $1::int FOR UPDATE SKIP LOCKED))`
 )
 
 // statements are the SQL of one table.
 type statements struct {
-	name, channel                                          string
-	table, acquire, complete, release, watch, owner, clean string
-	inspect, forget                                        string
+	name, channel, table           string
+	claim, acquire, watch          string
+	completeOwn, complete, release string
+	owner, clean, inspect, forget  string
 }
 
 func newStatements(schema, table string) statements {
@@ -171,14 +216,20 @@ func newStatements(schema, table string) statements {
 			"{accepts "+row+"}", on(row, strings.ReplaceAll(acceptsSQL, "{expired r}", expiredSQL)))
 	}
 	pairs = append(pairs, "{table}", name.Sanitize(), "{index}", pgx.Identifier{table + "_expires"}.Sanitize(),
-		"{channel}", channel, "{lease}", "$6::bigint * interval '1 microsecond'",
-		"{ttl}", "$7::bigint * interval '1 microsecond'")
+		"{channel}", channel)
+	for name, parameter := range map[string]string{"{lease}": "$6", "{ttl}": "$7", "{keep}": "$5", "{marker}": "$3"} {
+		pairs = append(pairs, name, parameter+"::bigint::float8 * interval '1 microsecond'")
+	}
+	for _, column := range []string{"lease_until", "expires_at", "r.lease_until"} {
+		pairs = append(pairs, "{micros "+column+"}",
+			"ceil(extract(epoch FROM "+column+" - statement_timestamp())::numeric * 1000000::numeric)::bigint")
+	}
 	fill := strings.NewReplacer(pairs...).Replace
 	return statements{
-		name: name.Sanitize(), channel: channel, table: fill(tableSQL), acquire: fill(acquireSQL),
-		complete: fill(completeSQL), release: fill(releaseSQL), watch: fill(watchSQL),
-		owner: fill(ownerSQL), clean: fill(cleanSQL),
-		inspect: fill(inspectSQL), forget: fill(forgetSQL),
+		name: name.Sanitize(), channel: channel, table: fill(tableSQL),
+		claim: fill(claimSQL), acquire: fill(acquireSQL), watch: fill(watchSQL),
+		completeOwn: fill(completeOwnSQL), complete: fill(completeSQL), release: fill(releaseSQL),
+		owner: fill(ownerSQL), clean: fill(cleanSQL), inspect: fill(inspectSQL), forget: fill(forgetSQL),
 	}
 }
 
@@ -186,9 +237,14 @@ func newStatements(schema, table string) statements {
 // migrations of its own. They do nothing when the table is there.
 func (s *Store) SchemaSQL() string { return s.sql.table }
 
+// columns counts the columns of the table that the store needs.
+const columnsSQL = `SELECT to_regclass($1::text) IS NOT NULL, count(*) FROM pg_catalog.pg_attribute
+WHERE attrelid = to_regclass($1::text) AND NOT attisdropped AND attname = ANY (ARRAY['key', 'state', 'token',
+	'attempt', 'once', 'watched', 'lease_until', 'expires_at', 'fingerprint', 'value']::name[])`
+
 // Migrate makes the table, unless it is there. Every replica may call it when it
 // starts, all at once. When the table is there, Migrate needs no right to make
-// one.
+// one, and returns an error if it is the table of something else.
 func (s *Store) Migrate(ctx context.Context) error {
 	own, err := s.conns()
 	if err != nil {
@@ -202,10 +258,16 @@ func (s *Store) Migrate(ctx context.Context) error {
 			return err
 		}
 		var there bool
-		if err := tx.QueryRow(ctx, `SELECT to_regclass($1::text) IS NOT NULL`, s.sql.name).Scan(&there); err != nil || there {
+		var columns int
+		err := tx.QueryRow(ctx, columnsSQL, s.sql.name).Scan(&there, &columns)
+		switch {
+		case err != nil:
 			return err
+		case !there:
+			_, err = tx.Exec(ctx, s.sql.table)
+		case columns != 10:
+			err = errors.New("it is there, with other columns; set Options.Table to another name")
 		}
-		_, err := tx.Exec(ctx, s.sql.table)
 		return err
 	})
 	if err != nil {

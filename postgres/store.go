@@ -45,6 +45,8 @@ type Store struct {
 	acquired atomic.Uint64 // counts claims until the next cleaning
 	cleaning atomic.Bool
 
+	attaching sync.Mutex // held by a Tx that looks whether it is the first, and attaches itself
+
 	mu     sync.Mutex // guards what follows
 	own    *pgxpool.Pool
 	closed bool
@@ -156,11 +158,15 @@ func (s *Store) Acquire(ctx context.Context, key string, c idempotency.Claim) (i
 	if err != nil {
 		return idempotency.Record{}, err
 	}
-	for range maxTries {
-		rec, old, err := s.acquire(ctx, own, key, c)
+	for try := range maxTries {
+		send := s.acquire
+		if try == 0 && c.Attempt == 0 {
+			send = s.claim
+		}
+		rec, old, err := send(ctx, own, key, c)
 		switch {
 		case isRace(err), err == nil && rec.State == 0:
-			continue // another statement wrote the cell after the snapshot of this one
+			continue // claim may not write this cell, or another statement wrote it after the snapshot of this one
 		case err != nil:
 			return idempotency.Record{}, err
 		case rec.State == idempotency.InProgress && !old.watched && s.listener.hasWaiter(key):
@@ -178,7 +184,27 @@ func (s *Store) Acquire(ctx context.Context, key string, c idempotency.Claim) (i
 	return idempotency.Record{}, errRaces
 }
 
-// acquire sends the statement once. The State is zero when it lost a race.
+// claim sends the statement that most claims need. The State is zero when the
+// cell is none for it: expired, claimed or released and free to take, or written
+// by another claim at the same time.
+func (s *Store) claim(ctx context.Context, q querier, key string, c idempotency.Claim) (rec idempotency.Record, old cell, err error) {
+	var remaining int64
+	err = q.QueryRow(ctx, s.sql.claim, key, c.Token, notNil(c.Fingerprint), micros(c.Lease), micros(max(c.TTL, c.Lease))).
+		Scan(&old.state, &old.token, &old.attempt, &old.once, &old.fingerprint, &old.value, &remaining, &old.watched)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return rec, cell{}, nil
+	case err != nil:
+		return rec, cell{}, err
+	case old.state == absent:
+		return idempotency.Record{State: idempotency.Acquired, Attempt: 1}, old, nil
+	}
+	old.remaining = time.Duration(remaining) * time.Microsecond
+	return refusal(old, c), old, nil
+}
+
+// acquire sends the statement for all cells once. The State is zero when it lost
+// a race.
 func (s *Store) acquire(ctx context.Context, q querier, key string, c idempotency.Claim) (rec idempotency.Record, old cell, err error) {
 	var attempt *int
 	var once *bool
@@ -233,31 +259,36 @@ func (s *Store) Complete(ctx context.Context, key, token string, r idempotency.R
 		return err
 	}
 	for range maxTries {
-		if err = s.complete(ctx, own, key, token, r); !isRace(err) {
+		if _, err = s.complete(ctx, own, key, token, r); !isRace(err) {
 			return err
 		}
 	}
 	return err
 }
 
-// complete stores r. It returns ErrLeaseLost if the cell is not token's.
-func (s *Store) complete(ctx context.Context, q querier, key, token string, r idempotency.Result) error {
-	for range maxTries {
+// complete stores r, and reports whether there was no cell before. It returns
+// ErrLeaseLost if the cell is not token's.
+func (s *Store) complete(ctx context.Context, q querier, key, token string, r idempotency.Result) (fresh bool, err error) {
+	var notified *string
+	err = q.QueryRow(ctx, s.sql.completeOwn, key, token, notNil(r.Fingerprint), notNil(r.Value), micros(r.TTL)).Scan(&notified)
+	if !errors.Is(err, pgx.ErrNoRows) {
+		return false, err
+	}
+	for range maxTries { // a repeated Complete, or one of a cell that is not token's
 		var written bool
 		var old cell
-		var notified *string
 		err := q.QueryRow(ctx, s.sql.complete, key, token, notNil(r.Fingerprint), notNil(r.Value), micros(r.TTL)).
 			Scan(&written, &notified, &old.state, &old.token)
 		switch {
 		case err != nil:
-			return err
+			return false, err
 		case written, old.state == completed && old.token == token:
-			return nil
+			return old.state == absent, nil
 		case old.state == released, old.state != absent && old.token != token:
-			return idempotency.ErrLeaseLost
+			return false, idempotency.ErrLeaseLost
 		}
 	}
-	return errRaces
+	return false, errRaces
 }
 
 // Release implements [idempotency.Store]. It rolls back the transaction that the

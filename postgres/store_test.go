@@ -72,6 +72,62 @@ func TestMigrateAtOnce(t *testing.T) {
 	require.NoError(t, store.Migrate(t.Context()))
 }
 
+// A table of something else is found out at the start, and not by requests.
+func TestMigrateFindsAnotherTable(t *testing.T) {
+	pool := startServer(t).dial(2)
+	_, err := pool.Exec(t.Context(), `CREATE TABLE idempotency (key text PRIMARY KEY, response bytea)`)
+	require.NoError(t, err)
+	store := postgres.NewStore(pool, nil)
+	t.Cleanup(store.Close)
+	require.ErrorContains(t, store.Migrate(t.Context()), "other columns")
+}
+
+// A role that may only use the table can start, and a role that may use nothing
+// gets an error.
+func TestMigrateWithoutRights(t *testing.T) {
+	server := startServer(t)
+	owner := server.dial(2)
+	newStore(t, owner, nil)
+	_, err := owner.Exec(t.Context(), `CREATE ROLE app LOGIN; REVOKE CREATE ON SCHEMA public FROM PUBLIC;
+		GRANT SELECT, INSERT, UPDATE, DELETE ON idempotency TO app`)
+	require.NoError(t, err)
+	config := owner.Config()
+	config.ConnConfig.User = "app"
+	pool, err := pgxpool.NewWithConfig(t.Context(), config)
+	require.NoError(t, err)
+	t.Cleanup(pool.Close)
+	require.Equal(t, 1, race(t, newStore(t, pool, nil), "key", 4))
+	other := postgres.NewStore(pool, &postgres.Options{Table: "other"})
+	t.Cleanup(other.Close)
+	require.ErrorContains(t, other.Migrate(t.Context()), "permission denied")
+}
+
+// Another role has made operators that fit operands of the store better than
+// those of PostgreSQL.
+func TestOperatorsOfOthersAreNotUsed(t *testing.T) {
+	pool := startServer(t).dial(4)
+	store := newStore(t, pool, nil)
+	ctx := t.Context()
+	for _, types := range [][3]string{{"bigint", "interval", "interval"}, {"numeric", "integer", "numeric"},
+		{"double precision", "integer", "double precision"}} {
+		function := fmt.Sprintf(`trap(a %s, b %s)`, types[0], types[1])
+		_, err := pool.Exec(ctx, fmt.Sprintf(`CREATE FUNCTION %[1]s RETURNS %[4]s LANGUAGE plpgsql AS
+			'BEGIN RAISE EXCEPTION ''trapped''; END';
+			CREATE OPERATOR public.* (LEFTARG = %[2]s, RIGHTARG = %[3]s, FUNCTION = trap)`, function, types[0], types[1], types[2]))
+		require.NoError(t, err)
+	}
+	for _, token := range []string{"A", "B"} {
+		_, err := store.Acquire(ctx, "key", claim(token, time.Minute))
+		require.NoError(t, err)
+		_, err = store.Inspect(ctx, "key")
+		require.NoError(t, err)
+	}
+	require.NoError(t, store.Release(ctx, "key", "A", time.Minute))
+	_, err := store.Acquire(ctx, "key", claim("C", time.Minute))
+	require.NoError(t, err)
+	require.NoError(t, store.Complete(ctx, "key", "C", idempotency.Result{TTL: time.Hour}))
+}
+
 func TestNewStorePanics(t *testing.T) {
 	pool, err := pgxpool.New(t.Context(), "postgres://test@127.0.0.1:1/none")
 	require.NoError(t, err)
@@ -296,4 +352,55 @@ func TestExpiredRowsAreDeleted(t *testing.T) {
 		count(*) FILTER (WHERE key LIKE 'new%') FROM idempotency`).Scan(&old, &fresh))
 	require.Equal(t, 0, old)
 	require.Equal(t, 64, fresh)
+}
+
+// A batch reads no more expired rows than it deletes, however many there are.
+func TestCleaningReadsOneBatch(t *testing.T) {
+	config := startServer(t).dial(4).Config()
+	config.ConnConfig.RuntimeParams["plan_cache_mode"] = "force_generic_plan" // to which a statement comes in time
+	pool, err := pgxpool.NewWithConfig(t.Context(), config)
+	require.NoError(t, err)
+	t.Cleanup(pool.Close)
+	store := newStore(t, pool, nil)
+	ctx := t.Context()
+	_, err = pool.Exec(ctx, `INSERT INTO idempotency SELECT 'key' || i, 2, 'A', 1, false, false, clock_timestamp(),
+		clock_timestamp() + sign(i - 20000.5) * interval '1 hour', '', repeat('x', 300)::bytea FROM generate_series(1, 40000) AS i`)
+	require.NoError(t, err)
+	_, err = pool.Exec(ctx, `ANALYZE idempotency`)
+	require.NoError(t, err)
+	for i := range 64 { // two batches
+		_, err := store.Acquire(ctx, fmt.Sprint("new", i), claim("A", time.Minute))
+		require.NoError(t, err)
+	}
+	store.Close() // a connection reports what it has read when it ends
+	var deleted, read int
+	require.Eventually(t, func() bool {
+		err := pool.QueryRow(ctx, `SELECT n_tup_del, idx_tup_read FROM pg_stat_user_tables
+			JOIN pg_stat_user_indexes USING (relid) WHERE indexrelname = 'idempotency_expires'`).Scan(&deleted, &read)
+		return err == nil && read > 0
+	}, patience, 20*time.Millisecond)
+	require.Less(t, read, 2000)
+	require.Positive(t, deleted)
+}
+
+// A handler's transaction may hold an expired row, which is not waited for.
+func TestCleaningSkipsLockedRows(t *testing.T) {
+	pool := startServer(t).dial(4)
+	store := newStore(t, pool, nil)
+	ctx := t.Context()
+	_, err := pool.Exec(ctx, `INSERT INTO idempotency SELECT 'old' || i, 2, 'A', 1, false, false,
+		clock_timestamp() - interval '1 s', clock_timestamp() - interval '1 s', '', '' FROM generate_series(1, 100) AS i`)
+	require.NoError(t, err)
+	tx, err := pool.Begin(ctx)
+	require.NoError(t, err)
+	defer func() { _ = tx.Rollback(ctx) }()
+	_, err = tx.Exec(ctx, `SELECT FROM idempotency WHERE key = 'old1' FOR UPDATE`)
+	require.NoError(t, err)
+	claims, left := 0, 100
+	for end := time.Now().Add(patience); left > 1 && time.Now().Before(end); claims++ {
+		_, err := store.Acquire(ctx, fmt.Sprint("new", claims), claim("A", time.Minute))
+		require.NoError(t, err)
+		require.NoError(t, pool.QueryRow(ctx, `SELECT count(*) FROM idempotency WHERE key LIKE 'old%'`).Scan(&left))
+	}
+	require.Equal(t, 1, left)
 }

@@ -9,7 +9,6 @@ import (
 
 	"github.com/go-idempotency/idempotency"
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -21,7 +20,7 @@ type Tx struct {
 	store  *Store
 	exec   *idempotency.Execution // nil: the transaction commits itself
 	conn   *pgxpool.Conn
-	stop   func() bool // stops following the context
+	stop   func() bool // stops following the context of Begin, or of the run
 
 	mu    sync.Mutex // guards what follows
 	state txState
@@ -37,11 +36,11 @@ type txState uint8
 const (
 	txOpen       txState = iota // the handler
 	txHandedOver                // the next Complete or Release
-	txEnded                     // nobody
+	txEnded                     // no one: the connection is given back or closed
 )
 
-// Begin begins a transaction for a handler, whose context ctx is. It reads as
-// any other transaction:
+// Begin begins a transaction for a handler. ctx is the context of the request,
+// or one made from it. A handler uses the transaction as any other:
 //
 //	tx, err := store.Begin(r.Context())
 //	if err != nil { ... }
@@ -56,26 +55,31 @@ const (
 // [Tx.AfterCommit] for what must come after it.
 //
 // Nothing is written when the handler does not call Commit, panics, calls
-// Discard, or answers with a status that frees the key. Nor is it when the claim
-// went to another owner or PostgreSQL refuses the commit: then the client gets
-// 409 or 503, and not the handler's response. When the connection breaks during
-// the commit, the store looks for the response. If it cannot, the client gets
-// 503, and its retry finds out.
+// Discard, or answers with a status that frees the key. Nothing is written
+// either when the claim went to another owner or PostgreSQL refuses the commit.
+// The client then gets 409 or 503, and not the handler's response. When the
+// connection breaks during the commit, the store looks for the response. If it
+// cannot, the client gets 503, and its retry finds out.
 //
-// Without an Execution, in a request without a key, Commit commits. So it does in
-// a run that is not protected ([idempotency.Options.FailOpen]).
+// Commit commits at once without an Execution, which is a request without a
+// key, and in a run that is not protected ([idempotency.Options.FailOpen]). A
+// transaction that only reads ([pgx.ReadOnly]) is committed at once too.
 //
 // The middleware must use this store, perhaps wrapped: another one does not
 // commit the transaction. Where handlers change the search_path or the role of a
 // transaction, set [Options.Schema], and let the role write to the table.
+// Otherwise the store does not find the claim there, and commits nothing.
 //
-// The transaction is rolled back when ctx ends, as in database/sql. Its
+// The transaction is rolled back when ctx ends before Commit, as in
+// database/sql, and after Commit when the request ends without a result. Its
 // connection is closed then.
 func (s *Store) Begin(ctx context.Context) (*Tx, error) { return s.BeginTx(ctx, pgx.TxOptions{}) }
 
 // BeginTx is Begin with options. On a level above READ COMMITTED PostgreSQL
-// refuses the commit when the lease was renewed since the snapshot of the
-// transaction. So handlers there must be done within a third of the lease.
+// refuses the commit when the row of the claim was written since the snapshot of
+// the transaction: by a renewal, or for the first duplicate that waits. So
+// handlers there must be done within a third of the lease, and a client that
+// repeats its request too early may get 503.
 func (s *Store) BeginTx(ctx context.Context, opts pgx.TxOptions) (*Tx, error) {
 	conn, err := s.pool.Acquire(ctx)
 	if err != nil {
@@ -87,7 +91,7 @@ func (s *Store) BeginTx(ctx context.Context, opts pgx.TxOptions) (*Tx, error) {
 		return nil, err
 	}
 	t := &Tx{Tx: inner, store: s, conn: conn}
-	if exec, ok := idempotency.FromContext(ctx); ok && exec.Protected() {
+	if exec, ok := idempotency.FromContext(ctx); ok && exec.Protected() && opts.AccessMode != pgx.ReadOnly {
 		t.exec = exec
 	}
 	t.stop = context.AfterFunc(ctx, t.abandon)
@@ -136,7 +140,8 @@ var ErrSecondCommit = errors.New("postgres: the request has another transaction 
 
 // Commit hands the transaction over to the store. See [Store.Begin]. After an
 // error of a statement it rolls back and returns [pgx.ErrTxCommitRollback], as
-// every pgx.Tx does. Without an Execution it commits.
+// every pgx.Tx does. It also rolls back, and returns an error, when the handler
+// has returned already. Without an Execution it commits.
 func (t *Tx) Commit(ctx context.Context) error {
 	if t.exec == nil {
 		if !t.move(txOpen, txEnded) {
@@ -156,12 +161,36 @@ func (t *Tx) Commit(ctx context.Context) error {
 		return errors.Join(ctx.Err(), t.rollBackInstead(ctx))
 	case t.Conn().PgConn().TxStatus() != 'T':
 		return errors.Join(pgx.ErrTxCommitRollback, t.rollBackInstead(ctx))
-	case t.exec.Attachment() != nil:
-		return errors.Join(ErrSecondCommit, t.rollBackInstead(ctx))
-	case !t.move(txOpen, txHandedOver):
+	}
+	if err := t.handOver(); err != nil {
+		return errors.Join(err, t.rollBackInstead(ctx))
+	}
+	return nil
+}
+
+// errTooLate is what Commit returns in a goroutine that outlives its handler.
+// The response may be stored by then, so no one would commit the transaction.
+var errTooLate = errors.New("postgres: Tx.Commit after the handler returned; begin it with a context without the Execution")
+
+// handOver attaches the transaction. From then on it ends with the run. The
+// context of Begin is often cancelled as soon as Commit has returned, by a
+// function that has limited its time.
+func (t *Tx) handOver() error {
+	t.store.attaching.Lock()
+	defer t.store.attaching.Unlock()
+	if t.exec.Attachment() != nil {
+		return ErrSecondCommit
+	}
+	if !t.stop() { // the context of Begin has ended, and abandon is running
 		return pgx.ErrTxClosed
 	}
+	t.stop = context.AfterFunc(t.exec.Context(), t.abandon)
+	t.move(txOpen, txHandedOver)
 	t.exec.Attach(t)
+	if t.exec.Attachment() != any(t) {
+		t.move(txHandedOver, txOpen) // for the rollback, unless abandon has ended it
+		return errTooLate
+	}
 	return nil
 }
 
@@ -219,7 +248,10 @@ func (t *Tx) complete(ctx context.Context, key, token string, r idempotency.Resu
 	if !t.move(txHandedOver, txEnded) {
 		return errors.Join(idempotency.ErrRolledBack, pgx.ErrTxClosed)
 	}
-	err := t.store.complete(ctx, t.Tx, key, token, r)
+	fresh, err := t.store.complete(ctx, t.Tx, key, token, r)
+	if err == nil && fresh {
+		err = errNoClaim
+	}
 	if err != nil {
 		_ = t.Tx.Rollback(ctx)
 		t.end()
@@ -227,10 +259,8 @@ func (t *Tx) complete(ctx context.Context, key, token string, r idempotency.Resu
 	}
 	err = t.Tx.Commit(ctx)
 	t.end()
-	if err != nil && !isRefusal(err) {
+	if err != nil {
 		err = t.findOut(ctx, key, token, err)
-	} else if err != nil {
-		err = errors.Join(idempotency.ErrRolledBack, err)
 	}
 	if err == nil {
 		t.committed(ctx)
@@ -238,26 +268,29 @@ func (t *Tx) complete(ctx context.Context, key, token string, r idempotency.Resu
 	return err
 }
 
-// isRefusal reports whether an error of COMMIT means that nothing was committed.
-// A server that shuts down may say so after the commit, with FATAL.
-func isRefusal(err error) bool {
-	var e *pgconn.PgError
-	if errors.As(err, &e) {
-		return e.Severity == "ERROR" || e.SeverityUnlocalized == "ERROR"
-	}
-	return errors.Is(err, pgx.ErrTxCommitRollback) || pgconn.SafeToRetry(err)
-}
+// errNoClaim is why a transaction is rolled back whose statements do not reach
+// the cell that the request has claimed. A response in another table would not
+// keep a retry from running.
+var errNoClaim = errors.New("postgres: the claim is not there in the transaction; " +
+	"set Options.Schema if handlers change the search_path")
 
-// findOut asks what became of a commit whose answer was lost. The transaction
-// holds a lock on its cell until it has ended, so the statement waits for that.
-// An answer is final then. Without an answer the outcome is not known.
+// findOut asks what became of a commit that failed. The answer may be lost, and
+// an error tells little: a server that shuts down sends one after the commit,
+// and so does a pooler that has lost the server. The transaction holds a lock on
+// its cell until it has ended, so the statement waits for that. An answer is
+// final then. Without an answer the outcome is not known.
 func (t *Tx) findOut(ctx context.Context, key, token string, lost error) error {
 	own, err := t.store.conns()
 	if err != nil {
 		return errors.Join(lost, err)
 	}
 	var found cell
-	err = own.QueryRow(ctx, t.store.sql.owner, key).Scan(&found.state, &found.token)
+	for range maxTries {
+		err = own.QueryRow(ctx, t.store.sql.owner, key).Scan(&found.state, &found.token)
+		if !isRace(err) { // with the end of the transaction that it has waited for
+			break
+		}
+	}
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
 		return lost // the cell has expired and is deleted, so it tells nothing

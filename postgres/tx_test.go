@@ -8,8 +8,10 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -182,6 +184,28 @@ func TestTx(t *testing.T) {
 			}
 			status(w, err)
 		}, "201", 1},
+		{"limits the time of a part of it", func(s *shop, w http.ResponseWriter, r *http.Request) {
+			ctx, cancel := context.WithTimeout(r.Context(), time.Hour)
+			err := s.order(ctx)
+			cancel()
+			_ = s.orders() // takes its time, as the rest of a handler does
+			status(w, err)
+		}, "201", 1},
+		{"panics after Commit with a context that does not end", func(s *shop, _ http.ResponseWriter, r *http.Request) {
+			_ = s.order(context.WithoutCancel(r.Context()))
+			panic("after")
+		}, "panic after", 0},
+		{"commits where it cannot see the claim", func(s *shop, w http.ResponseWriter, r *http.Request) {
+			_, _ = s.pool.Exec(r.Context(), `CREATE SCHEMA tenant; CREATE TABLE tenant.idempotency (LIKE idempotency INCLUDING ALL)`)
+			status(w, s.order(r.Context(), func(tx *postgres.Tx) { _, _ = tx.Exec(r.Context(), `SET LOCAL search_path = tenant`) }))
+		}, "503", 0},
+		{"only reads", func(s *shop, w http.ResponseWriter, r *http.Request) {
+			tx, err := s.store.BeginTx(r.Context(), pgx.TxOptions{AccessMode: pgx.ReadOnly})
+			if err == nil {
+				err = tx.Commit(r.Context())
+			}
+			status(w, err)
+		}, "201", 0},
 		{"has lost the claim", func(s *shop, w http.ResponseWriter, r *http.Request) {
 			err := s.order(r.Context())
 			_, _ = s.pool.Exec(r.Context(), `UPDATE idempotency SET token = 'other'`)
@@ -207,8 +231,66 @@ func TestTx(t *testing.T) {
 				require.Equal(t, "201 replayed", s.post("key"))
 				require.Equal(t, tc.orders, s.orders())
 			}
+			if tc.gets == "503" { // and the key is free: the handler runs again, and fails again
+				require.Equal(t, "503", s.post("key"))
+			}
 		})
 	}
+}
+
+// A goroutine outlives its handler. Its Commit must not say that it has committed.
+func TestCommitAfterTheHandler(t *testing.T) {
+	returned, committed := make(chan struct{}), make(chan error)
+	s := openShop(t, 4, nil, func(s *shop, w http.ResponseWriter, r *http.Request) {
+		ctx := context.WithoutCancel(r.Context())
+		go func() {
+			<-returned
+			committed <- s.order(ctx)
+		}()
+		w.WriteHeader(http.StatusAccepted)
+	})
+	require.Equal(t, "202", s.post("key"))
+	close(returned)
+	require.ErrorContains(t, <-committed, "after the handler returned")
+	s.allReturned()
+	require.Zero(t, s.orders())
+}
+
+// Of transactions that are committed at once, one is, and the others say that
+// they are not.
+func TestCommitsAtOnce(t *testing.T) {
+	const keys, transactions = 20, 8
+	var said atomic.Int64
+	s := openShop(t, transactions, nil, func(s *shop, w http.ResponseWriter, r *http.Request) {
+		var begun atomic.Int64
+		var all sync.WaitGroup
+		exec, _ := idempotency.FromContext(r.Context())
+		all.Go(func() {
+			for said.Load() == 0 || begun.Load() < 2*transactions {
+				_ = exec.Attachment() // holds them up in the middle
+			}
+		})
+		for range transactions {
+			all.Go(func() {
+				err := s.order(r.Context(), func(*postgres.Tx) {
+					for begun.Add(1); begun.Load() < transactions; {
+						runtime.Gosched() // a channel would wake them one by one
+					}
+				})
+				begun.Add(1)
+				if err == nil {
+					said.Add(1)
+				}
+			})
+		}
+		all.Wait()
+		w.WriteHeader(http.StatusCreated)
+	})
+	for i := range keys {
+		require.Equal(t, "201", s.post(fmt.Sprint("key", i)))
+	}
+	require.EqualValues(t, s.orders(), said.Load(), "orders that are there, and that handlers were told of")
+	require.EqualValues(t, keys, said.Load())
 }
 
 func TestTxWithoutAKeyCommits(t *testing.T) {
@@ -297,11 +379,11 @@ func TestTxOfAnUnprotectedRun(t *testing.T) {
 	require.Equal(t, 1, s.orders())
 }
 
-// The commit gets through, and the connection breaks before its answer: the
-// store finds the response.
+// The commit gets through, and the connection breaks before its answer, or a
+// pooler that has lost the server answers: the store finds the response.
 func TestCommitWhoseAnswerIsLost(t *testing.T) {
 	server := startServer(t)
-	proxy := startProxy(t, "127.0.0.1:"+server.port)
+	proxy := startProxy(t, "127.0.0.1:"+server.Port)
 	pool, err := pgxpool.New(t.Context(), "postgres://test@"+proxy.addr+"/postgres?sslmode=disable")
 	require.NoError(t, err)
 	defer pool.Close()
@@ -314,19 +396,19 @@ func TestCommitWhoseAnswerIsLost(t *testing.T) {
 		require.NoError(t, s.order(r.Context(), func(tx *postgres.Tx) { tx.AfterCommit(func(context.Context) { after++ }) }))
 		w.WriteHeader(http.StatusCreated)
 	}))
-	for i, before := range []bool{false, true} {
-		proxy.cutCommit(before)
-		want := "201"
-		if before { // PostgreSQL never got the COMMIT
-			want = "503"
+	for i, how := range []cut{cutAfter, cutWithError, cutBefore} {
+		proxy.cutCommit(how)
+		want, orders := "201", i+1
+		if how == cutBefore { // PostgreSQL never got the COMMIT
+			want, orders = "503", i
 		}
 		require.Equal(t, want, s.post(fmt.Sprint("key", i)))
-		require.Equal(t, 1, s.orders())
-		require.Equal(t, 1, after)
+		require.Equal(t, orders, s.orders())
+		require.Equal(t, orders, after)
 		require.True(t, proxy.hasCut())
 	}
-	require.Equal(t, "201", s.post("key1"))
-	require.Equal(t, 2, s.orders())
+	require.Equal(t, "201", s.post("key2"))
+	require.Equal(t, 3, s.orders())
 }
 
 // Handlers hold every connection of their pool for longer than a lease, and keep
@@ -373,4 +455,61 @@ func TestManyClientsOneKey(t *testing.T) {
 	}
 	all.Wait()
 	require.Equal(t, 1, s.orders())
+}
+
+// The connection breaks while PostgreSQL commits. The store waits for the end of
+// that before it says what has become of the transaction.
+func TestCommitThatGoesOn(t *testing.T) {
+	server := startServer(t)
+	proxy := startProxy(t, "127.0.0.1:"+server.Port)
+	pool, err := pgxpool.New(t.Context(), "postgres://test@"+proxy.addr+"/postgres?sslmode=disable")
+	require.NoError(t, err)
+	defer pool.Close()
+	s := &shop{t: t, pool: pool, store: newStore(t, pool, nil)}
+	opts := &idempotency.Options{StoreTimeout: patience, Lease: 2 * patience}
+	s.handler = idempotency.Middleware(s.store, opts)(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		require.NoError(t, s.order(r.Context()))
+		w.WriteHeader(http.StatusCreated)
+	}))
+	_, err = pool.Exec(t.Context(), `
+		CREATE TABLE orders (item text);
+		CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(1); RETURN NULL; END';
+		CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON orders DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION slow()`)
+	require.NoError(t, err)
+	proxy.cutCommit(cutDuring)
+	require.Equal(t, "201", s.post("key"))
+	require.True(t, proxy.hasCut())
+	require.Equal(t, "201 replayed", s.post("key"))
+	require.Equal(t, 1, s.orders())
+}
+
+// A response is kept for the TTL from when it is stored, not from when the
+// handler's transaction began.
+func TestTTLBeginsWithTheResponse(t *testing.T) {
+	var late time.Time // in the transaction, after it began
+	s := openShop(t, 2, &idempotency.Options{TTL: time.Hour}, func(s *shop, w http.ResponseWriter, r *http.Request) {
+		require.NoError(s.t, s.order(r.Context(), func(tx *postgres.Tx) {
+			require.NoError(s.t, tx.QueryRow(r.Context(), `SELECT clock_timestamp()`).Scan(&late))
+		}))
+		w.WriteHeader(http.StatusCreated)
+	})
+	require.Equal(t, "201", s.post("key"))
+	var expires time.Time
+	require.NoError(t, s.pool.QueryRow(t.Context(), `SELECT expires_at FROM idempotency`).Scan(&expires))
+	require.False(t, expires.Before(late.Add(time.Hour)), "the response expires %v too early", late.Add(time.Hour).Sub(expires))
+}
+
+// A run whose transaction is rolled back leaves its connection in the pool.
+func TestReleaseReturnsTheConnection(t *testing.T) {
+	s := openShop(t, 1, nil, func(s *shop, w http.ResponseWriter, r *http.Request) {
+		require.NoError(s.t, s.order(r.Context()))
+		w.WriteHeader(http.StatusInternalServerError)
+	})
+	require.Equal(t, "500", s.post("key"))
+	opened := s.pool.Stat().NewConnsCount()
+	for range 3 {
+		require.Equal(t, "500", s.post("key"))
+	}
+	require.Equal(t, opened, s.pool.Stat().NewConnsCount())
+	require.Equal(t, 0, s.orders())
 }

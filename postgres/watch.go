@@ -11,9 +11,11 @@ import (
 )
 
 // How long the listener waits for its connection and the notification that
-// tests it, and for how long it does not try again after a failure.
+// tests it, after what silence it tests the connection again, and for how long
+// it does not try again after a failure.
 const (
 	listenTimeout = time.Second
+	listenSilence = 5 * time.Second
 	listenPause   = 5 * time.Second
 )
 
@@ -130,20 +132,20 @@ func (l *listener) notify(on *session, key string) {
 	l.tidyLocked(key)
 }
 
-// run listens until the session ends. When its connection breaks, it wakes all
-// waiters, which then poll.
+// run listens until the session ends. When its connection breaks, or brings no
+// notifications any more, run wakes all waiters, which then poll.
 func (l *listener) run(ctx context.Context, on *session) {
 	defer on.end()
-	conn, err := l.connect(ctx)
+	conn, err := l.connect(ctx, on)
 	if conn != nil {
 		defer func() { _ = conn.Close(context.Background()) }()
 	}
 	on.err = err
 	close(on.ready)
 	for err == nil {
-		n, waitErr := conn.WaitForNotification(ctx)
-		if err = waitErr; err == nil {
-			l.notify(on, n.Payload)
+		_, err = l.next(ctx, on, conn, listenSilence)
+		if errors.Is(err, context.DeadlineExceeded) {
+			err = l.probe(ctx, on, conn)
 		}
 	}
 	l.mu.Lock()
@@ -160,15 +162,22 @@ func (l *listener) run(ctx context.Context, on *session) {
 	l.notUntil = time.Now().Add(listenPause)
 }
 
-// connect opens the connection and tests it with a notification that another
-// connection sends. A pooler takes LISTEN and forgets it after the statement.
-func (l *listener) connect(ctx context.Context) (*pgx.Conn, error) {
+// next passes one notification on, and returns its payload.
+func (l *listener) next(ctx context.Context, on *session, conn *pgx.Conn, patience time.Duration) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	n, err := conn.WaitForNotification(ctx)
+	if err != nil {
+		return "", err
+	}
+	l.notify(on, n.Payload)
+	return n.Payload, nil
+}
+
+// connect opens the connection and tests it.
+func (l *listener) connect(ctx context.Context, on *session) (*pgx.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, listenTimeout)
 	defer cancel()
-	own, err := l.store.conns()
-	if err != nil {
-		return nil, err
-	}
 	config := l.store.pool.Config()
 	if config.BeforeConnect != nil { // which may set a password that changes
 		if err := config.BeforeConnect(ctx, config.ConnConfig); err != nil {
@@ -182,19 +191,27 @@ func (l *listener) connect(ctx context.Context) (*pgx.Conn, error) {
 	if _, err := conn.Exec(ctx, "LISTEN "+l.store.sql.channel); err != nil {
 		return conn, err
 	}
+	return conn, l.probe(ctx, on, conn)
+}
+
+// probe tests the connection with a notification that another connection sends.
+// A pooler takes LISTEN and forgets it after the statement. A firewall may drop
+// an idle connection and tell neither end.
+func (l *listener) probe(ctx context.Context, on *session, conn *pgx.Conn) error {
+	ctx, cancel := context.WithTimeout(ctx, listenTimeout)
+	defer cancel()
+	own, err := l.store.conns()
+	if err != nil {
+		return err
+	}
 	probe := "probe " + rand.Text() // no key has a space
 	if _, err := own.Exec(ctx, "SELECT pg_notify($1::text, $2::text)", l.store.sql.channel, probe); err != nil {
-		return conn, err
+		return err
 	}
-	for {
-		// A notification of a key concerns no waiter yet: each claims again when
-		// Watch has returned.
-		n, err := conn.WaitForNotification(ctx)
-		if err != nil {
-			return conn, errors.Join(errNotListening, err)
-		}
-		if n.Payload == probe {
-			return conn, nil
+	for payload := ""; payload != probe; {
+		if payload, err = l.next(ctx, on, conn, listenTimeout); err != nil {
+			return errors.Join(errNotListening, err)
 		}
 	}
+	return nil
 }

@@ -4,10 +4,13 @@ package postgres_test
 
 import (
 	"context"
+	"net"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/stretchr/testify/require"
 )
@@ -46,6 +49,66 @@ func TestWatchLosesItsConnection(t *testing.T) {
 	}
 	_, err = store.Watch(t.Context(), "key")
 	require.Error(t, err)
+}
+
+// A connection that brings nothing any more, and does not break either, is found
+// out. The waiters must not wait for it.
+func TestWatchOverADeafConnection(t *testing.T) {
+	server := startServer(t)
+	proxy := startProxy(t, "127.0.0.1:"+server.Port)
+	config := server.dial(4).Config()
+	dial := config.ConnConfig.DialFunc
+	var dialed atomic.Int64
+	config.ConnConfig.DialFunc = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		if dialed.Add(1) == 2 { // the first one is of Migrate, in the pool of the store
+			addr = proxy.addr
+		}
+		return dial(ctx, network, addr)
+	}
+	pool, err := pgxpool.NewWithConfig(t.Context(), config)
+	require.NoError(t, err)
+	t.Cleanup(pool.Close)
+	store := newStore(t, pool, nil)
+	changed, err := store.Watch(t.Context(), "key")
+	require.NoError(t, err)
+	proxy.deafen()
+	select {
+	case <-changed:
+	case <-time.After(patience):
+		require.Fail(t, "the waiter still waits")
+	}
+}
+
+// A listener whose connection is in order goes on through silence.
+func TestWatchThroughSilence(t *testing.T) {
+	pool := startServer(t).dial(4)
+	store := newStore(t, pool, nil)
+	ctx := t.Context()
+	_, err := store.Acquire(ctx, "key", claim("A", time.Minute))
+	require.NoError(t, err)
+	changed, err := store.Watch(ctx, "key")
+	require.NoError(t, err)
+	_, err = store.Acquire(ctx, "key", claim("B", time.Minute))
+	require.NoError(t, err)
+	// The listener tests its connection. Another one in its place sees that.
+	probes, err := pgx.ConnectConfig(ctx, pool.Config().ConnConfig)
+	require.NoError(t, err)
+	defer func() { _ = probes.Close(context.Background()) }()
+	var listen string
+	require.NoError(t, pool.QueryRow(ctx, `SELECT query FROM pg_stat_activity WHERE query LIKE 'LISTEN %'`).Scan(&listen))
+	_, err = probes.Exec(ctx, listen)
+	require.NoError(t, err)
+	waiting, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	_, err = probes.WaitForNotification(waiting)
+	require.NoError(t, err)
+	require.NoError(t, store.Complete(ctx, "key", "A", idempotency.Result{TTL: time.Hour}))
+	select {
+	case <-changed:
+	case <-waiting.Done():
+		require.Fail(t, "the waiter still waits")
+	}
+	require.Equal(t, 1, listeners(t, pool)-1, "the listener has gone on") // one is the test's
 }
 
 // Only a cell that a waiter has found in progress is marked: the others cost

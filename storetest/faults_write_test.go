@@ -243,7 +243,7 @@ var valueFaults = []brokenStore{
 		}
 	}}, []string{
 		"Values/a binary value and fingerprint",
-		"Values/a value of 1 MiB",
+		"Values/a large value",
 	}},
 	{"values end at a zero byte", fault{after: func(c *call) {
 		if c.complete() {
@@ -255,7 +255,7 @@ var valueFaults = []brokenStore{
 	{"values are cut at 64 KiB", fault{after: func(c *call) {
 		c.cell.value = c.cell.value[:min(len(c.cell.value), 1<<16)]
 	}}, []string{
-		"Values/a value of 1 MiB",
+		"Values/a large value",
 	}},
 	{"keys are compared without case", fault{key: strings.ToLower}, []string{
 		"Values/every key has a cell of its own",

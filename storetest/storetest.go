@@ -32,6 +32,11 @@ import (
 //     several run at a time. The store's clock may then be 10 ms coarse, not
 //     more: a store with a coarser one needs Advance.
 //
+// The largest value that Run stores has 1 MiB, which is the default of
+// Options.MaxResponseBytes. A store that can keep less says how many bytes, with
+// a method MaxValue() int, and Run stores a value of that size. Such a store
+// returns an error for a larger one, and leaves the cell as it is.
+//
 // Run skips the rules about [idempotency.Watcher] for a store that is not one,
 // and likewise those about [idempotency.Inspector].
 func Run(t *testing.T, newStore func(t *testing.T) idempotency.Store) {
@@ -62,6 +67,9 @@ const realTimeRules = 8
 
 // An advancer is a store with a virtual clock.
 type advancer interface{ Advance(time.Duration) }
+
+// A limiter is a store whose values may not have 1 MiB.
+type limiter interface{ MaxValue() int }
 
 // A rule is one sentence of the contract. Its check reports to the env and not
 // to a testing.T, so that the suite can be tested with stores that break it.

@@ -1,6 +1,8 @@
 package storetest
 
 import (
+	"context"
+	"errors"
 	"slices"
 	"strings"
 	"sync"
@@ -47,6 +49,33 @@ func TestReferencePasses(t *testing.T) {
 		shared := running(fault{})
 		Run(t, func(*testing.T) idempotency.Store { return struct{ realStore }{shared} })
 	})
+}
+
+// A smallStore keeps no values over MaxValue.
+type smallStore struct {
+	virtualStore
+	stored int // bytes of the largest value
+}
+
+func (*smallStore) MaxValue() int { return 300_000 }
+
+func (s *smallStore) Complete(ctx context.Context, key, token string, r idempotency.Result) error {
+	if len(r.Value) > s.MaxValue() {
+		return errors.New("too large")
+	}
+	s.stored = max(s.stored, len(r.Value))
+	return s.virtualStore.Complete(ctx, key, token, r)
+}
+
+func TestLargeValueOfALimitedStore(t *testing.T) {
+	t.Parallel()
+	store := &smallStore{virtualStore: newReference(fault{})}
+	if err := allRules()["Values/a large value"].run(t.Context(), store, timingOf(store)); err != nil {
+		t.Error(err)
+	}
+	if store.stored != store.MaxValue() {
+		t.Errorf("the largest value has %d bytes, and not the %d that the store can keep", store.stored, store.MaxValue())
+	}
 }
 
 // running returns a reference whose clock runs.

@@ -245,7 +245,8 @@ func run(ctx context.Context) error {
 
 // shutDown lets running requests finish, and then waits for what goes on after
 // their answers: with a store that was away for a moment, responses that were
-// sent and are not stored yet. Kubernetes kills a program after 30 seconds.
+// sent and are not stored yet. By default Kubernetes kills a program that is
+// still running 30 seconds after SIGTERM.
 func shutDown(background *idempotency.Background, servers ...*http.Server) (err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
 	defer cancel()

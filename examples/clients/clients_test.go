@@ -86,7 +86,7 @@ func ofLibrary(t *testing.T) map[string]entry {
 }
 
 func TestTableOfErrorsIsThatOfTheLibrary(t *testing.T) {
-	table := codes(t, read(t, "../../docs/clients.md"), "(?m)^\\| `(?P<code>\\w+)` \\| (?P<status>\\d+) \\| (?P<retryable>yes|no) \\| .+\\. \\| .+\\. \\|$")
+	table := codes(t, read(t, "../../docs/clients.md"), "(?m)^\\| `(?P<code>\\w+)` \\| (?P<status>\\d+)(?:, \\d+)? \\| (?P<retryable>yes|no) \\| .+\\. \\| .+\\. \\|$")
 	require.Equal(t, ofLibrary(t), table)
 }
 
@@ -114,6 +114,9 @@ type refusal struct {
 	noKey bool
 	body  func() io.Reader
 	tries int // the last one is answered with the code
+
+	// outer stands for middleware that has seen the request before.
+	outer func(*http.Request) error
 }
 
 // A scripted store always finds the same under a key.
@@ -126,7 +129,7 @@ func (s scripted) Acquire(_ context.Context, _ string, _ idempotency.Claim) (ide
 	return s.found, nil
 }
 
-// refusals has one for each code.
+// refusals has one for each code, and one for each other status of a code.
 func refusals() map[string]refusal {
 	finds := func(state idempotency.State) idempotency.Store {
 		return scripted{found: idempotency.Record{State: state, Value: []byte("damaged")}}
@@ -142,6 +145,7 @@ func refusals() map[string]refusal {
 		"response_not_stored": {opts: idempotency.Options{MaxResponseBytes: 1}, tries: 2},
 		"record_unreadable":   {store: finds(idempotency.Completed)},
 		"body_incomplete":     {body: func() io.Reader { return io.MultiReader(strings.NewReader("a"), brokenOff{io.ErrUnexpectedEOF}) }},
+		"body_incomplete 500": {outer: parseFormThatIsLost},
 		"body_too_large":      {body: func() io.Reader { return brokenOff{&http.MaxBytesError{Limit: 1}} }},
 		"store_unavailable":   {store: down},
 	}
@@ -152,8 +156,20 @@ type brokenOff struct{ err error }
 
 func (b brokenOff) Read([]byte) (int, error) { return 0, b.err }
 
+// parseFormThatIsLost parses a form whose file then disappears from the disk.
+func parseFormThatIsLost(r *http.Request) error {
+	r.Header.Set("Content-Type", "multipart/form-data; boundary=b")
+	r.Body = io.NopCloser(strings.NewReader("--b\r\nContent-Disposition: form-data; name=f; filename=f\r\n\r\n" +
+		strings.Repeat("x", 16<<20) + "\r\n--b--\r\n"))
+	if err := r.ParseMultipartForm(1); err != nil { // which keeps large files on the disk
+		return err
+	}
+	return r.MultipartForm.RemoveAll()
+}
+
 // answer returns what the library answers.
-func (f refusal) answer() *httptest.ResponseRecorder {
+func (f refusal) answer(t *testing.T) *httptest.ResponseRecorder {
+	t.Helper()
 	store := f.store
 	if store == nil {
 		store = idempotency.NewMemoryStore()
@@ -173,10 +189,20 @@ func (f refusal) answer() *httptest.ResponseRecorder {
 		if !f.noKey {
 			r.Header.Set("Idempotency-Key", "order-17")
 		}
+		if f.outer != nil {
+			require.NoError(t, f.outer(r))
+		}
 		w = httptest.NewRecorder()
 		h.ServeHTTP(w, r)
 	}
 	return w
+}
+
+func TestEachCodeHasARefusal(t *testing.T) {
+	all := refusals()
+	for code := range ofLibrary(t) {
+		require.Contains(t, all, code)
+	}
 }
 
 // The examples of the document are what the library answers, but for the detail,
@@ -185,14 +211,14 @@ func TestOpenAPIHasTheAnswersOfTheLibrary(t *testing.T) {
 	var doc openAPI
 	require.NoError(t, yaml.Unmarshal([]byte(block(t, "yaml")), &doc))
 	schema := doc.Components.Schemas["IdempotencyProblem"]
-	all := refusals()
-	require.Len(t, all, len(ofLibrary(t)))
-	require.Len(t, schema.Properties["code"].Enum, len(all))
+	require.Len(t, schema.Properties["code"].Enum, len(ofLibrary(t)))
 
-	for code, refusal := range all {
-		t.Run(code, func(t *testing.T) {
-			w := refusal.answer()
+	for name, refusal := range refusals() {
+		code, _, _ := strings.Cut(name, " ")
+		t.Run(name, func(t *testing.T) {
+			w := refusal.answer(t)
 			status := strconv.Itoa(w.Code)
+			require.Regexp(t, "(?m)^\\| `"+code+"` \\| ([0-9]+, )?"+status+"[, ]", read(t, "../../docs/clients.md"))
 			require.Contains(t, doc.Paths["/charge"]["post"].Responses, status)
 			response := doc.Components.Responses["Idempotency"+status]
 			content := response.Content[w.Header().Get("Content-Type")]
@@ -203,7 +229,8 @@ func TestOpenAPIHasTheAnswersOfTheLibrary(t *testing.T) {
 
 			var answer map[string]any
 			require.NoError(t, json.Unmarshal(w.Body.Bytes(), &answer))
-			require.Contains(t, schema.Properties["code"].Enum, answer["code"])
+			require.Equal(t, code, answer["code"])
+			require.Contains(t, schema.Properties["code"].Enum, code)
 			for name := range answer {
 				require.Contains(t, schema.Properties, name)
 			}

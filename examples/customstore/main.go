@@ -31,7 +31,10 @@ type order struct {
 	Quantity int    `json:"quantity"`
 }
 
-type orders struct{ db *sql.DB }
+type orders struct {
+	db    *sql.DB
+	store *Store
+}
 
 const ordersTable = `
 	CREATE TABLE IF NOT EXISTS orders (
@@ -50,9 +53,9 @@ func newHandler(ctx context.Context, db *sql.DB, lease time.Duration, background
 	if _, err := db.ExecContext(ctx, ordersTable); err != nil {
 		return nil, err
 	}
-	o := &orders{db}
+	o := &orders{db, store}
 	idempotent := idempotency.Middleware(store, &idempotency.Options{
-		RequireKey: true, // without a key, the store would not commit the order
+		RequireKey: true,
 		Lease:      lease,
 		Background: background,
 
@@ -70,11 +73,6 @@ func newHandler(ctx context.Context, db *sql.DB, lease time.Duration, background
 // create inserts an order on a transaction that the store commits together
 // with the response.
 func (o *orders) create(w http.ResponseWriter, r *http.Request) {
-	exec, ok := idempotency.FromContext(r.Context())
-	if !ok {
-		http.Error(w, "no idempotency middleware", http.StatusInternalServerError)
-		return
-	}
 	ord := order{Item: r.PostFormValue("item")}
 	var err error
 	if ord.Quantity, err = strconv.Atoi(r.PostFormValue("quantity")); err != nil || ord.Item == "" || ord.Quantity <= 0 {
@@ -82,30 +80,26 @@ func (o *orders) create(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 
-	// Slow work belongs here. From BeginTx on no other transaction can write,
-	// not even that of the store which renews this request's lease.
-	tx, err := o.db.BeginTx(r.Context(), nil)
+	// Slow work belongs here. From Begin on no other transaction can write, not
+	// even that of the store which renews this request's lease.
+	tx, err := o.store.Begin(r.Context())
 	if err != nil {
 		unavailable(w, err)
 		return
 	}
-	handedOver := false
-	defer func() {
-		if !handedOver { // an error, or a panic
-			_ = tx.Rollback()
-		}
-	}()
+	defer func() { _ = tx.Rollback() }() // without effect after Commit
 	res, err := tx.ExecContext(r.Context(), `INSERT INTO orders (item, quantity) VALUES ($1, $2)`, ord.Item, ord.Quantity)
 	if err == nil {
 		ord.ID, err = res.LastInsertId()
 	}
+	if err == nil {
+		err = tx.Commit() // hands tx over: the store commits it with the response
+	}
 	if err != nil {
 		unavailable(w, err)
 		return
 	}
-	exec.Attach(tx) // the store commits it, or rolls it back
 	writeJSON(w, http.StatusCreated, ord)
-	handedOver = true
 }
 
 // list waits for the writer, because there is one connection. A service that
@@ -195,7 +189,8 @@ func run(ctx context.Context, driver, path, addr string, lease time.Duration) er
 
 // shutDown lets running requests finish, and then waits for what goes on after
 // their answers: with a store that was away for a moment, responses that were
-// sent and are not stored yet. Kubernetes kills a program after 30 seconds.
+// sent and are not stored yet. By default Kubernetes kills a program that is
+// still running 30 seconds after SIGTERM.
 func shutDown(background *idempotency.Background, servers ...*http.Server) (err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
 	defer cancel()

@@ -58,7 +58,9 @@ func post(ctx context.Context, url, key, body string) (answer, error) {
 		return answer{}, err
 	}
 	req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
-	req.Header.Set("Idempotency-Key", key)
+	if key != "" {
+		req.Header.Set("Idempotency-Key", key)
+	}
 	// A connection for each try: Go's Transport would send a request again by
 	// itself when a used one breaks.
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
@@ -95,8 +97,9 @@ func newAPI(
 	t.Helper()
 	_, err := db.ExecContext(t.Context(), ordersTable)
 	require.NoError(t, err)
-	o := &orders{db}
-	srv := httptest.NewServer(idempotency.Middleware(newStore(t, db), opts)(around(o.create)))
+	store := newStore(t, db)
+	o := &orders{db, store}
+	srv := httptest.NewServer(idempotency.Middleware(store, opts)(around(o.create)))
 	t.Cleanup(srv.Close)
 	return srv.URL
 }

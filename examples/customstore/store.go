@@ -5,6 +5,7 @@ import (
 	"context"
 	"database/sql"
 	"errors"
+	"fmt"
 	"net/url"
 	"time"
 
@@ -33,8 +34,8 @@ func Open(driver, path string) (*sql.DB, error) {
 
 // A Store is an [idempotency.Store] in a table of an SQL database.
 //
-// When a handler attaches a transaction on that database, the handler's rows and
-// the stored response are committed together, or neither is: see Complete.
+// A handler that uses [Store.Begin] has its rows and the stored response committed
+// together, or neither.
 type Store struct{ db *sql.DB }
 
 var _ idempotency.Store = (*Store)(nil)
@@ -183,21 +184,31 @@ func acquire(ctx context.Context, tx *sql.Tx, key string, c idempotency.Claim) (
 	return idempotency.Record{State: idempotency.Acquired, Attempt: next.attempt, Once: next.once}, err
 }
 
-// Complete implements [idempotency.Store]. When the handler attached a *sql.Tx,
-// Complete writes the response on that transaction and commits it: the handler's
-// rows and the response, or neither.
+// Complete implements [idempotency.Store]. When the handler has handed over a
+// [Tx], Complete writes the response on that transaction and commits it: the
+// handler's rows and the response, or neither.
 func (s *Store) Complete(ctx context.Context, key, token string, r idempotency.Result) error {
-	tx := attached(ctx)
-	if tx == nil {
+	tx, err := s.attached(ctx)
+	switch {
+	case err != nil:
+		return err
+	case tx == nil:
 		return s.update(ctx, func(tx *sql.Tx) error { return complete(ctx, tx, key, token, r) })
 	}
-	if err := complete(ctx, tx, key, token, r); err != nil {
-		_ = tx.Rollback() // without a commit nothing is written, even if this fails
+	err = complete(ctx, tx.Tx, key, token, r)
+	switch {
+	case errors.Is(err, sql.ErrTxDone) && tx.ctx.Err() == nil:
+		return fmt.Errorf("customstore: the handler has ended its transaction around Tx.Commit, so the store cannot tell whether its rows are there: %w", err)
+	case err != nil:
+		_ = tx.Tx.Rollback() // without a commit nothing is written, even if this fails
 		return errors.Join(idempotency.ErrRolledBack, err)
 	}
-	if err := tx.Commit(); err != nil {
-		return s.failedCommit(ctx, key, token, err)
+	if err := tx.Tx.Commit(); err != nil {
+		if err := s.failedCommit(ctx, key, token, err); err != nil {
+			return err
+		}
 	}
+	tx.committed(ctx)
 	return nil
 }
 
@@ -241,8 +252,8 @@ func complete(ctx context.Context, tx *sql.Tx, key, token string, r idempotency.
 
 // Release implements [idempotency.Store]. It rolls an attached transaction back.
 func (s *Store) Release(ctx context.Context, key, token string, keep time.Duration) error {
-	if tx := attached(ctx); tx != nil {
-		_ = tx.Rollback() // fails when the transaction or its connection has ended, which does no harm
+	if tx, _ := s.attached(ctx); tx != nil {
+		_ = tx.Tx.Rollback() // fails when the transaction or its connection has ended, which does no harm
 	}
 	return s.update(ctx, func(tx *sql.Tx) error {
 		old, err := load(ctx, tx, key)
@@ -257,14 +268,4 @@ func (s *Store) Release(ctx context.Context, key, token string, keep time.Durati
 		}
 		return save(ctx, tx, key, marker, keep)
 	})
-}
-
-// attached returns the transaction that the handler attached, or nil.
-func attached(ctx context.Context) *sql.Tx {
-	exec, ok := idempotency.FromContext(ctx)
-	if !ok {
-		return nil
-	}
-	tx, _ := exec.Attachment().(*sql.Tx)
-	return tx
 }

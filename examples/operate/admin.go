@@ -17,9 +17,10 @@ import (
 //	GET  /?method=POST&path=/charge&key=order-17&scope=alice
 //	POST /   the same as form values, and seen from the answer to GET
 //
-// It asks nobody who they are. It shows the answers of all customers and lets
-// handlers run again, so mount it only behind the authentication of operators,
-// and log who does what. It refuses what another site has a browser send.
+// It has no authentication of its own. It shows the answers of all customers
+// and lets handlers run again, so mount it only behind the authentication of
+// operators, and log who does what. It refuses what another site has a browser
+// send.
 func newAdmin(o *operator) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /{$}", o.show)

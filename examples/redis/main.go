@@ -75,8 +75,10 @@ const ledger = "charges"
 
 // charge has its effect first and takes its time afterwards. A replica that is
 // killed in between has charged and not answered. A retry takes the key over
-// when its lease is over, and attempt 2 charges again. To prevent that, use
-// [idempotency.Execution.Commit] or DownstreamKey; the chi example shows both.
+// when its lease is over, and attempt 2 charges again. So it does after an error
+// of the provider: the charge may have happened and its answer be lost, and the
+// 502 frees the key. To prevent both, use [idempotency.Execution.Commit] or
+// DownstreamKey; the chi example shows both.
 func (rep *replica) charge(w http.ResponseWriter, r *http.Request) {
 	exec, ok := idempotency.FromContext(r.Context())
 	if !ok {
@@ -185,7 +187,8 @@ func suggest(urls []string) {
 
 // shutDown lets running requests finish, and then waits for what goes on after
 // their answers: with a store that was away for a moment, responses that were
-// sent and are not stored yet. Kubernetes kills a program after 30 seconds.
+// sent and are not stored yet. By default Kubernetes kills a program that is
+// still running 30 seconds after SIGTERM.
 func shutDown(background *idempotency.Background, servers ...*http.Server) (err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
 	defer cancel()

@@ -26,7 +26,7 @@ func newClient() *retryablehttp.Client {
 	c.Logger = nil
 	c.CheckRetry = checkRetry
 	c.Backoff = backoff
-	c.ErrorHandler = retryablehttp.PassthroughErrorHandler // the last answer, not only that there was one
+	c.ErrorHandler = retryablehttp.PassthroughErrorHandler // returns the last answer, and not an error in its place
 	c.HTTPClient.Timeout = 15 * time.Second                // of one try; there is none by default
 	c.HTTPClient.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 	return c

@@ -43,7 +43,8 @@ func traceEvent(ctx context.Context, e idempotency.Event) {
 		span.SetAttributes(attribute.Int64("idempotency.waited_ms", e.Waited.Milliseconds()))
 	}
 	switch e.Outcome {
-	case idempotency.OutcomeStoreUnavailable, idempotency.OutcomeLeaseLost, idempotency.OutcomeRecordUnreadable:
+	case idempotency.OutcomeStoreUnavailable, idempotency.OutcomeLeaseLost, idempotency.OutcomeRecordUnreadable,
+		idempotency.OutcomePanicked:
 		span.SetStatus(codes.Error, string(e.Outcome))
 	}
 }

@@ -5,8 +5,10 @@ import (
 	"net/http/httptest"
 	"testing"
 
+	"github.com/go-idempotency/idempotency"
 	"github.com/stretchr/testify/require"
 	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/codes"
 	sdk "go.opentelemetry.io/otel/sdk/trace"
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 )
@@ -38,4 +40,19 @@ func TestTracing(t *testing.T) {
 	require.Equal(t, "true", get(replay, "idempotency.replayed"))
 	require.Equal(t, get(first, "idempotency.store_key"), get(replay, "idempotency.store_key"))
 	require.Empty(t, replay.Links())
+}
+
+// A run that panicked is an error.
+func TestTracingMarksErrors(t *testing.T) {
+	spans := tracetest.NewSpanRecorder()
+	tracer := sdk.NewTracerProvider(sdk.WithSpanProcessor(spans)).Tracer("test")
+	for outcome, want := range map[idempotency.Outcome]codes.Code{
+		idempotency.OutcomePanicked: codes.Error, idempotency.OutcomeLeaseLost: codes.Error, idempotency.OutcomeReplayed: codes.Unset,
+	} {
+		ctx, span := tracer.Start(t.Context(), "request")
+		traceEvent(ctx, idempotency.Event{Outcome: outcome})
+		span.End()
+		ended := spans.Ended()
+		require.Equal(t, want, ended[len(ended)-1].Status().Code, outcome)
+	}
 }

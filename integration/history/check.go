@@ -154,6 +154,9 @@ type checker struct {
 // dies.
 func (c *checker) atMostOnce() bool { return c.kind == Once || c.kind == Commit }
 
+// isLarge reports whether the claim of a body does not say what the body is.
+func (c *checker) isLarge() bool { return c.kind == Large || c.kind == Head }
+
 // split makes a checker for each key, in order of their names.
 func split(h History) []*checker {
 	keys := make(map[string]*checker)

@@ -18,6 +18,10 @@ const (
 	Once   = "once"   // Options.AtMostOnce
 	Commit = "commit" // every handler calls Commit before its effect
 	Large  = "large"  // like Plain, with bodies over Options.MaxBufferedBody
+	Form   = "form"   // like Plain, with a form that has another boundary in each request
+	Event  = "event"  // like Plain, and the key is in the body (Options.Key)
+	Tenant = "tenant" // like Plain, with Options.Scope; two tenants use the same keys
+	Head   = "head"   // like Large, streamed; the handler reads the payload alone, and what follows differs
 )
 
 // An Op is one request of a client. Times are since the history began.

@@ -130,7 +130,7 @@ func (c *checker) judgePair(a, b *run) *Violation {
 	if !own && b.Returned < held+c.Lease-tolerance {
 		return violate(Overlap, "%v after the claim or its renewal, of a lease of %v", b.Returned-held, c.Lease)
 	}
-	if a.Payload != b.Payload && c.kind != Large && !c.freed(a.Sent, b.Returned) {
+	if a.Payload != b.Payload && !c.isLarge() && !c.freed(a.Sent, b.Returned) {
 		return violate(Payload, "payload %q, then %q", a.Payload, b.Payload)
 	}
 	if a.stored && !c.returned(a, b) {

@@ -2,6 +2,7 @@
  * What requests with one key do to each other: a model of the contract of Store
  * and of the middleware's flow, for the model checker spin. README.md says what
  * is modelled and which function each part of it stands for; check runs it.
+ * What only some searches need is in operator.pml and replica.pml.
  */
 
 #ifndef OWNERS
@@ -33,13 +34,22 @@
 #endif
 #ifdef FAIL_OPEN /* Options.FailOpen */
 #define OPENS (!held)
-#define HELD held = 1;
-#define NOT_HELD held = 0;
+#ifdef BUG_FAIL_OPEN_IGNORES_THE_OTHERS
+#define HELD told = 1;
+#else
+#define HELD held = 1; told = 1;
+#endif
+#define NOT_HELD held = 0; told = 0;
 #else
 #define OPENS 0
 #define HELD
 #define NOT_HELD
 #endif
+
+/* FORGET is how often an operator looks at the key and has it forgotten. FAILOVER
+ * is how often a replica becomes the master of a Redis whose MinReplicas is the
+ * number of all replicas. With ATTACH handlers have their effect in a transaction
+ * that the store commits. */
 
 #define TOKENS (OWNERS * TRIES)
 #define PROBE (TOKENS + 1) /* the token of one more request, when all is over */
@@ -49,7 +59,21 @@ byte crashes = CRASHES;
 bit body[OWNERS + 1]; /* what a request is for */
 #define BODY(t_) body[(t_ - 1) / TRIES]
 
+#ifdef FORGET
+bit alive[TOKENS + 2]; /* its process has not ended, and may start a handler or runs one */
+#define ALIVE alive[t] = 1;
+#define ENDED alive[t] = alive[t] && t == i * TRIES; /* which is the last token of another owner */
+#else
+#define ALIVE
+#define ENDED
+#endif
+
 #include "store.pml"
+#ifdef FAILOVER
+#include "replica.pml"
+#else
+#define REPLICATED
+#endif
 
 /* Commands whose senders have stopped waiting: how many, and the attempt that a
  * renewal carries. A mark is a renewal that asks for Once. */
@@ -71,10 +95,12 @@ byte releasing[TOKENS + 1];
 bit keep[TOKENS + 1];
 #ifdef BUG_SHORT_MARKER_AFTER_A_MARK
 #define KEEP ran
+#elif defined(BUG_SHORT_MARKER_AFTER_A_FAILURE)
+#define KEEP asked
 #else
 #define KEEP (ran || asked)
 #endif
-#define FORGET keep[t] = keep[t] && (releasing[t] != 0 || late_release[t] != 0);
+#define END_KEEPING keep[t] = keep[t] && (releasing[t] != 0 || late_release[t] != 0);
 
 /* A ghost: the process died with a mark on its way, or the handler ran
  * unprotected. */
@@ -147,8 +173,12 @@ inline learn(a_) {
  * command comes after its sender has stopped waiting. Or the command is lost. */
 inline acquire(a_, o_) {
 	if
-	:: d_step { true; store_acquire(t, BODY(t), a_, o_); learn(a_) }
-	:: d_step { faults > 0; faults--; delay(a_, o_); store_acquire(t, BODY(t), a_, o_); learn(a_) }
+	:: d_step { true; store_acquire(t, BODY(t), a_, o_); REPLICATED learn(a_) }
+	:: d_step { faults > 0; faults--; delay(a_, o_); store_acquire(t, BODY(t), a_, o_); REPLICATED learn(a_) }
+#ifdef FAILOVER
+	:: d_step { faults > 0; faults--; store_acquire(t, BODY(t), a_, o_); unreplicated(a_, 0) }
+	:: d_step { faults > 0; faults--; store_acquire(t, BODY(t), a_, o_); unreplicated(a_, 1) }
+#endif
 	:: d_step { faults > 0; faults--; store_acquire(t, BODY(t), a_, o_); res = unknown }
 	:: d_step { faults > 0; faults--; delay(a_, o_); res = unknown }
 	:: d_step { faults > 0; faults--; res = unknown }
@@ -158,8 +188,13 @@ inline acquire(a_, o_) {
 
 inline complete() {
 	if
+#ifdef ATTACH
+	:: d_step { faults > 0; faults--; res = rolled_back }
+#endif
 	:: d_step { true; store_complete(t, RESULT(t)) }
+#ifndef ATTACH
 	:: d_step { faults > 0; faults--; late_complete[t] = 1; store_complete(t, RESULT(t)) }
+#endif
 	:: d_step { faults > 0; faults--; store_complete(t, RESULT(t)); res = unknown }
 	:: d_step { faults > 0; faults--; late_complete[t] = 1; res = unknown }
 	:: d_step { faults > 0; faults--; res = unknown }
@@ -231,13 +266,23 @@ inline refuse(claimed_) {
 	:: !asked && (uncertain || claimed_) -> releasing[t] = FOR_ONE_LEASE
 	:: else
 	fi;
-	FORGET
+	END_KEEPING
 }
 
 /* An answer goes out that the handler made. */
 inline send() {
-	assert(res == unknown || record == t || OLD(t)); /* stored before sent */
+	assert(res == unknown || record == t || OLD(t) || GONE(t)); /* stored before sent */
+#ifdef ATTACH
+	assert(record == t); /* an attached answer is sent only with its effect */
+#endif
 	assert(res != unknown || !seen || committed)     /* an owner that saw another owner sends no answer that is not stored */
+}
+
+/* A handler has its effect. */
+inline charge() {
+	assert(!charged || OLD(t)); /* an at-most-once effect never happens twice */
+	charged = charged || (ONCE || COMMITS && !COMMITS_LATE) && !OLD(t);
+	somewhere = somewhere || !OLD(t)
 }
 
 /* A renewal or a Commit found that another owner has the key, or had it. */
@@ -263,6 +308,7 @@ proctype Owner(byte i) {
 	bit uncertain; /* a claim was not answered, and no handler was called since */
 #ifdef FAIL_OPEN
 	bit held;      /* another execution may be running, so this one does not run unprotected */
+	bit told;      /* a ghost: what held has to be */
 #endif
 	bit asked;     /* a mark was sent */
 	bit knows;     /* the store said that the claim is marked */
@@ -271,10 +317,11 @@ proctype Owner(byte i) {
 
 again:
 	atomic {
+		ENDED
 		in_time[t] = 0; att = 0; res = 0; wasted = 0; back = 0; uncertain = 0; NOT_HELD asked = 0; knows = 0; committed = 0; ran = 0; taken = 0; seen = 0;
 		if
 		:: t == (i + 1) * TRIES -> goto finished
-		:: else -> t++ /* step: a try begins, under a new token */
+		:: else -> t++; ALIVE /* step: a try begins, under a new token */
 		fi
 	}
 
@@ -282,9 +329,18 @@ claiming: /* and claiming again, when it was late, and for as long as it waits *
 	acquire(0, 0); /* step: claiming, asks for the key */
 	if
 	:: res == unknown -> uncertain = 1; acquire(0, 0) /* step: claiming, once more when the answer is lost */
+#ifdef BUG_ASKS_AGAIN_AFTER_TOO_FEW_REPLICAS
+	:: res == too_few -> uncertain = 1; acquire(0, 0)
+#endif
 	:: else
 	fi;
 	if
+#ifdef FAILOVER
+#ifdef BUG_FAIL_OPEN_AFTER_TOO_FEW_REPLICAS
+	:: atomic { res == too_few -> res = 0; goto unprotected }
+#endif
+	:: atomic { res == too_few -> uncertain = 1; refuse(0); goto again } /* step: claiming, refuses when too few replicas have the claim */
+#endif
 	:: atomic { res == acquired && ONCE -> in_time[t] = 0; res = 0; goto marking } /* step: claiming, has the key and marks it */
 #ifdef BUG_RUNS_AFTER_ITS_LEASE
 	:: atomic { res == acquired && !ONCE -> start(); goto executing }
@@ -299,7 +355,7 @@ claiming: /* and claiming again, when it was late, and for as long as it waits *
 	:: atomic { res == unknown -> res = 0; goto executing }
 #endif
 	:: atomic { res == unknown && OPENS -> res = 0; goto unprotected } /* step: claiming, runs unprotected */
-	:: atomic { res != acquired && res != replay && !(res == unknown && OPENS) -> refuse(0); goto again } /* step: claiming, refuses */
+	:: atomic { res != acquired && res != replay && res != too_few && !(res == unknown && OPENS) -> refuse(0); goto again } /* step: claiming, refuses */
 	OR_CRASH
 	fi;
 
@@ -337,6 +393,9 @@ marking: /* AtMostOnce */
 	:: atomic { (res == lost || res == mismatch) && back -> refuse(0); goto again } /* step: marking, finds another owner when its time is over */
 	:: atomic { res == unknown && OPENS -> res = 0; goto unprotected } /* step: marking, runs unprotected */
 	:: atomic { res == unknown && !OPENS -> refuse(1); goto again } /* step: marking, refuses */
+#ifdef FAILOVER
+	:: atomic { res == too_few -> refuse(1); goto again } /* step: marking, refuses when too few replicas have the mark */
+#endif
 	OR_CRASH
 	fi;
 
@@ -351,7 +410,7 @@ executing:
 			fi;
 			if
 			:: res == acquired || res == marked -> hold() /* step: renewing, has it longer */
-			:: res == unknown /* step: renewing, does not know, and tries again */
+			:: res == unknown || res == too_few /* step: renewing, does not know, and tries again */
 			:: else -> /* step: renewing, finds another owner, though its lease ended meanwhile */
 				assert(state != absent); /* an owner is not told that it lost a key that no other owner has had */
 				lose()
@@ -375,7 +434,7 @@ executing:
 		atomic {
 			if
 			:: res == marked -> hold(); committed = 1; pledge = pledge || !OLD(t) /* step: committing, has committed */
-			:: res == unknown || res == acquired /* step: committing, does not know, and promises nothing */
+			:: res == unknown || res == too_few || res == acquired /* step: committing, does not know, and promises nothing */
 #ifdef BUG_COMMITS_REGARDLESS
 			:: else -> committed = 1
 #else
@@ -387,9 +446,12 @@ executing:
 		}
 	:: d_step {
 		!ran && (committed || !COMMITS || COMMITS_LATE) -> ran = 1; /* step: executing, has its effect */
-		assert(!charged || OLD(t)); /* an at-most-once effect never happens twice */
-		charged = charged || (ONCE || COMMITS && !COMMITS_LATE) && !OLD(t);
-		somewhere = somewhere || !OLD(t)
+#ifndef ATTACH
+		charge()
+#endif
+#ifdef BUG_COMMITS_BEFORE_THE_RECORD
+		pay()
+#endif
 	}
 	:: atomic { ran -> ran = 0; asked = 0; knows = 0; att = 0; goto keeping } /* step: executing, returns a final answer */
 	:: atomic { ran && !committed && !ONCE -> taken = 0; seen = 0; goto freeing } /* step: executing, returns an answer after which a retry runs */
@@ -424,12 +486,31 @@ freeing:
 		:: res == unknown && !asked -> releasing[t] = FOR_ONE_LEASE /* step: releasing, goes on in the background for one lease, without a mark */
 		:: else
 		fi;
-		FORGET
+		END_KEEPING
 		goto again
 	}
 
 keeping:
 	complete(); /* step: completing, stores the answer */
+#ifdef ATTACH
+#ifdef BUG_STORES_AN_ATTACHED_ANSWER_AGAIN
+	if
+	:: res == unknown -> d_step { on_tx = 0; store_complete(t, RESULT(t)); on_tx = 1 }
+	:: else
+	fi;
+#endif
+	atomic {
+		if
+		:: res == done -> send(); drop(); goto again /* step: completing, sends what its transaction has stored */
+		:: res == unknown -> /* step: completing, withholds when nothing is known of its transaction */
+#ifdef BUG_SENDS_AN_ATTACHED_ANSWER_THAT_IS_NOT_KNOWN
+			send();
+#endif
+			drop(); goto again
+		:: else -> ran = 1; res = 0; goto freeing /* step: completing, frees the key when its transaction is rolled back */
+		fi
+	}
+#else
 	if
 	:: res == unknown -> complete() /* step: completing, once more when the answer is lost */
 	:: else
@@ -438,6 +519,9 @@ keeping:
 		if
 		:: res == done -> send(); drop() /* step: completing, sends what is stored */
 		:: res == lost -> /* step: completing, withholds what could not be stored */
+#ifdef FORGET
+			assert(state != released || tok != 0 || answer_forgotten); /* a claim that is forgotten stays open to its owner */
+#endif
 #ifdef BUG_ANSWERS_AFTER_A_LOST_LEASE
 			send();
 #endif
@@ -452,11 +536,18 @@ keeping:
 		fi;
 		goto again
 	}
+#endif
 
 unprotected: /* FailOpen */
 	atomic {
 #ifdef FAIL_OPEN
-		open[t] = 1;
+		assert(!told); /* no handler runs unprotected beside an execution that its request was told of */
+#endif
+#ifdef SHOW_FAIL_OPEN_CHARGES
+		charge();
+#endif
+#ifdef FAIL_OPEN
+		exposed[t] = 1;
 #endif
 #ifdef BUG_FAIL_OPEN_RELEASES
 		releasing[t] = FOR_ONE_LEASE;
@@ -466,7 +557,7 @@ unprotected: /* FailOpen */
 	if
 	:: atomic { true -> /* step: unprotected, the handler runs and its answer is sent */
 #ifdef FAIL_OPEN
-		open[t] = 0;
+		exposed[t] = 0;
 #endif
 		goto again
 	}
@@ -477,9 +568,9 @@ crashed:
 	atomic { /* step: the process dies */
 		drop(); completing[t] = 0; releasing[t] = 0;
 		excused[t] = excused[t] || asked;
-		FORGET
+		END_KEEPING
 #ifdef FAIL_OPEN
-		open[t] = 0;
+		exposed[t] = 0;
 #endif
 		goto again
 	}
@@ -500,7 +591,7 @@ proctype Wire(byte t) {
 end:	do
 	LATE(late_claim, store_acquire(t, BODY(t), 0, 0))
 	LATE(late_complete, store_complete(t, RESULT(t)))
-	:: d_step { late_release[t] > 0 -> late_release[t]--; store_release(t, keep[t]); res = 0; FORGET } /* step: late, a Release comes */
+	:: d_step { late_release[t] > 0 -> late_release[t]--; store_release(t, keep[t]); res = 0; END_KEEPING } /* step: late, a Release comes */
 	:: d_step { late_release[t] > 0 && faults > 0 -> faults--; store_release(t, keep[t]); res = 0 }
 	:: d_step { late_renewal[t] != 0 -> /* step: late, a renewal comes */
 		store_acquire(t, BODY(t), late_renewal[t], 0); late_renewal[t] = 0; res = 0 }
@@ -522,17 +613,31 @@ end:	do
 	:: d_step { completing[t] && faults > 0 -> faults--; late_complete[t] = 1 } /* step: background, goes on when the command is late */
 	:: d_step { completing[t] && holder != t -> completing[t] = 0 } /* step: background, stores no more, some time after the lease */
 	:: d_step { completing[t] && crashes > 0 -> crashes--; completing[t] = 0; drop() } /* step: background, the process dies while it stores */
-	:: d_step { releasing[t] != 0 -> store_release(t, keep[t]); releasing[t] = 0; res = 0; FORGET } /* step: background, frees the key */
+	:: d_step { releasing[t] != 0 -> store_release(t, keep[t]); releasing[t] = 0; res = 0; END_KEEPING } /* step: background, frees the key */
 	:: d_step { releasing[t] != 0 && faults > 0 -> faults--; store_release(t, keep[t]); res = 0 } /* step: background, frees again when the answer is lost */
 	:: d_step { releasing[t] != 0 && faults > 0 -> faults--; late_release[t]++ } /* step: background, frees again when the command is late */
-	:: d_step { releasing[t] == FOR_ONE_LEASE -> releasing[t] = 0; FORGET } /* step: background, frees no more, without a mark */
+	:: d_step { releasing[t] == FOR_ONE_LEASE -> releasing[t] = 0; END_KEEPING } /* step: background, frees no more, without a mark */
 #ifdef SHOW_LONG_OUTAGE
 	:: d_step { releasing[t] == UNTIL_ANSWERED -> releasing[t] = 0 }
 #endif
 	:: d_step { releasing[t] != 0 && crashes > 0 -> crashes--; /* step: background, the process dies while it frees */
-		excused[t] = excused[t] || releasing[t] == UNTIL_ANSWERED; releasing[t] = 0; FORGET }
+		excused[t] = excused[t] || releasing[t] == UNTIL_ANSWERED; releasing[t] = 0; END_KEEPING }
 	od
 }
+
+#ifdef FORGET
+/* An operator forgets what became of a run that has ended. */
+proctype Operator() {
+	byte looks = FORGET;
+
+end:	do
+	:: d_step { looks > 0 && SEES != nothing && SETTLED(tok) -> looks--; /* step: operator, looks at the key */
+		shown = SEES; seen_tok = tok; seen_attempt = attempt; changed = 0 }
+	:: d_step { shown != nothing -> store_forget(); shown = nothing } /* step: operator, forgets the key */
+	:: d_step { shown != nothing && faults > 0 -> faults--; store_forget() } /* step: operator, forgets it again when the answer is lost */
+	od
+}
+#endif
 
 /* Time passes. */
 proctype Clock() {
@@ -551,8 +656,24 @@ end:	do
 		if
 		:: holder == tok -> holder = 0
 		:: else
+		fi;
+#ifdef FAILOVER
+		r_running = r_running && r_tok != tok
+#endif
+	}
+#ifdef FAILOVER
+	/* The replica has not got the last renewal, and its owner no answer to that. */
+	:: d_step {
+		r_state == claimed && r_running -> r_running = 0; /* step: a lease is over on the replica */
+		in_time[r_tok] = 0;
+		if
+		:: holder == r_tok -> holder = 0
+		:: else
 		fi
 	}
+	:: d_step { !REPLICA_IS_UP_TO_DATE -> replicate() } /* step: the replica gets what the master has */
+	:: d_step { failovers > 0 -> failovers--; promote() } /* step: the replica becomes the master */
+#endif
 	/* One lease has passed since the key was freed. */
 	:: d_step {
 		marker != 0 && !lasting -> marker = 0; /* step: a marker is over */
@@ -598,11 +719,20 @@ end:	do
  * but a handler that ran: a request gets it or an answer. */
 proctype Probe() {
 	mtype:answer res;
+#ifdef FORGET
+	bit forgotten;
+#endif
 
 	timeout;
 	d_step {
 		assert(!(state == claimed && once) || served || EXCUSED(tok) || OLD(tok)); /* no late command holds a key for longer than one lease */
+#ifdef FORGET
+		forgotten = settled;
+		store_acquire(PROBE, (settled -> 1 - fingerprint : fingerprint), 0, 0);
+		assert(!forgotten || res == acquired); /* a forgotten key is free for any request */
+#else
 		store_acquire(PROBE, fingerprint, 0, 0);
+#endif
 		assert(res == acquired || res == replay || res == abandoned && (ONCE || COMMITS)) /* no key is stuck */
 	}
 }
@@ -619,6 +749,9 @@ init {
 		for (n : 1 .. TOKENS) { run Wire(n) }
 		n = 0;
 		run Clock();
+#ifdef FORGET
+		run Operator();
+#endif
 		run Probe()
 	}
 }

@@ -15,7 +15,8 @@ mtype:cell = { absent, claimed, completed, released };
 
 /* marked is Acquired with Record.Once, in answer to a renewal that asked for
  * Once. */
-mtype:answer = { acquired, marked, in_progress, replay, mismatch, abandoned, lost, done, unknown };
+mtype:answer = { acquired, marked, in_progress, replay, mismatch, abandoned, lost, done, unknown,
+	too_few /* replicas have the claim or the renewal */, rolled_back };
 
 mtype:cell state = absent;
 byte tok;        /* of the owner that claimed, completed or released it */
@@ -48,16 +49,53 @@ byte since[TOKENS + 2];  /* 1: the token has claimed; 2: before a TTL ended */
 #define ISSUE(t_)
 #endif
 #ifdef FAIL_OPEN
-bit open[TOKENS + 2];    /* the handler runs, and the middleware knows nothing of its claim */
-#define OPEN(t_) open[t_]
+bit exposed[TOKENS + 2];    /* the handler runs, and the middleware knows nothing of its claim */
+#define OPEN(t_) exposed[t_]
 #else
 #define OPEN(t_) 0
+#endif
+#if defined(FORGET) || defined(FAILOVER)
+bit gone[TOKENS + 2];    /* its response was stored, and is forgotten or lost */
+#define GONE(t_) gone[t_]
+#else
+#define GONE(t_) 0
+#endif
+#ifdef ATTACH
+bit on_tx = 1;           /* the store call brings the transaction of the handler */
+bit paid;                /* a transaction was committed */
+#ifdef BUG_COMMITS_BEFORE_THE_RECORD
+#define PAID(t_)
+#else
+#define PAID(t_) \
+	assert(on_tx); /* an attached answer is never stored without its effect */ \
+	pay();
+#endif
+#else
+#define PAID(t_)
 #endif
 #ifdef BUG_RENEWAL_OF_A_STALE_OWNER
 bit started[TOKENS + 2];
 #define NOTE_START(t_) started[t_] = 1;
 #else
 #define NOTE_START(t_)
+#endif
+
+#ifdef FORGET
+#include "operator.pml"
+#else
+#define KNOWN 1
+#define CLAIMED_ANEW(t_)
+#define ANSWERED_ANEW(t_)
+#define MARKED_ANEW(o_)
+#define USED
+#endif
+
+/* The transaction of a handler is committed. */
+#ifdef ATTACH
+inline pay() {
+	assert(!paid); /* an attached effect never happens twice */
+	paid = 1; somewhere = 1
+}
 #endif
 
 /* No other owner counts on the lease. */
@@ -71,6 +109,7 @@ inline claim(t_, f_, a_) {
 	assert(!bound || request == f_);  /* a different request does not get the key */
 	assert(marker != t_);             /* a token that released the key does not get it back while its marker is kept */
 	ISSUE(t_)
+	CLAIMED_ANEW(t_)
 	may_take = 0; served = 0; bound = 1; request = f_; marker = 0;
 	state = claimed; tok = t_; attempt = a_; fingerprint = f_; running = 1; lasting = 0;
 #ifdef BUG_CLAIM_SETS_ONCE
@@ -120,7 +159,7 @@ inline store_acquire(t_, f_, a_, o_) {
 		res = lost
 #endif
 #ifndef BUG_TAKES_OVER_ANOTHER_REQUEST
-	:: state == claimed && fingerprint != f_ -> /* step: acquire, claimed for a different request */
+	:: state == claimed && KNOWN && fingerprint != f_ -> /* step: acquire, claimed for a different request */
 		res = mismatch
 #endif
 #ifndef BUG_REPLAYS_TO_ANOTHER_REQUEST
@@ -135,12 +174,15 @@ inline store_acquire(t_, f_, a_, o_) {
 		:: state == completed && a_ != 0 -> /* step: renewal, completed */
 			res = lost
 		:: state == claimed && tok == t_ && a_ == 0 -> /* step: claim, claimed under this token */
+			USED
 			running = 1;
 #ifdef BUG_CLAIM_UNSETS_ONCE
 			once = 0;
 #endif
 			res = acquired
 		:: state == claimed && tok == t_ && a_ != 0 && SAME_ATTEMPT(a_) -> /* step: renewal, claimed under this token, same attempt */
+			USED
+			MARKED_ANEW(o_)
 			running = 1;
 #ifdef BUG_RENEWAL_UNSETS_ONCE
 			once = o_;
@@ -177,6 +219,8 @@ inline write(t_, f_) {
 	assert(ALONE(t_));                   /* no response is stored while another owner counts on its lease */
 	assert(record == 0 || record == t_); /* a stored response is never overwritten */
 	assert(!bound || request == f_);     /* a response is stored for the request that has the key */
+	PAID(t_)
+	ANSWERED_ANEW(t_)
 	record = t_; bound = 1; request = f_; marker = 0; served = 0;
 	state = completed; tok = t_; attempt = 0; fingerprint = f_; once = 0; running = 0; lasting = 0;
 	res = done
@@ -216,6 +260,7 @@ inline free(t_, k_) {
 	assert(holder == 0); /* a claim is not released while its owner counts on the lease */
 	assert(!OPEN(t_));   /* a claim is not released while its handler runs unprotected */
 	assert(record == 0); /* a stored response is never released */
+	USED
 	may_take = 1; pledge = 0; bound = 0; request = 0; marker = t_; served = 0;
 	fingerprint = 0; once = 0; running = 0; lasting = k_ || LATER_ATTEMPT;
 #ifdef BUG_NO_MARKER

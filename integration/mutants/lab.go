@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -29,25 +30,49 @@ const hintTimeout = 90 * time.Second
 // check makes sure that the tests pass on what is not broken: otherwise every
 // mutant would seem to be noticed. For a few mutants their own tests are enough.
 func (l *lab) check(mutants []*mutant, few bool) error {
-	var tests []string
 	for _, m := range mutants {
 		few = few && m.tests != ""
-		if !slices.Contains(tests, m.tests) {
-			tests = append(tests, m.tests)
+	}
+	var suites []string
+	tests := map[string][]string{} // of each suite
+	for _, m := range mutants {
+		suite := l.suite(m.in)
+		if !slices.Contains(suites, suite) {
+			suites = append(suites, suite)
+		}
+		if few && !slices.Contains(tests[suite], m.tests) {
+			tests[suite] = append(tests[suite], m.tests)
 		}
 	}
-	pattern := ""
-	if few {
-		pattern = strings.Join(tests, "|")
-	}
-	v := l.test("./...", pattern, l.timeout)
-	if v.killed {
-		v.err = errors.New(v.by)
-	}
-	if v.err != nil {
-		return fmt.Errorf("the tests fail without a mutant: %w\n%s", v.err, v.output)
+	for _, suite := range suites {
+		v := l.test(suite, strings.Join(tests[suite], "|"), l.timeout)
+		if v.killed {
+			v.err = errors.New(v.by)
+		}
+		if v.err != nil {
+			return fmt.Errorf("the tests fail without a mutant: %w\n%s", v.err, v.output)
+		}
 	}
 	return nil
+}
+
+// inModule splits a package into the directory of its module, which go test has
+// to run in, and the package there.
+func (l *lab) inModule(packages string) (module, rest string) {
+	for module = path.Clean(strings.TrimSuffix(packages, "...")); module != "."; module = path.Dir(module) {
+		if _, err := os.Stat(filepath.Join(l.dir, module, "go.mod")); err == nil {
+			return module, "." + strings.TrimPrefix(packages, "./"+module)
+		}
+	}
+	return ".", packages
+}
+
+// suite returns all packages of the module that a package is in.
+func (l *lab) suite(packages string) string {
+	if module, _ := l.inModule(packages); module != "." {
+		return "./" + module + "/..."
+	}
+	return "./..."
 }
 
 // runAll tries the mutants, one at a time in each lab, and prints what became of
@@ -138,19 +163,19 @@ type verdict struct {
 
 // try breaks the library, tests it and mends it.
 func (l *lab) try(m *mutant) (v verdict) {
-	path := filepath.Join(l.dir, m.file)
-	source, err := os.ReadFile(path)
+	file := filepath.Join(l.dir, m.file)
+	source, err := os.ReadFile(file)
 	if err != nil {
 		return verdict{err: err}
 	}
-	mend := func() error { return os.WriteFile(path, source, 0o644) }
+	mend := func() error { return os.WriteFile(file, source, 0o644) }
 	defer func() {
 		if err := mend(); err != nil && v.err == nil {
 			v.err = err
 		}
 	}()
 	broken := strings.Replace(string(source), m.old, m.new, 1)
-	if err := os.WriteFile(path, []byte(broken), 0o644); err != nil {
+	if err := os.WriteFile(file, []byte(broken), 0o644); err != nil {
 		return verdict{err: err}
 	}
 	if m.tests != "" {
@@ -164,11 +189,12 @@ func (l *lab) try(m *mutant) (v verdict) {
 			return verdict{}
 		}
 	}
-	v = l.test("./...", "", l.timeout)
+	suite := l.suite("./" + path.Dir(m.file))
+	v = l.test(suite, "", l.timeout)
 	if v.killed && m.tests != "" {
 		v.by += " (not by " + m.tests + ")"
 	}
-	return l.confirm(v, "./...", v.test(), mend)
+	return l.confirm(v, suite, v.test(), mend)
 }
 
 // confirm makes sure that it was the mutant where that may not be: the tests that
@@ -203,10 +229,11 @@ func (v verdict) test() string {
 func (l *lab) test(packages, pattern string, timeout time.Duration) verdict {
 	// Neither what vet says nor debug information helps here, and the latter
 	// takes half of the time.
+	module, packages := l.inModule(packages)
 	args := []string{"test", "-count=1", "-failfast", "-vet=off", "-ldflags=-s -w",
 		"-timeout=" + timeout.String(), "-run=" + pattern, packages}
 	// A little longer than the limit that go test has, which names the test.
-	output, err := l.command(timeout+time.Minute, args...)
+	output, err := l.command(module, timeout+time.Minute, args...)
 	switch {
 	case err == nil:
 		return verdict{}
@@ -216,14 +243,14 @@ func (l *lab) test(packages, pattern string, timeout time.Duration) verdict {
 	return verdict{killed: true, by: culprit(output), output: output}
 }
 
-// command runs the go command in the copy.
-func (l *lab) command(timeout time.Duration, args ...string) (output string, err error) {
+// command runs the go command in a module of the copy.
+func (l *lab) command(module string, timeout time.Duration, args ...string) (output string, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "go", args...)
-	cmd.Dir = l.dir
-	// Without a Redis half of the mutants would survive.
-	cmd.Env = append(os.Environ(), "REDIS_REQUIRED=1", "GOWORK=off")
+	cmd.Dir = filepath.Join(l.dir, module)
+	// Without a Redis half of the mutants would survive, and those of Postgres.
+	cmd.Env = append(os.Environ(), "REDIS_REQUIRED=1", "POSTGRES_REQUIRED=1", "GOWORK=off")
 	cmd.WaitDelay = 10 * time.Second
 	b, err := cmd.CombinedOutput()
 	if ctx.Err() != nil {

@@ -132,7 +132,7 @@ func pick(mutants []*mutant, pattern string, sample int, seed uint64) ([]*mutant
 	return mutants[:min(sample, len(mutants))], nil
 }
 
-// copyTree copies the module at root, but not the modules in it.
+// copyTree copies the module at root and those in it, but not this one.
 func copyTree(to, root string) error {
 	return filepath.WalkDir(root, func(path string, entry fs.DirEntry, err error) error {
 		if err != nil {
@@ -144,8 +144,7 @@ func copyTree(to, root string) error {
 		}
 		target := filepath.Join(to, name)
 		if entry.IsDir() {
-			_, failure := os.Stat(filepath.Join(path, "go.mod"))
-			if name != "." && (failure == nil || entry.Name() == ".git" || entry.Name() == "integration") {
+			if entry.Name() == ".git" || name == "integration" {
 				return filepath.SkipDir
 			}
 			return os.MkdirAll(target, 0o755)
