@@ -75,7 +75,7 @@ type claim struct {
 	// These are written until the handler starts, by the goroutine of the
 	// request alone.
 	attempt      int
-	answered     time.Time     // when the store answered the last Acquire
+	answered     time.Time     // when the store answered the Acquire that got the key
 	waited       time.Duration // how long the request waited for another execution
 	heldByOther  bool          // another execution may be running
 	mayBeClaimed bool          // a call has failed that may have claimed the key, or may do so yet
@@ -104,10 +104,10 @@ func (c *claim) try(ctx context.Context) (Record, error) {
 	for range 2 {
 		sent := monotonicNow()
 		rec, err := c.ask(ctx, sent, 0, false)
-		c.answered = monotonicNow()
 		if err != nil || rec.State != Acquired {
 			return rec, err
 		}
+		c.answered = monotonicNow()
 		c.hold(sent, rec)
 		if c.opts.AtMostOnce {
 			if rec, err = c.renew(ctx, true); err != nil {

@@ -200,7 +200,6 @@ type call struct {
 	context      handlerContext
 	recorder     recorder
 	lease        lease
-	settlement   settlement
 
 	w       http.ResponseWriter
 	next    http.Handler
@@ -260,10 +259,12 @@ func (c *call) run(attempt int, outer *Execution) {
 	c.lease.claim, c.lease.ctx, c.lease.handler = &c.claim, &c.context, &c.cancellation
 	c.lease.start()
 	c.callHandler(&c.recorder, &c.context)
-	c.settlement.middleware, c.settlement.request, c.settlement.claim = c.middleware, &c.request, &c.claim
-	c.settlement.execution, c.settlement.context = &c.execution, &c.context
-	c.settlement.lease, c.settlement.recorder = &c.lease, &c.recorder
-	c.deliver(c.settlement.settle())
+	s := settlement{
+		middleware: c.middleware, request: &c.request, claim: &c.claim, lease: &c.lease,
+		execution: &c.execution, context: &c.context, recorder: &c.recorder,
+	}
+	a := s.settle()
+	c.deliver(a, s.facts.unanswered)
 }
 
 // mayRunUnprotected reports whether the handler may run although the store
@@ -408,14 +409,14 @@ func (c *call) refuseAs(outcome Outcome, err *Error) {
 // deliver sends the handler's response, or answers in its place. What was
 // already streamed cannot be taken back. Then deliver aborts the connection, so
 // that the client does not take a part of the response for all of it.
-func (c *call) deliver(a answer) {
+func (c *call) deliver(a answer, unanswered bool) {
 	switch {
 	case a.problem == nil:
 		c.recorder.send(a.outcome == OutcomeExecuted)
 		c.report(a.outcome, c.recorder.status, a.err)
 	case !c.recorder.withdraw():
 		c.refuseAs(a.outcome, a.problem)
-	case c.settlement.facts.unanswered: // an outer timeout has answered, with a failure too
+	case unanswered: // an outer timeout has answered, with a failure too
 		c.report(a.outcome, c.recorder.status, a.problem)
 	default:
 		c.warn(c.r.Context(), c.storeKey, "a response was withheld that had begun to stream", a.problem)

@@ -338,8 +338,8 @@ func (q *request) appendIdentity(b []byte, custom bool) ([]byte, error) {
 func (q *request) appendContent(b []byte) ([]byte, error) {
 	_, query := target(q.r)
 	query = normalize(query)
-	parsed := q.r.MultipartForm
-	typ, isForm := parseMultipartType(q.r.Header["Content-Type"])
+	parsed, contentType := q.r.MultipartForm, q.r.Header["Content-Type"]
+	typ, isForm := parseMultipartType(contentType)
 	if isForm && (parsed == nil || len(parsed.Value)+len(parsed.File) > 0) {
 		b = appendField(append(b, 'm'), query)
 		b = appendField(b, typ.before)
@@ -347,7 +347,7 @@ func (q *request) appendContent(b []byte) ([]byte, error) {
 	} else {
 		isForm = false
 		b = appendField(append(b, 'b'), query)
-		b = appendFields(b, q.r.Header["Content-Type"])
+		b = appendFields(b, contentType)
 	}
 	if q.r.PostForm != nil {
 		b = appendField(append(b, 'p'), q.r.PostForm.Encode())

@@ -47,6 +47,7 @@ func sending(size int) func(*testing.B, contender) {
 		client.do(h, keyAt(0))
 		b.SetBytes(int64(size))
 		b.ReportAllocs()
+		defer reportCPU(b, processTime())
 		for b.Loop() {
 			client.do(h, keyAt(0))
 		}

@@ -8,13 +8,20 @@ import (
 	"io"
 	"net/http"
 	"sync"
+	"time"
 	"unsafe"
 )
 
-// The floors are the least code that does the job in memory: claim the key, run
-// the handler, keep the answer, and replay it to the same request. They have no
-// panic safety, no limits, no leases, no expiry, no waiting, no streaming.
-// TestFloorsAnswer checks that they do what they are measured for.
+// The floors are the least code that does the job correctly in memory: claim the
+// key, run the handler, keep the answer until it expires, and replay it to the
+// same request. They check the key, and store only a hash of it. The handler gets
+// a header map of its own, and each answer has header values of its own: a
+// goroutine of the handler, or outer middleware, may change what it was given. No
+// correct implementation can save these steps, so the floors have them.
+//
+// They have no panic safety, no limits, no leases, no waiting, no streaming, and
+// free nothing that has expired. TestFloorsAnswer checks that they do what they
+// are measured for.
 
 // passFloor looks for a key and does nothing else.
 type passFloor struct{ next http.Handler }
@@ -28,14 +35,32 @@ func (f *passFloor) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	f.next.ServeHTTP(w, r)
 }
 
-// A floorRequest is what tells a request apart: name is the method, the path and
-// the key, and sum is the hash of name, of all else that counts, and of the body.
-// It is also the body that the handler reads.
+// A floorRequest is what tells a request apart: cell is the hash of the method,
+// the path and the key, and sum is that of all of these, of all else that counts,
+// and of the body. It is also the body that the handler reads.
 type floorRequest struct {
 	bodyReader
 	buffer []byte
-	name   []byte
+	cell   floorCell
 	sum    [sha256.Size]byte
+	now    int64 // when the request arrived, since floorEpoch
+}
+
+// A floorCell is as long as the library's store keys.
+type floorCell [20]byte
+
+const floorLasts = int64(24 * time.Hour)
+
+var floorEpoch = time.Now()
+
+// isFloorKey reports whether a key is visible ASCII, as the header wants it.
+func isFloorKey(key string) bool {
+	for i := range len(key) {
+		if c := key[i]; c <= ' ' || c > '~' || c == '"' || c == ',' {
+			return false
+		}
+	}
+	return key != "" && len(key) <= 255
 }
 
 var floorRequests = sync.Pool{New: func() any { return &floorRequest{buffer: make([]byte, 0, 1024)} }}
@@ -43,10 +68,15 @@ var floorRequests = sync.Pool{New: func() any { return &floorRequest{buffer: mak
 // readFloorRequest reads the whole body. All that is hashed lies in one buffer.
 func readFloorRequest(r *http.Request) *floorRequest {
 	q := floorRequests.Get().(*floorRequest)
+	lines := r.Header["Idempotency-Key"]
+	if len(lines) != 1 || !isFloorKey(lines[0]) {
+		panic("not a floor for that")
+	}
 	b := append(q.buffer[:0], r.Method...)
 	b = append(append(b, 0), r.URL.Path...)
-	b = append(append(b, 0), r.Header["Idempotency-Key"][0]...)
-	name := len(b)
+	b = append(append(b, 0), lines[0]...)
+	cell := sha256.Sum256(b)
+	copy(q.cell[:], cell[:])
 	b = append(append(b, 0), r.URL.RawQuery...)
 	for _, list := range [...][]string{r.Header["Content-Type"], r.Header["Authorization"], r.Header["Cookie"]} {
 		b = append(b, 0)
@@ -68,7 +98,7 @@ func readFloorRequest(r *http.Request) *floorRequest {
 			panic(err)
 		}
 	}
-	q.buffer, q.name, q.sum = b, b[:name], sha256.Sum256(b)
+	q.buffer, q.sum, q.now = b, sha256.Sum256(b), int64(time.Since(floorEpoch))
 	q.data, q.off = b[head:], 0
 	return q
 }
@@ -77,6 +107,7 @@ func readFloorRequest(r *http.Request) *floorRequest {
 // the one they got.
 func (q *floorRequest) run(next http.Handler, r *http.Request) *capture {
 	c := captures.Get().(*capture)
+	c.header = make(http.Header)
 	inner := *r
 	inner.Body = q
 	next.ServeHTTP(c, &inner)
@@ -92,9 +123,7 @@ type capture struct {
 	chunks [][]byte
 }
 
-var captures = sync.Pool{New: func() any {
-	return &capture{header: make(http.Header), small: make([]byte, 0, 4<<10)}
-}}
+var captures = sync.Pool{New: func() any { return &capture{small: make([]byte, 0, 4<<10)} }}
 
 func (c *capture) Header() http.Header    { return c.header }
 func (c *capture) WriteHeader(status int) { c.status = status }
@@ -124,8 +153,10 @@ func (c *capture) Write(p []byte) (int, error) {
 // send writes the answer to the client.
 func (c *capture) send(w http.ResponseWriter) {
 	h := w.Header()
+	own := make([]string, 0, len(c.header))
 	for name, values := range c.header {
-		h[name] = values
+		own = append(own, values[0])
+		h[name] = own[len(own)-1 : len(own) : len(own)]
 	}
 	w.WriteHeader(c.status)
 	if len(c.small) > 0 {
@@ -137,8 +168,7 @@ func (c *capture) send(w http.ResponseWriter) {
 }
 
 func (c *capture) free() {
-	clear(c.header)
-	c.status, c.small, c.chunks = 0, c.small[:0], nil
+	c.header, c.status, c.small, c.chunks = nil, 0, c.small[:0], nil
 	captures.Put(c)
 }
 
@@ -147,7 +177,7 @@ var floorSeed = maphash.MakeSeed()
 const floorShards = 64
 
 // mapFloor keeps answers as the values that a replay writes, in maps of
-// pointers. Nothing is faster to replay.
+// pointers.
 type mapFloor struct {
 	next   http.Handler
 	shards [floorShards]mapShard
@@ -155,12 +185,13 @@ type mapFloor struct {
 
 type mapShard struct {
 	mu      sync.Mutex // guards records, and each record that is not done
-	records map[string]*mapRecord
+	records map[floorCell]*mapRecord
 	_       [64]byte
 }
 
 type mapRecord struct {
 	sum    [sha256.Size]byte
+	expiry int64
 	done   bool
 	status int
 	fields []mapField
@@ -168,15 +199,12 @@ type mapRecord struct {
 	chunks [][]byte
 }
 
-type mapField struct {
-	name   string
-	values [1]string
-}
+type mapField struct{ name, value string }
 
 func newMapFloor(next http.Handler) http.Handler {
 	f := &mapFloor{next: next}
 	for i := range f.shards {
-		f.shards[i].records = make(map[string]*mapRecord)
+		f.shards[i].records = make(map[floorCell]*mapRecord)
 	}
 	return f
 }
@@ -184,12 +212,12 @@ func newMapFloor(next http.Handler) http.Handler {
 func (f *mapFloor) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	q := readFloorRequest(r)
 	defer floorRequests.Put(q)
-	sh := &f.shards[maphash.Bytes(floorSeed, q.name)%floorShards]
+	sh := &f.shards[q.cell[0]%floorShards]
 	sh.mu.Lock()
-	rec := sh.records[string(q.name)]
-	if rec == nil {
-		rec = &mapRecord{sum: q.sum}
-		sh.records[string(q.name)] = rec
+	rec := sh.records[q.cell]
+	if rec == nil || rec.expiry <= q.now {
+		rec = &mapRecord{sum: q.sum, expiry: q.now + floorLasts}
+		sh.records[q.cell] = rec
 		sh.mu.Unlock()
 		f.run(w, r, q, sh, rec)
 		return
@@ -210,7 +238,7 @@ func (f *mapFloor) run(w http.ResponseWriter, r *http.Request, q *floorRequest, 
 	c := q.run(f.next, r)
 	fields := make([]mapField, 0, len(c.header))
 	for name, values := range c.header {
-		fields = append(fields, mapField{name, [1]string{values[0]}})
+		fields = append(fields, mapField{name, values[0]})
 	}
 	small := bytes.Clone(c.small)
 	sh.mu.Lock()
@@ -222,8 +250,10 @@ func (f *mapFloor) run(w http.ResponseWriter, r *http.Request, q *floorRequest, 
 
 func (rec *mapRecord) replay(w http.ResponseWriter) {
 	h := w.Header()
+	values := make([]string, len(rec.fields))
 	for i := range rec.fields {
-		h[rec.fields[i].name] = rec.fields[i].values[:1:1]
+		values[i] = rec.fields[i].value
+		h[rec.fields[i].name] = values[i : i+1 : i+1]
 	}
 	w.WriteHeader(rec.status)
 	if len(rec.small) > 0 {
@@ -256,9 +286,18 @@ type slabPlace struct{ slab, offset uint32 }
 const claimed = ^uint32(0)
 
 type slabClaim struct {
-	name []byte
-	sum  [sha256.Size]byte
+	cell   floorCell
+	sum    [sha256.Size]byte
+	expiry int64
 }
+
+// A packed answer follows its length, expiry, cell and sum.
+const (
+	slabExpiry = 4
+	slabCell   = slabExpiry + 8
+	slabSum    = slabCell + len(floorCell{})
+	slabAnswer = slabSum + sha256.Size
+)
 
 func newSlabFloor(next http.Handler) http.Handler {
 	f := &slabFloor{next: next}
@@ -271,11 +310,23 @@ func newSlabFloor(next http.Handler) http.Handler {
 func (f *slabFloor) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	q := readFloorRequest(r)
 	defer floorRequests.Put(q)
-	hash := maphash.Bytes(floorSeed, q.name)
+	hash := maphash.Bytes(floorSeed, q.cell[:])
 	sh := &f.shards[hash%floorShards]
 	sh.mu.Lock()
+	var cell, sum, answer []byte
+	var expiry int64
 	p, found := sh.index[hash]
-	if !found {
+	switch {
+	case !found:
+	case p.slab == claimed:
+		claim := &sh.claims[p.offset]
+		cell, sum, expiry = claim.cell[:], claim.sum[:], claim.expiry
+	default:
+		b := sh.slabs[p.slab][p.offset:]
+		cell, sum, answer = b[slabCell:slabSum], b[slabSum:slabAnswer], b[slabAnswer:binary.LittleEndian.Uint32(b)]
+		expiry = int64(binary.LittleEndian.Uint64(b[slabExpiry:]))
+	}
+	if expiry <= q.now {
 		sh.claim(hash, q)
 		sh.mu.Unlock()
 		c := q.run(f.next, r)
@@ -284,16 +335,7 @@ func (f *slabFloor) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		c.free()
 		return
 	}
-	var name, sum, answer []byte
-	if p.slab == claimed {
-		name, sum = sh.claims[p.offset].name, sh.claims[p.offset].sum[:]
-	} else {
-		b := sh.slabs[p.slab][p.offset:]
-		end := 6 + int(binary.LittleEndian.Uint16(b[4:]))
-		name, sum = b[6:end], b[end:end+sha256.Size]
-		answer = b[end+sha256.Size : binary.LittleEndian.Uint32(b)]
-	}
-	same, known := bytes.Equal(sum, q.sum[:]), bytes.Equal(name, q.name)
+	same, known := bytes.Equal(sum, q.sum[:]), bytes.Equal(cell, q.cell[:])
 	sh.mu.Unlock()
 	switch {
 	case !known:
@@ -314,13 +356,12 @@ func (sh *slabShard) claim(hash uint64, q *floorRequest) {
 	}
 	n := sh.free[len(sh.free)-1]
 	sh.free = sh.free[:len(sh.free)-1]
-	sh.claims[n].name = append(sh.claims[n].name[:0], q.name...)
-	sh.claims[n].sum = q.sum
+	sh.claims[n] = slabClaim{q.cell, q.sum, q.now + floorLasts}
 	sh.index[hash] = slabPlace{claimed, n}
 }
 
 func (sh *slabShard) publish(hash uint64, q *floorRequest, c *capture) {
-	size := 6 + len(q.name) + sha256.Size + c.encodedSize()
+	size := slabAnswer + c.encodedSize()
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
 	last := len(sh.slabs) - 1
@@ -331,8 +372,8 @@ func (sh *slabShard) publish(hash uint64, q *floorRequest, c *capture) {
 	b := sh.slabs[last]
 	offset := uint32(len(b))
 	b = binary.LittleEndian.AppendUint32(b, uint32(size))
-	b = binary.LittleEndian.AppendUint16(b, uint16(len(q.name)))
-	b = append(append(b, q.name...), q.sum[:]...)
+	b = binary.LittleEndian.AppendUint64(b, uint64(q.now+floorLasts))
+	b = append(append(b, q.cell[:]...), q.sum[:]...)
 	sh.slabs[last] = c.appendTo(b)
 	sh.free = append(sh.free, sh.index[hash].offset)
 	sh.index[hash] = slabPlace{uint32(last), offset}

@@ -64,7 +64,7 @@ func (f *redisFloor) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	buffer := floorValues.Get().(*[]byte)
 	defer floorValues.Put(buffer)
 
-	b := append(append((*buffer)[:0], f.prefix...), q.name...)
+	b := append(append((*buffer)[:0], f.prefix...), q.cell[:]...)
 	key := b[:len(b):len(b)]
 	b = append(b, 'C')
 	b = binary.LittleEndian.AppendUint64(b, rand.Uint64())

@@ -17,7 +17,7 @@ func BenchmarkMemoryTTLs(b *testing.B) {
 	}
 	value := make([]byte, 300)
 	for _, ttls := range []int{1, 200, 1000} {
-		b.Run("ttls-"+strconv.Itoa(ttls), func(b *testing.B) {
+		b.Run(strconv.Itoa(ttls)+"-TTLs", func(b *testing.B) {
 			b.ReportAllocs()
 			var s *idempotency.MemoryStore
 			run := func(i int) {
@@ -33,16 +33,19 @@ func BenchmarkMemoryTTLs(b *testing.B) {
 				}
 			}
 			fill()
-			i := benchKeys / 2
+			i, cpu := benchKeys/2, processTime()
 			for b.Loop() {
 				if i++; i == benchKeys {
 					b.StopTimer()
+					filling := processTime()
 					fill()
+					cpu += processTime() - filling
 					i = benchKeys / 2
 					b.StartTimer()
 				}
 				run(i)
 			}
+			reportCPU(b, cpu)
 		})
 	}
 }
