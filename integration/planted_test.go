@@ -279,7 +279,9 @@ func TestNothingPlanted(t *testing.T) {
 				report := history.Check(h)
 				t.Log(describe(h, faults, report))
 				requireClean(t, s.seed, h, faults, report)
-				require.Equal(t, s.bug == refusesAnswers || name == "broken", report.NotStored > 0)
+				if s.bug == refusesAnswers || name == "broken" {
+					require.NotZero(t, report.NotStored, "nothing was tested")
+				}
 				if name == "opened" {
 					require.NotZero(t, report.Exposed, "nothing was tested")
 				}
