@@ -213,11 +213,12 @@ func (s *Store) Complete(ctx context.Context, key, token string, r idempotency.R
 }
 
 // failedCommit returns nil if the Commit that returned err has committed all the
-// same. The cell tells: the transaction has ended, so what is not there now does
-// not come later. One that was committed is still there, and has this token.
+// same. The cell tells: the transaction has ended, so a claim that still stands
+// will not become a response.
 //
-// When the cell cannot be read either, the claim stands until its lease ends. The
-// retry finds the response, or a claim whose lease is over.
+// When the cell cannot be read either, or is no longer of this request, nothing
+// is known. A claim stands until its lease ends then. The retry finds the
+// response, or a claim whose lease is over.
 func (s *Store) failedCommit(ctx context.Context, key, token string, err error) error {
 	var c cell
 	read := s.update(ctx, func(tx *sql.Tx) (err error) {
@@ -229,8 +230,10 @@ func (s *Store) failedCommit(ctx context.Context, key, token string, err error) 
 		return errors.Join(err, read)
 	case c.state == completed && c.token == token:
 		return nil
+	case c.state == claimed && c.token == token:
+		return errors.Join(idempotency.ErrRolledBack, err)
 	}
-	return errors.Join(idempotency.ErrRolledBack, err)
+	return err
 }
 
 // complete returns ErrLeaseLost if the cell is not token's.

@@ -29,6 +29,10 @@ type Tx struct {
 // handed over a transaction before. Two transactions cannot be committed as one.
 var ErrSecondTx = errors.New("customstore: the request has handed over another transaction already")
 
+// errTooLate is what [Tx.Commit] returns to a goroutine that goes on after its
+// handler has returned: the store has committed what there was.
+var errTooLate = errors.New("customstore: Tx.Commit after the handler returned; begin it with a context without the Execution")
+
 // Begin begins a transaction for a handler, whose context ctx is. It reads as
 // any other transaction:
 //
@@ -107,6 +111,9 @@ func (t *Tx) Commit() error {
 		return errors.Join(ErrSecondTx, t.Tx.Rollback())
 	}
 	t.exec.Attach(t)
+	if t.exec.Attachment() != any(t) {
+		return errors.Join(errTooLate, t.Tx.Rollback())
+	}
 	return nil
 }
 

@@ -322,3 +322,30 @@ func TestTxWhoseContextHasEnded(t *testing.T) {
 	require.Equal(t, "503", s.post("key"))
 	require.Zero(t, s.orders())
 }
+
+// A goroutine that outlives its handler is not told that its transaction is
+// committed.
+func TestCommitAfterTheHandler(t *testing.T) {
+	db := openNew(t)
+	store := newStore(t, db)
+	begin, committed := make(chan struct{}), make(chan error, 1)
+	_, err := db.ExecContext(t.Context(), ordersTable)
+	require.NoError(t, err)
+	srv := httptest.NewServer(idempotency.Middleware(store, nil)(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		ctx := context.WithoutCancel(r.Context())
+		go func() {
+			<-begin
+			tx, err := store.Begin(ctx)
+			if err == nil {
+				err = tx.Commit()
+			}
+			committed <- err
+		}()
+		w.WriteHeader(http.StatusCreated)
+	})))
+	defer srv.Close()
+	require.Equal(t, http.StatusCreated, mustPost(t, srv.URL, "key", "").status)
+	close(begin)
+	require.ErrorIs(t, <-committed, errTooLate)
+	require.Equal(t, 0, count(t, db, "orders"), "and the connection is free")
+}
