@@ -215,13 +215,7 @@ func (c *checker) index() {
 		}
 		switch {
 		case row.Type == RowBegin:
-			r = &run{Row: row}
-			if row.Unprotected {
-				c.exposed = append(c.exposed, r)
-			} else {
-				c.runs = append(c.runs, r)
-			}
-			c.visits[row.Visit], c.byID[row.Run] = r, r
+			c.begin(row)
 		case r == nil: // a claim that did not come to a run
 		case row.Type == RowEffect:
 			r.effects++
@@ -251,6 +245,17 @@ func (c *checker) index() {
 			r.storedUntil(op.End)
 		}
 	}
+}
+
+// begin notes a run. One without a claim is exposed.
+func (c *checker) begin(row Row) {
+	r := &run{Row: row}
+	if row.Unprotected {
+		c.exposed = append(c.exposed, r)
+	} else {
+		c.runs = append(c.runs, r)
+	}
+	c.visits[row.Visit], c.byID[row.Run] = r, r
 }
 
 func (r *run) storedUntil(t time.Duration) {

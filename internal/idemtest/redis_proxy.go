@@ -226,7 +226,11 @@ func (p *RedisProxy) serve(client net.Conn) {
 		defer func() { _ = client.Close(); _ = server.Close() }()
 		replies.pass(server, client, sync.OnceFunc(func() { close(replied) }))
 	}()
+	p.passCommands(client, server, &replies, replied)
+}
 
+// passCommands passes commands on to the server until one is not to go there.
+func (p *RedisProxy) passCommands(client, server net.Conn, replies *proxyReplies, replied <-chan struct{}) {
 	commands := bufio.NewReader(client)
 	for {
 		command, raw, err := readCommand(commands)
