@@ -18,20 +18,8 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/jackc/pgx/v5/pgxpool"
-	"github.com/redis/go-redis/v9"
-
 	"github.com/go-idempotency/idempotency"
 	"github.com/go-idempotency/idempotency/integration/history"
-	"github.com/go-idempotency/idempotency/internal/idemtest"
-	"github.com/go-idempotency/idempotency/postgres"
-)
-
-// Kinds of stores in a soak.
-const (
-	soakRedis    = "redis"
-	soakPostgres = "postgres"
-	soakMemory   = "memory"
 )
 
 // failHeader asks the handler to answer 500 and to do nothing in its first
@@ -77,19 +65,11 @@ func (s *brokenSoakStore) Acquire(ctx context.Context, key string, c idempotency
 
 // newSoakStore returns the store of the soak's kind.
 func newSoakStore(config replicaConfig, memory *idempotency.MemoryStore) idempotency.Store {
-	switch config.Soak {
-	case soakRedis:
-		return idempotency.NewRedisStore(redis.NewClient(&redis.Options{
-			Addr: config.Database, ContextTimeoutEnabled: true, PoolSize: 64,
-		}), nil)
-	case soakPostgres:
-		pool, err := pgxpool.New(context.Background(), idemtest.PostgresURL(config.Database))
-		must(err)
-		store := postgres.NewStore(pool, &postgres.Options{MaxConns: 16})
-		for err = store.Migrate(context.Background()); err != nil; err = store.Migrate(context.Background()) {
-			time.Sleep(100 * time.Millisecond) // the database is down
-		}
-		return store
+	switch config.Store {
+	case onRedis:
+		return idempotency.NewRedisStore(openRedis(config.Database), nil)
+	case onPostgres:
+		return openPostgres(config.Database)
 	}
 	return memory
 }

@@ -22,7 +22,7 @@ type soak struct {
 	began    time.Time
 	length   time.Duration
 	ledger   *soakLedger
-	database soakDatabase
+	database database
 	links    []*link
 	servers  []*server
 	load     *soakLoad
@@ -32,11 +32,11 @@ type soak struct {
 
 // TestSoak runs for as long as SOAK says, 10m for example, and not at all
 // without it. SOAK_RATE is the number of requests a second.
-func TestSoak(t *testing.T) { runSoak(t, soakRedis, 2500) }
+func TestSoak(t *testing.T) { runSoak(t, onRedis, 2500) }
 
 // TestSoakPostgres has PostgreSQL in the place of Redis. Every record is flushed
 // to the disk, so it sends fewer requests.
-func TestSoakPostgres(t *testing.T) { runSoak(t, soakPostgres, 250) }
+func TestSoakPostgres(t *testing.T) { runSoak(t, onPostgres, 250) }
 
 func runSoak(t *testing.T, kind string, rate uint64) {
 	length, err := time.ParseDuration(os.Getenv("SOAK"))
@@ -75,7 +75,7 @@ func TestSoakFindsBugs(t *testing.T) {
 		{soakForgetsTimes, "no process of it was killed"},
 	} {
 		t.Run(cmp.Or(row.bug, "nothing planted"), func(t *testing.T) {
-			s := startSoak(t, soakRedis, length, rate, row.bug)
+			s := startSoak(t, onRedis, length, rate, row.bug)
 			if row.bug != "" {
 				s.load.patience = time.Second
 			}
@@ -97,14 +97,14 @@ func startSoak(t *testing.T, kind string, length time.Duration, rate float64, bu
 	// key is free, so clients must have been told by then.
 	lease := ttl / 4
 	s := &soak{t: t, began: time.Now(), length: length, ledger: startSoakLedger(t, lease),
-		database: startSoakDatabase(t, kind), samples: make(map[string][]sample)}
-	config := replicaConfig{Ledger: s.ledger.addr, TTL: ttl, Lease: lease, Wait: 3 * time.Second, Bug: bug}
+		database: startDatabase(t, kind), samples: make(map[string][]sample)}
+	config := replicaConfig{Ledger: s.ledger.addr, TTL: ttl, Lease: lease, Wait: 3 * time.Second, Bug: bug, Soak: true}
 	for n := range 2 {
 		s.links = append(s.links, startLink(t, s.database.addr()))
-		config.Name, config.Database, config.Soak = fmt.Sprintf("%s-%d", kind, n), s.links[n].addr(), kind
+		config.Name, config.Database, config.Store = fmt.Sprintf("%s-%d", kind, n), s.links[n].addr(), kind
 		s.servers = append(s.servers, startServer(t, config))
 	}
-	config.Name, config.Soak = "memory", soakMemory
+	config.Name, config.Store = "memory", inMemory
 	s.servers = append(s.servers, startServer(t, config))
 	s.load = &soakLoad{
 		ledger: s.ledger, stores: [][]*server{s.servers[:2], s.servers[2:]}, ttl: ttl, rate: rate,
@@ -193,6 +193,16 @@ func (s *soak) take(server *server) (sample sample) {
 	defer func() { _ = resp.Body.Close() }()
 	sample.alive = json.NewDecoder(resp.Body).Decode(&sample) == nil
 	sample.at = time.Since(s.began)
+	return sample
+}
+
+// takeDatabase asks the database for a sample. One that was just killed has none.
+func (s *soak) takeDatabase() (sample sample) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	var err error
+	sample.Heap, sample.Records, err = s.database.use(ctx)
+	sample.alive, sample.at = err == nil, time.Since(s.began)
 	return sample
 }
 
