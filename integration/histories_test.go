@@ -90,6 +90,7 @@ func play(t *testing.T, s scenario) (history.History, schedule) {
 	faults := newSchedule(s.seed, replicas, s.length, s.lease, s.mix)
 	ctx, cancel := context.WithTimeout(t.Context(), s.length)
 	defer cancel()
+	stalled := measureStalls(t.Context())
 	ended := make(chan struct{})
 	go func() { defer close(ended); faults.run(ctx, t, f) }()
 	c.run(ctx)
@@ -101,7 +102,7 @@ func play(t *testing.T, s scenario) (history.History, schedule) {
 		f.kill(n) // or rows would come while the history is judged
 	}
 	return history.History{
-		Lease: s.lease, TTL: s.ttl, MaxExecution: maxExecution, NoneDied: s.noneDied, Killed: f.killed, Stopped: f.stopped,
+		Lease: s.lease, TTL: s.ttl, MaxExecution: maxExecution, NoneDied: s.noneDied, Killed: f.killed, Stopped: f.stopped, Stalled: stalled(),
 		Ops:  c.all(),
 		Rows: append(f.ledger.all(), keptRows(t, f.database)...),
 	}, faults
@@ -114,6 +115,22 @@ func (f *fleet) kill(n int) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.killed[name] = at
+}
+
+// measureStalls measures for how long this process cannot run when it wants to. It
+// returns a function that ends that, and returns the longest time.
+func measureStalls(ctx context.Context) (longest func() time.Duration) {
+	const often = 20 * time.Millisecond
+	ctx, cancel := context.WithCancel(ctx)
+	result := make(chan time.Duration)
+	go func() {
+		var most time.Duration
+		for last := time.Now(); pauseFor(ctx, often); last = time.Now() {
+			most = max(most, time.Since(last)-often)
+		}
+		result <- most
+	}()
+	return func() time.Duration { cancel(); return <-result }
 }
 
 // stop stops the nth process for d, or until ctx ends.

@@ -48,6 +48,11 @@ func TestLegalHistories(t *testing.T) {
 			runs("a", 1, 40)),
 		"a process died before it could free the key": killed(50, told(Plain, runs("a", 1, 10), ends("a", 20, 500))),
 		"or was stopped until its claim was over":     stopped(15, 500, told(Plain, asksStore("x", 10, "", "down"))),
+		"or the machine stood still": func() History {
+			h := killed(1800, told(Plain, runs("a", 1, 10), ends("a", 20, 500)))
+			h.Stalled = 1500 * ms
+			return h
+		}(),
 		"or a mark": killed(480, told(Once, asksStoreAs("x", 1, 10, StateAcquired, ""), marksInVain("x", 11, 40, ""), triesToRelease("x", 100))),
 		"a replay to a claim whose first answer was lost": told(Plain, append(whole, asksStore("x", 26, "", "down"),
 			asksStore("x", 28, "Completed", ""))...),

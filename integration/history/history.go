@@ -124,6 +124,9 @@ type History struct {
 	// Killed says when processes were killed. They lived until then.
 	Killed map[string]time.Duration
 
+	// Stalled is how long the machine kept a process from running, at most.
+	Stalled time.Duration
+
 	// Stopped says when processes were stopped for a while.
 	Stopped map[string][]Span
 

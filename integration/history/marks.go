@@ -128,7 +128,7 @@ func (c *checker) checkFreeing() {
 }
 
 func (c *checker) checkFreed(visit string, due, until time.Duration) {
-	slack := longestPause * c.Lease
+	slack := c.longestPause()
 	if killed, ok := c.Killed[c.processes[visit]]; ok {
 		if killed < due+slack {
 			return

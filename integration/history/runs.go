@@ -198,7 +198,7 @@ func (c *checker) gaveUp(r *run) (end time.Duration, gaveUp bool) {
 		return 0, false
 	}
 	end = c.leaseEnd(r) + c.MaxExecution
-	slack := longestPause * c.Lease
+	slack := c.longestPause()
 	if killed, ok := c.Killed[r.Process]; ok {
 		if killed < r.end.At+slack {
 			return end, false
@@ -253,3 +253,6 @@ func (c *checker) mayShrink(r *run, at time.Duration) bool {
 // longestPause is for how many leases there may be nothing between two tries:
 // a process may be stopped for two and a half.
 const longestPause = 4
+
+// longestPause is the same for a machine that had too much to do.
+func (c *checker) longestPause() time.Duration { return longestPause*c.Lease + c.Stalled }
