@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"net/http"
-	"net/http/httptest"
 	"strings"
 	"testing"
 	"time"
@@ -41,13 +40,15 @@ func TestPostgres(t *testing.T) {
 	require.NoError(t, store.Migrate(t.Context()))
 
 	runs := 0
-	h := idempotency.Middleware(store, &idempotency.Options{AtMostOnce: true, Wait: idempotency.NoWait, Lease: time.Second})(
-		http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if runs++; runs == 1 {
-				die(w, r)
-			}
-			charge(w, r)
-		}))
+	opts := &idempotency.Options{
+		AtMostOnce: true, Wait: idempotency.NoWait, Lease: 4 * time.Second, StoreTimeout: 2 * time.Second,
+	}
+	h := idempotency.Middleware(store, opts)(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if runs++; runs == 1 {
+			die(w, r)
+		}
+		charge(w, r)
+	}))
 	s := &service{handler: h}
 	operate := func(args ...string) (code int, out string) {
 		var stdout, stderr bytes.Buffer
@@ -75,11 +76,9 @@ func TestPostgres(t *testing.T) {
 }
 
 func TestPostgresFails(t *testing.T) {
-	server := httptest.NewServer(http.NotFoundHandler()) // answers, and is no PostgreSQL
-	defer server.Close()
 	for url, want := range map[string]int{
-		"postgres://operator:hunter2@[bad":                               exitUsage,
-		"postgres://operator:hunter2@" + server.Listener.Addr().String(): exitFailed,
+		"postgres://operator:hunter2@[bad":             exitUsage,
+		"postgres://operator:hunter2@127.0.0.1:1/shop": exitFailed, // a port without a server
 	} {
 		var stdout, stderr bytes.Buffer
 		args := []string{"show", "POST", "/charge", "order-17", "-postgres", url}
