@@ -115,7 +115,7 @@ func (s *settlement) answer(v verdict, r storeReport) answer {
 	case errors.Is(r.err, ErrLeaseLost) || r.lost && (rolledBack || !f.committed):
 		return s.withhold(OutcomeLeaseLost, ErrInProgress, r.err, "")
 	case rolledBack && !f.committed:
-		return s.withhold(OutcomeStoreUnavailable, ErrStoreUnavailable, r.err, "")
+		return s.withhold(OutcomeStoreUnavailable, ErrStoreUnavailable, r.err, undoneDetail)
 	case rolledBack || f.attached:
 		return s.withhold(OutcomeStoreUnavailable, ErrStoreUnavailable, r.err, unknownDetail)
 	case f.unanswered:

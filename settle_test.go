@@ -180,6 +180,10 @@ func TestRolledBackIsFinal(t *testing.T) {
 // notKnown is what a client is told that must not take it that nothing was done.
 const notKnown = "Whether the request was processed is not known. Repeat it later with the same key to find out."
 
+// wasUndone is what a client is told whose handler ran in vain. The other detail
+// of 503 says that the handler did not run.
+const wasUndone = "This attempt was given up, and what it did was undone. Repeat it later with the same key."
+
 func TestAttachedTransaction(t *testing.T) {
 	attaching := func(commit bool, status int) http.HandlerFunc {
 		return func(w http.ResponseWriter, r *http.Request) {
@@ -199,7 +203,7 @@ func TestAttachedTransaction(t *testing.T) {
 		later   string // when the store is back, and the lease over
 	}{
 		"committed":                         {attaching(false, 201), nil, "201 ", "", "executed 201", "replay 201 "},
-		"rolled back frees the key":         {attaching(false, 201), fmt.Errorf("serialization: %w", idempotency.ErrRolledBack), "503 store_unavailable", "", "store_unavailable 503", "201 "},
+		"rolled back frees the key":         {attaching(false, 201), fmt.Errorf("serialization: %w", idempotency.ErrRolledBack), "503 store_unavailable", wasUndone, "store_unavailable 503", "201 "},
 		"rolled back, the lease being lost": {attaching(false, 201), errors.Join(idempotency.ErrRolledBack, idempotency.ErrLeaseLost), "409 in_progress", "", "lease_lost 409", "201 "},
 		"rolled back after Commit":          {attaching(true, 201), idempotency.ErrRolledBack, "503 store_unavailable", notKnown, "store_unavailable 503", "409 outcome_unknown"},
 		"unknown is not answered":           {attaching(false, 201), idemtest.ErrDown, "503 store_unavailable", notKnown, "store_unavailable 503", "201 "},

@@ -65,6 +65,11 @@ const (
 // key, and in a run that is not protected ([idempotency.Options.FailOpen]). A
 // transaction that only reads ([pgx.ReadOnly]) is committed at once too.
 //
+// A gin.Context and a fiber.Ctx are contexts without the values of the request,
+// so Commit commits at once there too, although the request has a key. If the
+// process then dies before the response is stored, a retry commits again. A
+// handler passes c.Request.Context() of gin, and c.Context() of fiber.
+//
 // The middleware must use this store, perhaps wrapped: another one does not
 // commit the transaction. Where handlers change the search_path or the role of a
 // transaction, set [Options.Schema], and let the role write to the table.

@@ -52,7 +52,11 @@ func newStore(ctx context.Context, table string, create bool) (*Store, error) {
 			log.Print("expired items stay in the table: ", err) // they do in some imitations of DynamoDB
 		}
 	}
-	return NewStore(client, table, nil), nil
+	store := NewStore(client, table, nil)
+	if _, err := store.Inspect(ctx, "start"); err != nil { // or every request would get 503
+		return nil, fmt.Errorf("cannot read the table %s (-create makes it): %w", table, err)
+	}
+	return store, nil
 }
 
 func newHandler(store idempotency.Store, background *idempotency.Background, charge http.Handler) http.Handler {

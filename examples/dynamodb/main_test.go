@@ -41,6 +41,18 @@ func TestReplicas(t *testing.T) {
 	require.Equal(t, first, again)
 }
 
+// A program whose table is missing says so, and does not start.
+func TestTableIsMissing(t *testing.T) {
+	for name, value := range map[string]string{
+		"AWS_ENDPOINT_URL_DYNAMODB": endpoint(t), "AWS_REGION": "us-east-1",
+		"AWS_ACCESS_KEY_ID": "local", "AWS_SECRET_ACCESS_KEY": "local",
+	} {
+		t.Setenv(name, value)
+	}
+	_, err := newStore(t.Context(), "missing", false)
+	require.ErrorContains(t, err, "cannot read the table missing (-create makes it)")
+}
+
 // start runs the program until the end of the test and returns the URL that it
 // suggests.
 func start(t *testing.T, args ...string) string {

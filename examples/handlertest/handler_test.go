@@ -55,6 +55,7 @@ func newService(store idempotency.Store, b *bank) http.Handler {
 func post(h http.Handler, key string) (w *httptest.ResponseRecorder) {
 	w = httptest.NewRecorder()
 	r := httptest.NewRequest("POST", "/charge", strings.NewReader("amount=100"))
+	r.Header.Set("Content-Type", "application/x-www-form-urlencoded") // or r.FormValue is empty
 	r.Header.Set("Idempotency-Key", key)
 	defer func() { _ = recover() }()
 	h.ServeHTTP(w, r)

@@ -1,8 +1,9 @@
-// Command operate shows what a service keeps in Redis under a client's key, and
-// frees a key whose outcome a person has settled:
+// Command operate shows what a service keeps in Redis or PostgreSQL under a
+// client's key, and frees a key whose outcome a person has settled:
 //
 //	operate show POST /charge order-17 -scope alice -redis 127.0.0.1:6379 -prefix shop:
 //	operate forget POST /charge order-17 -scope alice -redis rediss://redis.internal:6380
+//	operate show POST /charge order-17 -scope alice -postgres postgres://operator@db.internal/shop
 //
 // Scope, prefix, method and path are those of the service: what Options.Scope
 // returned for the client, RedisOptions.Prefix, and the path as the client sent
@@ -10,6 +11,7 @@
 // environment has what should not stand in a list of processes:
 //
 //   - REDIS_USERNAME and REDIS_PASSWORD, for a Redis that asks for them;
+//   - PGPASSWORD, and the other variables of PostgreSQL's own programs;
 //   - IDEMPOTENCY_AEAD_KEY, in hex, for a service that seals its responses with
 //     AES-GCM (Options.AEAD).
 //
@@ -32,13 +34,12 @@ import (
 	"time"
 
 	"github.com/go-idempotency/idempotency"
-	"github.com/redis/go-redis/v9"
 )
 
 // The exit codes, for scripts.
 const (
 	exitDone         = 0 // shown, or forgotten
-	exitFailed       = 1 // Redis failed, or the cell has changed meanwhile
+	exitFailed       = 1 // the store failed, or the cell has changed meanwhile
 	exitUsage        = 2
 	exitNothing      = 3 // there is nothing under this key
 	exitRunning      = 4 // not forgotten: a handler is running
@@ -61,7 +62,7 @@ func main() {
 type command struct {
 	operator
 	request
-	timeout time.Duration // of each question to Redis
+	timeout time.Duration // of each question to the store
 	yes     bool
 	in      io.Reader
 	out     io.Writer
@@ -73,11 +74,11 @@ func run(ctx context.Context, args []string, getenv func(string) string, in io.R
 	flags := flag.NewFlagSet("operate", flag.ContinueOnError)
 	flags.SetOutput(errOut)
 	flags.Usage = func() { _, _ = io.WriteString(errOut, usage); flags.PrintDefaults() }
-	addr := flags.String("redis", "127.0.0.1:6379", "address, several of a Cluster with commas between them, or a redis:// or rediss:// (TLS) URL")
-	prefix := flags.String("prefix", "idem:", "RedisOptions.Prefix of the service")
+	var at location
+	at.addTo(flags)
 	flags.StringVar(&c.Scope, "scope", "", "what Options.Scope returned for the client")
 	flags.DurationVar(&c.ttl, "ttl", 24*time.Hour, "Options.TTL of the service, to tell how long ago something was")
-	flags.DurationVar(&c.timeout, "timeout", 5*time.Second, "how long to wait for Redis")
+	flags.DurationVar(&c.timeout, "timeout", 5*time.Second, "how long to wait for the store")
 	flags.BoolVar(&c.yes, "yes", false, "forget without asking")
 	words, err := parse(flags, args)
 	if err != nil {
@@ -88,10 +89,10 @@ func run(ctx context.Context, args []string, getenv func(string) string, in io.R
 		return exitUsage
 	}
 	c.Method, c.Path, c.Key = words[1], words[2], clientKey(words[3])
-	client, err := newClient(*addr, getenv)
+	store, closeStore, err := at.open(ctx, getenv)
 	if err == nil {
-		defer client.Close()
-		c.store = idempotency.NewRedisStore(client, &idempotency.RedisOptions{Prefix: *prefix})
+		defer closeStore()
+		c.store = store
 		c.aead, err = newAEAD(getenv("IDEMPOTENCY_AEAD_KEY"))
 	}
 	if err != nil {
@@ -126,28 +127,6 @@ func parse(flags *flag.FlagSet, args []string) (words []string, err error) {
 	return append(words, last...), nil
 }
 
-func newClient(addr string, getenv func(string) string) (redis.UniversalClient, error) {
-	// Without ContextTimeoutEnabled, go-redis ignores the timeout of a call.
-	opts := &redis.UniversalOptions{
-		Addrs: strings.Split(addr, ","), Username: getenv("REDIS_USERNAME"), Password: getenv("REDIS_PASSWORD"),
-		ContextTimeoutEnabled: true,
-	}
-	if strings.Contains(addr, "://") {
-		url, err := redis.ParseURL(addr)
-		if err != nil { // whose text may hold a password
-			return nil, errors.New("-redis is no URL of a Redis")
-		}
-		opts.Addrs, opts.DB, opts.TLSConfig = []string{url.Addr}, url.DB, url.TLSConfig
-		if opts.Username == "" {
-			opts.Username = url.Username
-		}
-		if opts.Password == "" {
-			opts.Password = url.Password
-		}
-	}
-	return redis.NewUniversalClient(opts), nil
-}
-
 // newAEAD returns AES-GCM. A service that seals its responses otherwise makes
 // its own AEAD here.
 func newAEAD(key string) (cipher.AEAD, error) {
@@ -171,7 +150,7 @@ func (c *command) do(ctx context.Context, forget bool) (code int, err error) {
 	defer cancel()
 	seen, shown, err := c.look(asked, c.request)
 	if err != nil {
-		return exitFailed, fmt.Errorf("cannot look into Redis: %w", err)
+		return exitFailed, fmt.Errorf("cannot look into the store: %w", err)
 	}
 	shown.print(c.out)
 	switch {
@@ -185,7 +164,7 @@ func (c *command) do(ctx context.Context, forget bool) (code int, err error) {
 	if !c.confirmed() {
 		return exitNotConfirmed, errors.New("not forgotten: not confirmed")
 	}
-	// The person may have taken long, so Redis is asked within a time of its own.
+	// The person may have taken long, so the store is asked within a time of its own.
 	// That the cell may have changed meanwhile is why Forget gets what was seen.
 	asked, cancel = context.WithTimeout(ctx, c.timeout)
 	defer cancel()

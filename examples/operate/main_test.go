@@ -250,17 +250,6 @@ func TestUsage(t *testing.T) {
 	require.Contains(t, out, "Completed")
 }
 
-func TestTLSByURL(t *testing.T) {
-	client, err := newClient("rediss://redis.internal:6380/3", func(string) string { return "" })
-	require.NoError(t, err)
-	defer client.Close()
-	opts := client.(*redis.Client).Options()
-	require.NotNil(t, opts.TLSConfig)
-	require.Equal(t, "redis.internal:6380", opts.Addr)
-	require.Equal(t, 3, opts.DB)
-	require.True(t, opts.ContextTimeoutEnabled)
-}
-
 // The exit code of the program itself.
 func TestProgram(t *testing.T) {
 	s := newService(t, idempotency.Options{})

@@ -15,7 +15,9 @@ import (
 
 func main() {
 	background := new(idempotency.Background)
-	once := idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{Background: background})
+	once := idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{
+		Background: background, ErrorHandler: writeError,
+	})
 	if err := server.Run("127.0.0.1:8080", newMux(once), background); err != nil {
 		log.Fatal(err)
 	}
@@ -29,6 +31,23 @@ func newMux(once func(http.Handler) http.Handler) *http.ServeMux {
 	mux := http.NewServeMux()
 	mux.Handle(procedure, once(connect.NewUnaryHandler(procedure, charge)))
 	return mux
+}
+
+// writeError answers what the middleware answers itself, a duplicate that is
+// still running, say, as an error of the client's protocol. A problem of RFC 9457
+// has only its HTTP status for these clients, of which 409 and 422 become Unknown
+// and 400 becomes Internal.
+func writeError(w http.ResponseWriter, r *http.Request, e *idempotency.Error) {
+	code := connect.CodeFailedPrecondition // not to be tried again
+	switch {
+	case e.Retryable:
+		code = connect.CodeUnavailable
+	case e.Status == http.StatusBadRequest:
+		code = connect.CodeInvalidArgument
+	}
+	if err := connect.NewErrorWriter().Write(w, r, connect.NewError(code, errors.New(e.Code+": "+e.Detail))); err != nil {
+		log.Print(err)
+	}
 }
 
 const procedure = "/shop.v1.Shop/Charge"

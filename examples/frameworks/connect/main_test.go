@@ -27,15 +27,22 @@ var protocols = []struct {
 // A shop is a server and a client of it. It counts the runs.
 type shop struct {
 	client *connect.Client[wrapperspb.StringValue, wrapperspb.StringValue]
+	key    string
 	runs   int
+	during func() // the next run
 }
 
 func newShop(t *testing.T, options ...connect.ClientOption) *shop {
-	s := new(shop)
-	once := idempotency.Middleware(idempotency.NewMemoryStore(), nil)
+	s := &shop{key: "k1"}
+	once := idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{
+		Wait: idempotency.NoWait, RequireKey: true, ErrorHandler: writeError,
+	})
 	server := httptest.NewUnstartedServer(newMux(func(next http.Handler) http.Handler {
 		return once(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			s.runs++
+			if s.during != nil {
+				s.during()
+			}
 			next.ServeHTTP(w, r)
 		}))
 	}))
@@ -48,7 +55,7 @@ func newShop(t *testing.T, options ...connect.ClientOption) *shop {
 
 func (s *shop) charge(ctx context.Context, card string) (*connect.Response[wrapperspb.StringValue], error) {
 	r := connect.NewRequest(wrapperspb.String(card))
-	r.Header().Set("Idempotency-Key", "k1")
+	r.Header().Set("Idempotency-Key", s.key)
 	return s.client.CallUnary(ctx, r)
 }
 
@@ -92,6 +99,34 @@ func TestUnavailableRunsAgain(t *testing.T) {
 				_, err := s.charge(t.Context(), "down")
 				require.Equal(t, connect.CodeUnavailable, connect.CodeOf(err))
 			}
+			require.Equal(t, 2, s.runs)
+		})
+	}
+}
+
+// Answers of the middleware's own have a code of the client's protocol.
+func TestErrorsOfTheMiddleware(t *testing.T) {
+	for _, p := range protocols {
+		t.Run(p.name, func(t *testing.T) {
+			s := newShop(t, p.options...)
+			_, err := s.charge(t.Context(), "good")
+			require.NoError(t, err)
+			_, err = s.charge(t.Context(), "another")
+			require.Equal(t, connect.CodeFailedPrecondition, connect.CodeOf(err))
+			require.ErrorContains(t, err, "key_reused: ")
+			_, err = s.client.CallUnary(t.Context(), connect.NewRequest(wrapperspb.String("good")))
+			require.Equal(t, connect.CodeInvalidArgument, connect.CodeOf(err))
+			require.ErrorContains(t, err, "key_missing: ")
+
+			s.during = func() {
+				s.during = nil
+				_, err := s.charge(t.Context(), "good")
+				require.Equal(t, connect.CodeUnavailable, connect.CodeOf(err))
+				require.ErrorContains(t, err, "in_progress: ")
+			}
+			s.key = "k2"
+			_, err = s.charge(t.Context(), "good")
+			require.NoError(t, err)
 			require.Equal(t, 2, s.runs)
 		})
 	}

@@ -158,6 +158,18 @@ func TestMiddlewareOutside(t *testing.T) {
 	require.Contains(t, other.Body, "bob k1 ")
 }
 
+// A fiber.Ctx is a context without the values of the request, so a handler finds
+// its Execution in c.Context() alone.
+func TestContextOfFiber(t *testing.T) {
+	app, once := fiber.New(), middleware()
+	app.Post("/charge", idempotent(once), func(c fiber.Ctx) error {
+		_, inRequest := idempotency.FromContext(c.Context())
+		_, inFiber := idempotency.FromContext(c)
+		return c.JSON([]bool{inRequest, inFiber})
+	})
+	require.JSONEq(t, "[true, false]", post(t, serve(t, app)+"/charge", "k1").Body)
+}
+
 // Duplicates at the same time run the handler once.
 func TestDuplicatesAtOnce(t *testing.T) {
 	once := idempotency.Middleware(idempotency.NewMemoryStore(), &idempotency.Options{Wait: time.Minute})

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"testing"
@@ -68,6 +69,22 @@ func TestStream(t *testing.T) {
 	first := try.Post(t, h, "/stream", "k1")
 	require.Equal(t, "one two", first.Body)
 	try.Same(t, first, try.Post(t, h, "/stream", "k1"))
+}
+
+// A gin.Context is a context without the values of the request, so a handler
+// finds no Execution in it, unless the engine is told to look there.
+func TestContextOfGin(t *testing.T) {
+	for _, fallback := range []bool{false, true} {
+		engine := gin.New()
+		engine.ContextWithFallback = fallback
+		engine.POST("/charge", func(c *gin.Context) {
+			_, inRequest := idempotency.FromContext(c.Request.Context())
+			_, inGin := idempotency.FromContext(c)
+			c.JSON(http.StatusOK, []bool{inRequest, inGin})
+		})
+		answer := try.Post(t, newHandler(engine, idempotency.Middleware(idempotency.NewMemoryStore(), nil)), "/charge", "k1")
+		require.JSONEq(t, fmt.Sprintf("[true, %t]", fallback), answer.Body)
+	}
 }
 
 // wrong is the adapter that is often seen: the handler writes to gin's own
