@@ -33,7 +33,11 @@ type shop struct {
 // openShop puts handler behind the middleware. The pool of the handlers has n
 // connections.
 func openShop(t *testing.T, n int, opts *idempotency.Options, handler func(s *shop, w http.ResponseWriter, r *http.Request)) *shop {
-	pool := startServer(t).dial(n)
+	return openShopOn(t, startServer(t).dial(n), opts, handler)
+}
+
+// openShopOn is openShop on a database that has none yet.
+func openShopOn(t *testing.T, pool *pgxpool.Pool, opts *idempotency.Options, handler func(s *shop, w http.ResponseWriter, r *http.Request)) *shop {
 	s := &shop{t: t, pool: pool, store: newStore(t, pool, nil)}
 	_, err := pool.Exec(t.Context(), `CREATE TABLE orders (item text)`)
 	require.NoError(t, err)
