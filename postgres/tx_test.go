@@ -227,7 +227,7 @@ func TestTx(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
-			s := openShop(t, 4, &idempotency.Options{Lease: 3 * time.Second}, tc.answer)
+			s := openShop(t, 4, &idempotency.Options{Lease: 3 * time.Second, Wait: idempotency.NoWait}, tc.answer)
 			require.Equal(t, tc.gets, s.post("key"))
 			s.allReturned()
 			require.Equal(t, tc.orders, s.orders())
