@@ -15,6 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/internal/idemtest"
 )
 
 // A gate stands in for a Redis in which every key is free. Commands that come
@@ -30,6 +31,23 @@ type gate struct {
 	broken    bool      // the hook panics
 	refused   error     // of a pipeline, whose commands do not learn of it
 	reply     string    // to a claim, if not empty
+	replicas  int64     // that have what was written
+	waits     int       // how often WAIT asked for them
+	roundTrip time.Duration
+	flying    int // commands and pipelines on their way
+	most      int // of them at a time
+}
+
+// fly is a round trip.
+func (g *gate) fly() {
+	g.mu.Lock()
+	g.flying++
+	g.most = max(g.most, g.flying)
+	g.mu.Unlock()
+	time.Sleep(g.roundTrip)
+	g.mu.Lock()
+	g.flying--
+	g.mu.Unlock()
 }
 
 func (g *gate) DialHook(redis.DialHook) redis.DialHook {
@@ -38,6 +56,10 @@ func (g *gate) DialHook(redis.DialHook) redis.DialHook {
 
 func (g *gate) ProcessHook(redis.ProcessHook) redis.ProcessHook {
 	return func(_ context.Context, cmd redis.Cmder) error {
+		if table, ok := cmd.(*redis.CommandsInfoCmd); ok { // a Cluster's client asks once
+			table.SetVal(map[string]*redis.CommandInfo{"set": {Name: "set", FirstKeyPos: 1, LastKeyPos: 1, StepCount: 1}})
+			return nil
+		}
 		g.mu.Lock()
 		g.single++
 		g.mu.Unlock()
@@ -45,6 +67,7 @@ func (g *gate) ProcessHook(redis.ProcessHook) redis.ProcessHook {
 		if g.broken {
 			panic("a hook")
 		}
+		g.fly()
 		return g.answer(cmd)
 	}
 }
@@ -60,6 +83,7 @@ func (g *gate) answer(cmd redis.Cmder) error {
 
 func (g *gate) ProcessPipelineHook(redis.ProcessPipelineHook) redis.ProcessPipelineHook {
 	return func(ctx context.Context, cmds []redis.Cmder) error {
+		g.fly()
 		g.mu.Lock()
 		defer g.mu.Unlock()
 		g.deadline, _ = ctx.Deadline()
@@ -70,33 +94,54 @@ func (g *gate) ProcessPipelineHook(redis.ProcessPipelineHook) redis.ProcessPipel
 			return g.refused
 		}
 		for _, cmd := range cmds {
+			if wait, ok := cmd.(*redis.IntCmd); ok {
+				g.waits++
+				wait.SetVal(g.replicas)
+				continue
+			}
 			_ = g.answer(cmd)
 		}
 		return cmds[0].Err()
 	}
 }
 
+// claim claims a key within a second.
+func (g *gate) claim(ctx context.Context, i int) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	_, err := g.store.Acquire(ctx, "key"+strconv.Itoa(i), idempotency.Claim{
+		Token: strconv.Itoa(i), Fingerprint: []byte{1}, Lease: time.Minute, TTL: time.Hour,
+	})
+	return err
+}
+
+// singles returns how many commands came one by one.
+func (g *gate) singles() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.single
+}
+
 // withGate runs a test with a store behind a gate, and a function that claims
 // so many keys at once, each with a deadline of a second. The channel brings their
 // errors.
 func withGate(t *testing.T, test func(t *testing.T, g *gate, claim func(from, to int) <-chan error)) {
+	t.Helper()
+	withGateOf(t, nil, test)
+}
+
+func withGateOf(t *testing.T, opts *idempotency.RedisOptions, test func(t *testing.T, g *gate, claim func(from, to int) <-chan error)) {
+	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		g := &gate{open: make(chan struct{})}
 		client := redis.NewClient(&redis.Options{Addr: "127.0.0.1:0", PoolSize: 20})
 		defer func() { require.NoError(t, client.Close()) }()
 		client.AddHook(g)
-		g.store = idempotency.NewRedisStore(client, nil)
+		g.store = idempotency.NewRedisStore(client, opts)
 		test(t, g, func(from, to int) <-chan error {
 			results := make(chan error, to-from)
 			for i := from; i < to; i++ {
-				go func() {
-					ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-					defer cancel()
-					_, err := g.store.Acquire(ctx, "key"+strconv.Itoa(i), idempotency.Claim{
-						Token: strconv.Itoa(i), Fingerprint: []byte{1}, Lease: time.Minute, TTL: time.Hour,
-					})
-					results <- err
-				}()
+				go func() { results <- g.claim(t.Context(), i) }()
 			}
 			synctest.Wait()
 			return results
@@ -188,6 +233,11 @@ func TestRedisPipelineLengthFollowsWhatTheyMove(t *testing.T) {
 	}
 	withGate(t, func(t *testing.T, g *gate, claim func(from, to int) <-chan error) {
 		for _, row := range rows {
+			g.open, g.reply = make(chan struct{}), ""
+			close(g.open)
+			for range 500 { // the store forgets how many there were
+				require.NoError(t, g.claim(t.Context(), 0))
+			}
 			g.pipelines, g.reply, g.open = nil, strings.Repeat("x", row.reply), make(chan struct{})
 			results := claim(0, row.claims)
 			close(g.open)
@@ -323,4 +373,106 @@ func TestRedisPipelineThatIsRefused(t *testing.T) {
 		requireErrors(t, first, nil)
 		requireErrors(t, second, g.refused)
 	})
+}
+
+// Many callers share as many lanes as are needed that none waits for more than
+// 100 microseconds; few callers have one each.
+func TestRedisLanesFollowTheRoundTrip(t *testing.T) {
+	rows := []struct {
+		callers   int
+		roundTrip time.Duration
+		lanes     int
+	}{
+		{8, 50 * time.Microsecond, 8},
+		{64, 50 * time.Microsecond, 1},
+		{64, 450 * time.Microsecond, 4},
+		{64, 20 * time.Millisecond, 8},
+		{8, 50 * time.Microsecond, 8}, // again
+	}
+	withGate(t, func(t *testing.T, g *gate, claim func(from, to int) <-chan error) {
+		close(g.open)
+		for _, row := range rows {
+			g.roundTrip = row.roundTrip
+			most := 0
+			var done sync.WaitGroup
+			for i := range row.callers {
+				done.Go(func() {
+					for n := range 300 {
+						if err := g.claim(t.Context(), i); err != nil {
+							t.Error(err)
+						}
+						g.mu.Lock()
+						switch {
+						case i == 0 && n == 100: // the store knows the round trip by now
+							g.most = 0
+						case i == 0 && n == 200: // the others go on
+							most = g.most
+						}
+						g.mu.Unlock()
+					}
+				})
+			}
+			done.Wait()
+			require.Equal(t, row.lanes, most, row)
+		}
+	})
+}
+
+// Claims that wait for replicas share a pipeline, and one WAIT.
+func TestRedisClaimsShareAWait(t *testing.T) {
+	withGateOf(t, &idempotency.RedisOptions{MinReplicas: 2}, func(t *testing.T, g *gate, claim func(from, to int) <-chan error) {
+		close(g.open)
+		g.roundTrip, g.replicas = time.Millisecond, 2
+		requireErrors(t, claim(0, 108), nil)
+		require.Equal(t, 9, g.waits, "8 claims by themselves, and 100 together")
+		g.replicas = 1
+		requireErrors(t, claim(0, 108), idempotency.ErrTooFewReplicas)
+	})
+}
+
+// In a Cluster, commands to one node share pipelines. A node that does not
+// answer holds up nothing that goes to the others.
+func TestRedisNodesHavePipesOfTheirOwn(t *testing.T) {
+	silent, other := &gate{open: make(chan struct{})}, &gate{open: make(chan struct{})}
+	nodes := map[string]*gate{"silent:1": silent, "other:1": other}
+	client := redis.NewClusterClient(&redis.ClusterOptions{
+		ClusterSlots: func(context.Context) ([]redis.ClusterSlot, error) {
+			return []redis.ClusterSlot{
+				{Start: 0, End: 8191, Nodes: []redis.ClusterNode{{Addr: "silent:1"}}},
+				{Start: 8192, End: 16383, Nodes: []redis.ClusterNode{{Addr: "other:1"}}},
+			}, nil
+		},
+	})
+	defer func() { require.NoError(t, client.Close()) }()
+	client.OnNewNode(func(node *redis.Client) { node.AddHook(nodes[node.Options().Addr]) })
+	store := idempotency.NewRedisStore(client, nil)
+	claim := func(key string) error {
+		_, err := store.Acquire(t.Context(), key, idempotency.Claim{
+			Token: key, Fingerprint: []byte{1}, Lease: time.Minute, TTL: time.Hour,
+		})
+		return err
+	}
+	answers := map[*gate]chan error{silent: make(chan error, 400), other: make(chan error, 400)}
+	asked := map[*gate]int{}
+	for i := range 400 {
+		key := "key" + strconv.Itoa(i)
+		node, err := client.MasterForKey(t.Context(), "idem:"+key)
+		require.NoError(t, err)
+		g := nodes[node.Options().Addr]
+		asked[g]++
+		go func() { answers[g] <- claim(key) }()
+	}
+	require.Eventually(t, func() bool { return silent.singles() == 8 && other.singles() == 8 }, idemtest.Patience, time.Millisecond)
+	close(other.open)
+	for range asked[other] {
+		require.NoError(t, <-answers[other])
+	}
+	require.NotEmpty(t, other.pipelines)
+	require.Equal(t, 8, silent.singles())
+	require.Empty(t, answers[silent])
+	close(silent.open)
+	for range asked[silent] {
+		require.NoError(t, <-answers[silent])
+	}
+	require.NotEmpty(t, silent.pipelines)
 }

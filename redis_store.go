@@ -104,8 +104,9 @@ func (o *RedisOptions) withDefaults() RedisOptions {
 // completed. A record that Redis loses in a restart without persistence or in a
 // failover is lost; see RedisOptions.MinReplicas.
 //
-// Under load, commands to one server go together in pipelines. Hooks of the
-// client then see ProcessPipelineHook, with the context values of one caller.
+// Under load, commands to one server, or to one node of a Cluster, go together
+// in pipelines. Hooks of the client then see ProcessPipelineHook, with the
+// context values of one caller.
 //
 // Duplicates that wait share one Pub/Sub connection per store, which is there
 // only while one of them waits. Where the Redis user may not subscribe or
@@ -119,9 +120,10 @@ type RedisStore struct {
 	client redis.UniversalClient
 	opts   RedisOptions
 
-	small, large *redisPipe // for commands without and with a large value; nil unless client is that of one server
+	pipes *redisPipes // nil unless client is that of one server
 
 	mu            sync.Mutex                // guards what follows and what it points to
+	nodes         map[string]*redisPipes    // of a Cluster, by address: as many as it has had masters
 	questions     map[string]*redisQuestion // that are on their way, by the name of the key
 	session       *redisSession             // nil while no caller watches
 	notBefore     time.Time                 // when the next session may be tried
@@ -143,12 +145,13 @@ var (
 //
 // Services that share one Redis need a Prefix each; see [RedisOptions].
 func NewRedisStore(client redis.UniversalClient, opts *RedisOptions) *RedisStore {
-	s := &RedisStore{client: client, opts: opts.withDefaults(), questions: make(map[string]*redisQuestion)}
+	s := &RedisStore{
+		client: client, opts: opts.withDefaults(),
+		nodes: make(map[string]*redisPipes), questions: make(map[string]*redisQuestion),
+	}
 	requireRedisClient(client, &s.opts)
-	// Not for a Cluster, where one node that is down would hold up what goes to
-	// the others.
 	if server, ok := client.(*redis.Client); ok {
-		s.small, s.large = newRedisPipes(server)
+		s.pipes = newRedisPipes(server, &s.opts)
 	}
 	return s
 }
@@ -341,20 +344,10 @@ func (s *RedisStore) settle(ctx context.Context, script *redisScript, name strin
 }
 
 // send sends a command. With claims the command may make a claim, and
-// replicated tells whether enough replicas have what it wrote. A claim that
-// waits for replicas has a connection to itself, so it is not sent with others.
+// replicated tells whether enough replicas have what it wrote.
 func (s *RedisStore) send(ctx context.Context, name string, cmd redis.Cmder, claims bool) (replicated bool, err error) {
 	defer containRedis(&err)
-	switch {
-	case claims && s.opts.MinReplicas > 0:
-		replicated, err = s.sendAndWait(ctx, name, cmd)
-	case s.small == nil:
-		replicated, err = true, s.client.Process(ctx, cmd)
-	case isLarge(cmd):
-		replicated, err = true, s.large.process(ctx, cmd)
-	default:
-		replicated, err = true, s.small.process(ctx, cmd)
-	}
+	replicated, err = s.sendPiped(ctx, name, cmd, claims && s.opts.MinReplicas > 0)
 	if err != nil && !errors.Is(err, redis.Nil) {
 		s.reloadSlotsAfter(ctx, err)
 	}
@@ -366,37 +359,45 @@ type masterFinder interface {
 	MasterForKey(ctx context.Context, key string) (*redis.Client, error)
 }
 
-// sendAndWait sends a command and then WAIT on the same connection: WAIT is
-// about what that connection has written. WAIT has no key, so a ClusterClient
-// would send it anywhere.
-func (s *RedisStore) sendAndWait(ctx context.Context, name string, cmd redis.Cmder) (replicated bool, err error) {
-	// Half of the time that is left is kept for the release of a claim that too
-	// few replicas have.
-	timeout := s.opts.ReplicaTimeout
-	if deadline, ok := ctx.Deadline(); ok {
-		timeout = min(timeout, time.Until(deadline)/2)
-	}
-	client := redis.Cmdable(s.client)
+// sendPiped sends a command through a pipe to the server that has the key. In a
+// Cluster each node has pipes of its own, so that one that is down holds up
+// nothing that goes to the others.
+func (s *RedisStore) sendPiped(ctx context.Context, name string, cmd redis.Cmder, waits bool) (replicated bool, err error) {
+	var client redisSender = s.client
+	pipes := s.pipes
 	if cluster, ok := s.client.(masterFinder); ok {
-		if client, err = cluster.MasterForKey(ctx, name); err != nil {
+		node, err := cluster.MasterForKey(ctx, name)
+		if err != nil {
 			return false, err
 		}
+		if pipes = s.pipesTo(node); waits {
+			client = node // WAIT has no key, so a ClusterClient would send it anywhere
+		}
 	}
-	wait := redis.NewIntCmd(ctx, "wait", s.opts.MinReplicas, millis(timeout))
-	pipe := client.Pipeline()
-	_ = pipe.Process(ctx, cmd)
-	_ = pipe.Process(ctx, wait)
-	if err := execPipeline(ctx, pipe); err != nil {
-		return false, err
+	switch {
+	case pipes == nil:
+		return true, client.Process(ctx, cmd)
+	case waits:
+		return pipes.replicated.process(ctx, client, cmd)
+	case isLarge(cmd):
+		return pipes.large.process(ctx, client, cmd)
+	default:
+		return pipes.small.process(ctx, client, cmd)
 	}
-	// WAIT is answered even if the command failed: it has nothing to wait for.
-	if err := cmd.Err(); err != nil && !errors.Is(err, redis.Nil) {
-		return false, err
+}
+
+// pipesTo returns the pipes to a node of a Cluster. They are kept by its address,
+// because the client is another one after the node was away.
+func (s *RedisStore) pipesTo(node *redis.Client) *redisPipes {
+	address := node.Options().Addr
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	pipes := s.nodes[address]
+	if pipes == nil {
+		pipes = newRedisPipes(node, &s.opts)
+		s.nodes[address] = pipes
 	}
-	if err := wait.Err(); err != nil {
-		return false, err
-	}
-	return wait.Val() >= int64(s.opts.MinReplicas), cmd.Err()
+	return pipes
 }
 
 // reloadSlotsAfter has a Cluster client load its slots again, once a second at
