@@ -57,7 +57,7 @@ END {
 		floor = ""; best = ""; which = "-"
 		n = split(base, names, ",")
 		for (i = 1; i <= n; i++) {
-			key = (kind == "<=" ? names[i] "/idempotency " : root "/" names[i] " ") unit
+			key = root "/" names[i] " " unit
 			m = medianOf(key)
 			if (m != "" && (best == "" || m < best)) { best = m; floor = key; which = names[i] }
 		}

@@ -61,8 +61,13 @@ func (s *Store) Watch(ctx context.Context, key string) (<-chan struct{}, error) 
 		err = ctx.Err()
 	}
 	if err != nil {
-		l.remove(key, w)
-		return nil, err
+		select {
+		case <-w.changed: // before the connection was tested; then nobody needed it any more
+			return w.changed, nil
+		default:
+			l.remove(key, w)
+			return nil, err
+		}
 	}
 	context.AfterFunc(ctx, func() { l.remove(key, w) })
 	return w.changed, nil
@@ -133,7 +138,8 @@ func (l *listener) notify(on *session, key string) {
 }
 
 // run listens until the session ends. When its connection breaks, or brings no
-// notifications any more, run wakes all waiters, which then poll.
+// notifications any more, run wakes all waiters, which then poll. Waiters whose
+// connection was never ready learn that from the session.
 func (l *listener) run(ctx context.Context, on *session) {
 	defer on.end()
 	conn, err := l.connect(ctx, on)
@@ -142,6 +148,7 @@ func (l *listener) run(ctx context.Context, on *session) {
 	}
 	on.err = err
 	close(on.ready)
+	connected := err == nil
 	for err == nil {
 		_, err = l.next(ctx, on, conn, listenSilence)
 		if errors.Is(err, context.DeadlineExceeded) {
@@ -155,7 +162,9 @@ func (l *listener) run(ctx context.Context, on *session) {
 	}
 	for _, waiters := range l.waiters {
 		for w := range waiters {
-			close(w.changed)
+			if connected {
+				close(w.changed)
+			}
 		}
 	}
 	l.waiters, l.session = nil, nil

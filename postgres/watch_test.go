@@ -4,12 +4,14 @@ package postgres_test
 
 import (
 	"context"
+	"errors"
 	"net"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/go-idempotency/idempotency"
+	"github.com/go-idempotency/idempotency/postgres"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/stretchr/testify/require"
@@ -115,6 +117,31 @@ func TestWatchThroughSilence(t *testing.T) {
 		require.Fail(t, "the listener has not gone on")
 	default:
 	}
+}
+
+// A key that is completed while the connection is still tested has changed. The
+// waiter learns that, and the end of the test is no failure.
+func TestWatchIsToldBeforeItBegins(t *testing.T) {
+	server := startServer(t)
+	owner := newStore(t, server.dial(4), nil)
+	_, err := owner.Watch(t.Context(), "key") // Complete notifies for it
+	require.NoError(t, err)
+	for _, token := range []string{"A", "B"} {
+		_, err := owner.Acquire(t.Context(), "key", claim(token, time.Minute))
+		require.NoError(t, err)
+	}
+	config := server.dial(4).Config()
+	// The watch listens by now, and its test needs a connection of the pool.
+	config.PrepareConn = func(ctx context.Context, conn *pgx.Conn) (bool, error) {
+		_, err := conn.Exec(ctx, "BEGIN") // so what it sends does not arrive
+		return true, errors.Join(err, owner.Complete(ctx, "key", "A", idempotency.Result{TTL: time.Hour}))
+	}
+	pool, err := pgxpool.NewWithConfig(t.Context(), config)
+	require.NoError(t, err)
+	t.Cleanup(pool.Close)
+	changed, err := postgres.NewStore(pool, nil).Watch(t.Context(), "key")
+	require.NoError(t, err)
+	<-changed
 }
 
 // Only a cell that a waiter has found in progress is marked: the others cost
