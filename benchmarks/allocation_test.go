@@ -81,8 +81,7 @@ func TestBodyAllocations(t *testing.T) {
 		1 << 20:   1<<20 + extraBytes,
 	} {
 		t.Run(fmt.Sprint(size), func(t *testing.T) {
-			client := newBenchClient(true)
-			client.setBody(size)
+			client := newUpload(size)
 			h := inMemory(newCharge(smallBody))
 			require.LessOrEqual(t, allocatedBytes(t, client, h, func(int) string { return keyAt(0) }), limit)
 			client.check(t, smallBody, true)

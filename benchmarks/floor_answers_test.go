@@ -1,6 +1,7 @@
 package benchmarks
 
 import (
+	"bytes"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -36,6 +37,23 @@ func TestFloorsAnswer(t *testing.T) {
 			t.Run(c.name, func(t *testing.T) { requireAnswers(t, c.wrap, smallBody, 500) })
 			t.Run(c.name+", 64 KiB", func(t *testing.T) { requireAnswers(t, c.wrap, 64<<10, 20) })
 		}
+	})
+	t.Run("a large request", func(t *testing.T) {
+		client, charge := newUpload(1<<20), newCharge(smallBody)
+		h := newMapFloor(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			body, err := io.ReadAll(r.Body)
+			require.NoError(t, err)
+			require.True(t, bytes.Equal(client.body.data, body), "what the handler read")
+			charge.ServeHTTP(w, r)
+			charge.closed = true
+		}))
+		for range 2 {
+			client.do(h, keyAt(0))
+			client.check(t, smallBody, true)
+		}
+		client.body.data[1<<19] = 'y'
+		client.do(h, keyAt(0))
+		require.Equal(t, http.StatusUnprocessableEntity, client.w.status)
 	})
 	t.Run("pass-through", func(t *testing.T) {
 		r := httptest.NewRequest(http.MethodPost, benchPath, strings.NewReader("{}"))

@@ -63,9 +63,13 @@ func isFloorKey(key string) bool {
 	return key != "" && len(key) <= 255
 }
 
+const largestPooled = 64 << 10
+
 var floorRequests = sync.Pool{New: func() any { return &floorRequest{buffer: make([]byte, 0, 1024)} }}
 
-// readFloorRequest reads the whole body. All that is hashed lies in one buffer.
+// readFloorRequest reads the whole body. All that is hashed lies in one buffer,
+// which has room for the body from the start, and for the end to be seen. A large
+// buffer is not used again: one large request would pin it for good.
 func readFloorRequest(r *http.Request) *floorRequest {
 	q := floorRequests.Get().(*floorRequest)
 	lines := r.Header["Idempotency-Key"]
@@ -86,6 +90,9 @@ func readFloorRequest(r *http.Request) *floorRequest {
 	}
 	b = append(b, 0)
 	head := len(b)
+	if size := head + int(r.ContentLength) + 1; size > cap(b) {
+		b = append(make([]byte, 0, size), b...)
+	}
 	for {
 		if len(b) == cap(b) {
 			b = append(b, 0)[:len(b)]
@@ -98,7 +105,10 @@ func readFloorRequest(r *http.Request) *floorRequest {
 			panic(err)
 		}
 	}
-	q.buffer, q.sum, q.now = b, sha256.Sum256(b), int64(time.Since(floorEpoch))
+	if cap(b) <= largestPooled {
+		q.buffer = b
+	}
+	q.sum, q.now = sha256.Sum256(b), int64(time.Since(floorEpoch))
 	q.data, q.off = b[head:], 0
 	return q
 }

@@ -224,11 +224,14 @@ func reportCPU(b *testing.B, start time.Duration) {
 	b.ReportMetric(float64(processTime()-start)/float64(b.N), "cpu-ns/op")
 }
 
-// first has the handler run under a new key each time. A full store is replaced
+// first is firstOf with the usual request.
+func first(b *testing.B, size int, c contender) { firstOf(b, newBenchClient(true), size, c) }
+
+// firstOf has the handler run under a new key each time. A full store is replaced
 // by an empty one, and the collector takes the old one.
-func first(b *testing.B, size int, c contender) {
-	keys := min(benchKeys, 16<<20/size)
-	client, charge := newBenchClient(true), newCharge(size)
+func firstOf(b *testing.B, client *benchClient, size int, c contender) {
+	keys := min(benchKeys, max(1, 16<<20/size))
+	charge := newCharge(size)
 	var h http.Handler
 	defer reportCPU(b, processTime())
 	for i := 0; b.Loop(); i++ {
@@ -240,9 +243,12 @@ func first(b *testing.B, size int, c contender) {
 	client.check(b, size, false)
 }
 
-// replay has the same answer sent again and again.
-func replay(b *testing.B, size int, c contender) {
-	client, charge := newBenchClient(true), newCharge(size)
+// replay is replayOf with the usual request.
+func replay(b *testing.B, size int, c contender) { replayOf(b, newBenchClient(true), size, c) }
+
+// replayOf has the same answer sent again and again.
+func replayOf(b *testing.B, client *benchClient, size int, c contender) {
+	charge := newCharge(size)
 	h := c.wrap(charge)
 	client.do(h, keyAt(0))
 	charge.closed = c.name != "bare"
@@ -268,8 +274,17 @@ func replayMany(b *testing.B, c contender) {
 	client.check(b, smallBody, true)
 }
 
-// parallel is first from a goroutine for each processor.
-func parallel(b *testing.B, c contender) {
+// A crowd has goroutines work until next says that b.N operations are done.
+type crowd func(b *testing.B, work func(next func() bool))
+
+// perProcessor is a crowd of one goroutine for each processor, or as many as
+// b.SetParallelism says.
+func perProcessor(b *testing.B, work func(next func() bool)) {
+	b.RunParallel(func(pb *testing.PB) { work(pb.Next) })
+}
+
+// parallel is first by a crowd.
+func parallel(b *testing.B, c contender, run crowd) {
 	charge := newCharge(smallBody)
 	var handlers atomic.Pointer[http.Handler]
 	fresh := func() {
@@ -277,13 +292,13 @@ func parallel(b *testing.B, c contender) {
 		handlers.Store(&h)
 	}
 	fresh()
-	var next atomic.Int64
+	var keys atomic.Int64
 	b.ResetTimer()
 	defer reportCPU(b, processTime())
-	b.RunParallel(func(pb *testing.PB) {
+	run(b, func(next func() bool) {
 		client := newBenchClient(true)
-		for pb.Next() {
-			i := int(next.Add(1))
+		for next() {
+			i := int(keys.Add(1))
 			if i%benchKeys == 0 {
 				fresh()
 			}
@@ -293,8 +308,8 @@ func parallel(b *testing.B, c contender) {
 	})
 }
 
-// parallelReplay is replayMany from a goroutine for each processor.
-func parallelReplay(b *testing.B, c contender) {
+// parallelReplay is replayMany by a crowd.
+func parallelReplay(b *testing.B, c contender, run crowd) {
 	const keys = 1000
 	charge := newCharge(smallBody)
 	h := c.wrap(charge)
@@ -305,9 +320,9 @@ func parallelReplay(b *testing.B, c contender) {
 	charge.closed = c.name != "bare"
 	b.ResetTimer()
 	defer reportCPU(b, processTime())
-	b.RunParallel(func(pb *testing.PB) {
+	run(b, func(next func() bool) {
 		client := newBenchClient(true)
-		for i := 0; pb.Next(); i++ {
+		for i := 0; next(); i++ {
 			client.do(h, keyAt(i%keys))
 		}
 		client.checkAny(b, smallBody)
@@ -342,14 +357,16 @@ func BenchmarkReplayManyKeys(b *testing.B) {
 }
 
 func BenchmarkReplayParallel(b *testing.B) {
-	each(b, largeContenders(), parallelReplay)
+	each(b, largeContenders(), func(b *testing.B, c contender) { parallelReplay(b, c, perProcessor) })
 }
 
 func BenchmarkFirst(b *testing.B) {
 	each(b, memoryContenders(), func(b *testing.B, c contender) { first(b, smallBody, c) })
 }
 
-func BenchmarkFirstParallel(b *testing.B) { each(b, memoryContenders(), parallel) }
+func BenchmarkFirstParallel(b *testing.B) {
+	each(b, memoryContenders(), func(b *testing.B, c contender) { parallel(b, c, perProcessor) })
+}
 
 func BenchmarkFirst64KiB(b *testing.B) {
 	each(b, largeContenders(), func(b *testing.B, c contender) { first(b, 64<<10, c) })

@@ -128,7 +128,7 @@ func BenchmarkRedisFirst64Goroutines(b *testing.B) {
 	list, _ := redisContenders(b, "floor-goredis", "floor-pipelined", "idempotency")
 	each(b, list, func(b *testing.B, c contender) {
 		crowded(b)
-		parallel(b, c)
+		parallel(b, c, perProcessor)
 	})
 }
 
@@ -136,7 +136,7 @@ func BenchmarkRedisReplay64Goroutines(b *testing.B) {
 	list, _ := redisContenders(b, "floor-goredis", "floor-pipelined", "idempotency")
 	each(b, list, func(b *testing.B, c contender) {
 		crowded(b)
-		parallelReplay(b, c)
+		parallelReplay(b, c, perProcessor)
 	})
 }
 

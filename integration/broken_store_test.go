@@ -54,6 +54,8 @@ func (s *brokenStore) Acquire(ctx context.Context, key string, c idempotency.Cla
 		c.Lease = c.TTL
 	case ignoresFingerprints:
 		c.Fingerprint = nil
+	case endsTTLsLate:
+		c.TTL *= 3
 	}
 	rec, err := s.RedisStore.Acquire(ctx, key, c)
 	if err == nil && s.bug == takesBack {
@@ -166,6 +168,12 @@ func (s *brokenStore) Complete(ctx context.Context, key, token string, r idempot
 	}
 	if s.bug == losesLeases && s.every(2) {
 		return idempotency.ErrLeaseLost
+	}
+	switch s.bug {
+	case endsTTLsEarly:
+		r.TTL /= 3
+	case endsTTLsLate:
+		r.TTL *= 3
 	}
 	const small = 80 // bytes of a record, sealed or not, that holds no answer
 	if s.bug == refusesAll || s.bug == refusesAnswers && len(r.Value) > small {

@@ -47,6 +47,8 @@ const (
 	losesMarkers        = "a released key leaves nothing behind"
 	shortensLaterOnes   = "the marker of a later attempt is kept for as long as that of a first one"
 	refusesAll          = "answers are refused, and what says so in their place"
+	endsTTLsEarly       = "answers are kept for a third of the TTL"
+	endsTTLsLate        = "records are kept for three times the TTL"
 	abandonsClaims      = "what may be taken over is told to be abandoned"
 
 	// In the middleware.
@@ -67,6 +69,11 @@ const (
 	keepsFailures      = "what is not final is stored"
 	marksNoReplays     = "replays are not marked"
 	comparesNoBodies   = "large bodies are not compared"
+
+	// In what has to be one.
+	commitsAlone      = "the handler commits for itself"
+	losesAttachments  = "answers are stored without what is attached"
+	closesConnections = "connections are closed when SIGTERM comes"
 
 	// In what the service says about its requests.
 	comparesBoundaries = "the boundaries of forms are compared"
@@ -109,7 +116,7 @@ func (s *brokenCaller) Acquire(ctx context.Context, key string, c idempotency.Cl
 	case s.bug == opensBeside && rec.State == idempotency.InProgress, s.bug == opensAnyhow && rec.State == idempotency.Acquired:
 		return idempotency.Record{}, errors.New("taken for an error")
 	case s.bug == freesExposed && err != nil:
-		time.AfterFunc(20*time.Millisecond, func() { _ = s.journal.Release(context.Background(), key, c.Token, recordTTL) })
+		time.AfterFunc(20*time.Millisecond, func() { _ = s.journal.Release(context.Background(), key, c.Token, s.replica.config.TTL) })
 	}
 	rec.Once = rec.Once || skips && rec.State == idempotency.Acquired
 	return rec, err
@@ -131,6 +138,9 @@ func (s *brokenCaller) Complete(ctx context.Context, key, token string, r idempo
 		return errors.New("as before")
 	case s.bug == givesUpAtLease && failed && time.Since(since) > s.replica.config.Lease:
 		return errors.New("too late")
+	}
+	if s.bug == losesAttachments {
+		ctx = context.Background()
 	}
 	err := s.journal.Complete(ctx, key, token, r)
 	if err != nil && !failed {
@@ -159,7 +169,7 @@ func (s *brokenCaller) Release(ctx context.Context, key, token string, keep time
 	case shortensMarkers:
 		keep = s.replica.config.Lease
 	case lengthensMarkers:
-		keep = recordTTL
+		keep = s.replica.config.TTL
 	}
 	if _, failed := s.failed(token); s.bug == leavesMarks && failed {
 		return errors.New("as before")

@@ -39,6 +39,19 @@ var requestLoad = workload{
 	variant: 8, hangUp: 12, pause: 40 * time.Millisecond,
 }
 
+// expiringLoad has few keys, which come again when their TTL is over.
+var expiringLoad = workload{
+	clients: 16, groups: 4, ahead: 4, limit: 12, kinds: mixedLoad.kinds,
+	variant: 12, hangUp: 12, pause: 40 * time.Millisecond,
+}
+
+// databaseLoad is about a database that handlers share with the store.
+var databaseLoad = workload{
+	clients: 16, groups: 4, ahead: 4,
+	kinds:   []string{history.Begin, history.Plain, history.Begin, history.Once, history.Begin, history.Attach},
+	variant: 12, hangUp: 12, pause: 40 * time.Millisecond,
+}
+
 // patienceOfClient is how long a client waits that does not hang up early.
 const patienceOfClient = time.Second
 
@@ -135,14 +148,13 @@ func (c *crowd) ask(op history.Op, s *server, timeout time.Duration, breaks bool
 
 func (c *crowd) receive(req *http.Request, op *history.Op) {
 	resp, err := c.http.Do(req)
-	if err != nil {
-		op.Err = err.Error()
-		return
+	var body []byte
+	if err == nil {
+		defer func() { _ = resp.Body.Close() }()
+		body, err = io.ReadAll(resp.Body)
 	}
-	defer func() { _ = resp.Body.Close() }()
-	body, err := io.ReadAll(resp.Body)
 	if err != nil {
-		op.Err = err.Error()
+		op.Err, op.HungUp = err.Error(), req.Context().Err() != nil
 		return
 	}
 	op.Status = resp.StatusCode
@@ -194,7 +206,9 @@ func (c *crowd) settle(op history.Op, s *server, limit time.Duration, noneDied b
 			return
 		}
 		pauseFor(context.Background(), pause)
-		pause = min(2*pause, time.Second) // each try may leave work to a store that has too much
+		// Each try may leave work to a store that has too much. But the next one has
+		// to come while the record is there.
+		pause = min(2*pause, time.Second, c.fleet.ttl/4)
 	}
 }
 

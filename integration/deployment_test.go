@@ -30,7 +30,7 @@ import (
 func runDeployed(config replicaConfig) {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
-	client := redis.NewClient(&redis.Options{Addr: config.Redis, ContextTimeoutEnabled: true})
+	client := redis.NewClient(&redis.Options{Addr: config.Database, ContextTimeoutEnabled: true})
 	background := new(idempotency.Background)
 	protect := idempotency.Middleware(idempotency.NewRedisStore(client, nil), &idempotency.Options{
 		Lease: config.Lease, Background: background,
@@ -140,7 +140,7 @@ func TestDeploymentDuringAnOutage(t *testing.T) {
 			go func() { _ = provider.Serve(listener) }()
 			t.Cleanup(func() { _ = provider.Close() })
 			config := replicaConfig{
-				Redis: server.Addr, Provider: "http://" + listener.Addr().String(), Lease: 3 * time.Second, Bug: row.bug,
+				Database: server.Addr, Provider: "http://" + listener.Addr().String(), Lease: 3 * time.Second, Bug: row.bug,
 			}
 
 			old := deploy(t, config)

@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -17,17 +18,19 @@ import (
 	"github.com/go-idempotency/idempotency/internal/idemtest"
 )
 
-// A fleet is a service of several processes on one Redis, and its ledger.
+// A fleet is a service of several processes on one database, and its ledger.
 type fleet struct {
-	epoch   time.Time
-	lease   time.Duration
-	ledger  *ledger
-	redis   *idemtest.RedisServer
-	links   []*link
-	servers []*server
+	epoch    time.Time
+	lease    time.Duration
+	ttl      time.Duration
+	ledger   *ledger
+	database database
+	links    []*link
+	servers  []*server
 
-	mu     sync.Mutex               // guards what follows
-	killed map[string]time.Duration // when, by the name of the process
+	mu      sync.Mutex               // guards what follows
+	killed  map[string]time.Duration // when, by the name of the process
+	stopped map[string][]history.Span
 }
 
 // A scenario is what happens in one history. All that is random about it
@@ -36,6 +39,8 @@ type scenario struct {
 	seed   uint64
 	length time.Duration
 	lease  time.Duration
+	ttl    time.Duration // of records
+	store  string        // the kind of store
 	mix    faultMix
 	load   workload
 	settle time.Duration // how long at most a process is asked for a key in the end
@@ -47,26 +52,24 @@ type scenario struct {
 
 const replicas = 3
 
-func (s scenario) redisArgs() []string {
-	if s.volatile {
-		return nil
-	}
-	return durable
-}
-
 func startFleet(t *testing.T, s scenario) *fleet {
 	plan := seededPlans(s.seed, s.lease)
 	if s.load.plan != nil {
 		plan = s.load.plan(s.lease)
 	}
-	f := &fleet{epoch: time.Now(), lease: s.lease, redis: idemtest.StartRedis(t, s.redisArgs()...),
-		killed: make(map[string]time.Duration)}
+	f := &fleet{epoch: time.Now(), lease: s.lease, ttl: s.ttl, killed: make(map[string]time.Duration),
+		stopped: make(map[string][]history.Span)}
+	if s.volatile {
+		f.database = redisDatabase{idemtest.StartRedis(t)}
+	} else {
+		f.database = startDatabase(t, s.store)
+	}
 	f.ledger = startLedger(t, f.epoch, plan)
 	for n := range replicas {
-		f.links = append(f.links, startLink(t, f.redis.Addr))
+		f.links = append(f.links, startLink(t, f.database.addr()))
 		f.servers = append(f.servers, startServer(t, replicaConfig{
-			Name: fmt.Sprintf("replica-%d", n), Redis: f.links[n].addr(), Ledger: f.ledger.url, Epoch: f.epoch,
-			Lease: s.lease, Wait: s.lease, Bug: s.bug,
+			Name: fmt.Sprintf("replica-%d", n), Store: s.store, Database: f.links[n].addr(), Ledger: f.ledger.url, Epoch: f.epoch,
+			Lease: s.lease, Wait: s.lease, TTL: s.ttl, Bug: s.bug,
 		}))
 	}
 	return f
@@ -81,11 +84,13 @@ var places = make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2))
 func play(t *testing.T, s scenario) (history.History, schedule) {
 	places <- struct{}{}
 	defer func() { <-places }()
+	s.ttl, s.store = cmp.Or(s.ttl, recordTTL), cmp.Or(s.store, onRedis)
 	f := startFleet(t, s)
 	c := newCrowd(f, s.seed, s.load)
 	faults := newSchedule(s.seed, replicas, s.length, s.lease, s.mix)
 	ctx, cancel := context.WithTimeout(t.Context(), s.length)
 	defer cancel()
+	stalled := measureStalls(t.Context())
 	ended := make(chan struct{})
 	go func() { defer close(ended); faults.run(ctx, t, f) }()
 	c.run(ctx)
@@ -97,7 +102,9 @@ func play(t *testing.T, s scenario) (history.History, schedule) {
 		f.kill(n) // or rows would come while the history is judged
 	}
 	return history.History{
-		Lease: s.lease, TTL: recordTTL, MaxExecution: maxExecution, NoneDied: s.noneDied, Killed: f.killed, Ops: c.all(), Rows: f.ledger.all(),
+		Lease: s.lease, TTL: s.ttl, MaxExecution: maxExecution, NoneDied: s.noneDied, Killed: f.killed, Stopped: f.stopped, Stalled: stalled(),
+		Ops:  c.all(),
+		Rows: append(f.ledger.all(), keptRows(t, f.database)...),
 	}, faults
 }
 
@@ -110,20 +117,74 @@ func (f *fleet) kill(n int) {
 	f.killed[name] = at
 }
 
-// TestHistories plays histories and judges them.
-func TestHistories(t *testing.T) { playSeeds(t, mixedLoad) }
+// measureStalls measures for how long this process cannot run when it wants to. It
+// returns a function that ends that, and returns the longest time.
+func measureStalls(ctx context.Context) (longest func() time.Duration) {
+	const often = 20 * time.Millisecond
+	ctx, cancel := context.WithCancel(ctx)
+	result := make(chan time.Duration)
+	go func() {
+		var most time.Duration
+		for last := time.Now(); pauseFor(ctx, often); last = time.Now() {
+			most = max(most, time.Since(last)-often)
+		}
+		result <- most
+	}()
+	return func() time.Duration { cancel(); return <-result }
+}
 
-// playSeeds plays histories of a load with all faults. A failure prints its seed;
-// HISTORY_SEED is the first seed to play, HISTORY_RUNS how many.
-func playSeeds(t *testing.T, load workload) {
+// stop stops the nth process for d, or until ctx ends.
+func (f *fleet) stop(ctx context.Context, n int, d time.Duration) {
+	from := since(f.epoch)
+	process, _ := f.servers[n].current()
+	f.servers[n].stopFor(ctx, d)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.stopped[process] = append(f.stopped[process], history.Span{From: from, To: since(f.epoch)})
+}
+
+// TestHistories plays histories and judges them.
+func TestHistories(t *testing.T) { playSeeds(t, func(*scenario) {}) }
+
+// TestHistoriesOfExpiry plays histories in which the TTL of records ends, and
+// their keys are used again.
+func TestHistoriesOfExpiry(t *testing.T) {
+	playSeeds(t, func(s *scenario) {
+		s.load, s.ttl, s.length = expiringLoad, 4*s.lease, 10*time.Second
+	})
+}
+
+// TestHistoriesOnPostgres plays histories on PostgreSQL. Handlers write a row on a
+// transaction that the store commits with the answer. A claim has to be answered
+// within a sixth of its lease, which includes a connection that is made for it.
+// So leases are longer than on Redis.
+func TestHistoriesOnPostgres(t *testing.T) {
+	playSeeds(t, func(s *scenario) {
+		s.load, s.store = databaseLoad, onPostgres
+		s.lease, s.length = 3*s.lease, 10*time.Second
+	})
+}
+
+// TestHistoriesOfDeployments plays histories in which processes are replaced while
+// clients send: another one takes over, and the one before gets SIGTERM, ends its
+// requests and waits for its Background.
+func TestHistoriesOfDeployments(t *testing.T) {
+	playSeeds(t, func(s *scenario) { s.mix = deployments })
+}
+
+// playSeeds plays histories with all faults, unless change says otherwise. A
+// failure prints its seed; HISTORY_SEED is the first seed to play, HISTORY_RUNS
+// how many.
+func playSeeds(t *testing.T, change func(*scenario)) {
 	first, runs := number(t, "HISTORY_SEED", 1), number(t, "HISTORY_RUNS", 3)
 	for seed := first; seed < first+runs; seed++ {
 		t.Run(fmt.Sprintf("seed %d", seed), func(t *testing.T) {
 			leases := []choice[time.Duration]{{1, 300 * time.Millisecond}, {1, 500 * time.Millisecond}, {1, 900 * time.Millisecond}}
 			s := scenario{
-				seed: seed, length: 6 * time.Second, settle: patienceOfSweep, mix: allFaults, load: load,
+				seed: seed, length: 6 * time.Second, settle: patienceOfSweep, mix: allFaults, load: mixedLoad,
 				lease: choose(newRand(seed, "lease"), leases),
 			}
+			change(&s)
 			h, faults := play(t, s)
 			report := history.Check(h)
 			t.Logf("seed %d, lease %v: %v", seed, s.lease, describe(h, faults, report))
@@ -137,7 +198,7 @@ func playSeeds(t *testing.T, load workload) {
 // that are encoded anew for every try, a key in the body, tenants that use the
 // same keys, streamed bodies of which the handler reads the head alone, bodies that
 // break off, and handlers that run without a claim while Redis is down.
-func TestHistoriesOfRequests(t *testing.T) { playSeeds(t, requestLoad) }
+func TestHistoriesOfRequests(t *testing.T) { playSeeds(t, func(s *scenario) { s.load = requestLoad }) }
 
 // number reads a number from the environment.
 func number(t *testing.T, name string, otherwise uint64) uint64 {
@@ -159,10 +220,10 @@ func describe(h history.History, faults schedule, r *history.Report) string {
 			codes[op.Code]++
 		}
 	}
-	return fmt.Sprintf("%d requests of %d keys (%d answers, %d of them replays; %d without an answer; %v), "+
+	return fmt.Sprintf("%d requests of %d keys in %d lives (%d answers, %d of them replays; %d without an answer; %v), "+
 		"%d runs, %d effects, %d faults; runs after a release %d, after a lease %d; "+
 		"answers that were not kept %d, and then ran again %d; runs without a claim %d; told that it is not stored %d",
-		len(h.Ops), r.Keys, r.Answers, r.Replays, unknown, codes, r.Runs, r.Effects, faults.count(),
+		len(h.Ops), r.Keys, r.Lives, r.Answers, r.Replays, unknown, codes, r.Runs, r.Effects, faults.count(),
 		r.AfterRelease, r.AfterLease, r.Unkept, r.UnkeptRuns, r.Exposed, r.NotStored)
 }
 

@@ -79,7 +79,7 @@ func (j *journal) Complete(ctx context.Context, key, token string, r idempotency
 	sent := j.replica.now()
 	err := j.store.Complete(ctx, key, token, r)
 	j.replica.note(v, history.RowComplete, func(row *history.Row) {
-		row.Sent, row.Returned = sent, j.replica.now()
+		row.Sent, row.Returned, row.RolledBack = sent, j.replica.now(), errors.Is(err, idempotency.ErrRolledBack)
 		switch {
 		case errors.Is(err, idempotency.ErrLeaseLost):
 			row.Err = history.ErrLeaseLost

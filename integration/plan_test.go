@@ -4,6 +4,7 @@ import (
 	"hash/fnv"
 	"math/rand/v2"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/go-idempotency/idempotency/integration/history"
@@ -20,6 +21,7 @@ type action string
 
 const (
 	doEffect  action = "effect"  // what must not happen twice
+	doAttach  action = "attach"  // Attach, something that the store does not know
 	doCommit  action = "commit"  // Commit; if it fails, the handler answers 500 and has done nothing
 	doWork    action = "work"    // takes time
 	doYield   action = "yield"   // from here on, work ends with the handler's context, and the handler answers 503
@@ -106,6 +108,9 @@ func makePlan(r *rand.Rand, kind string, tame bool, lease time.Duration) (plan [
 	if end == "long" {
 		plan = append(plan, step{Do: doWork, For: lease/2 + time.Duration(r.Int64N(int64(2*lease)))})
 	}
+	if kind == history.Begin && strings.HasPrefix(end, "stream") { // what has gone out cannot be rolled back
+		end = "answer"
+	}
 	switch end {
 	case "panic before":
 		do(doCrash)
@@ -116,8 +121,11 @@ func makePlan(r *rand.Rand, kind string, tame bool, lease time.Duration) (plan [
 	if code := earlyAnswers[end]; code > 0 {
 		status(code)
 	}
-	if kind == history.Commit {
+	switch kind {
+	case history.Commit:
 		do(doCommit)
+	case history.Attach:
+		do(doAttach)
 	}
 	pause()
 	do(doEffect)

@@ -3,6 +3,7 @@ package integration
 import (
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -23,14 +24,16 @@ var (
 	headKeys   = []string{history.Head}
 	brokenKeys = []string{history.Broken}
 	openKeys   = []string{history.Open}
+	beginKeys  = []string{history.Begin}
 
 	quiet  = faultMix{}
 	stops  = faultMix{process: []choice[faultKind]{{1, stopProcess}}, pause: 400 * time.Millisecond}
 	kills  = faultMix{process: []choice[faultKind]{{1, killProcess}}, pause: 400 * time.Millisecond}
 	cuts   = faultMix{link: []choice[faultKind]{{1, breakLink}, {1, muteLink}}, pause: 300 * time.Millisecond}
 	lags   = faultMix{link: []choice[faultKind]{{1, slowLink}}, pause: 150 * time.Millisecond}
-	outage = faultMix{redis: []choice[faultKind]{{1, killProcess}}, pause: 200 * time.Millisecond}
-	often  = faultMix{redis: outage.redis, pause: 60 * time.Millisecond}
+	outage = faultMix{database: []choice[faultKind]{{1, killProcess}}, pause: 200 * time.Millisecond}
+	swaps  = faultMix{process: []choice[faultKind]{{1, replace}}, database: outage.database, pause: 300 * time.Millisecond}
+	often  = faultMix{database: outage.database, pause: 60 * time.Millisecond}
 )
 
 // script is the plan of every run, and the first one that of the first run of
@@ -141,6 +144,11 @@ var troubles = map[string]func() scenario{
 	"idle":      func() scenario { return targeted(quiet, onceKeys, idle) },
 	"idle once": func() scenario { return rarely(targeted(quiet, plainKeys, waiting)) },
 
+	"expiry":       func() scenario { return expiring(targeted(quiet, plainKeys, simple)) },
+	"expiry once":  func() scenario { return expiring(targeted(kills, onceKeys, slowly)) },
+	"deployments":  func() scenario { return targeted(swaps, plainKeys, slowly) },
+	"transactions": func() scenario { return onDatabase(targeted(kills, beginKeys, crashing)) },
+
 	"refusals": func() scenario {
 		s := allAlive(targeted(quiet, []string{history.Plain, history.Once}, simple))
 		s.bug = refusesAnswers
@@ -150,6 +158,17 @@ var troubles = map[string]func() scenario{
 
 func withVariants(s scenario) scenario {
 	s.load.variant = 3
+	return s
+}
+
+// expiring has a few keys, which are used again when their TTL is over.
+func expiring(s scenario) scenario {
+	s.ttl, s.load.limit, s.length = 3*s.lease, 4, 3*time.Second
+	return s
+}
+
+func onDatabase(s scenario) scenario {
+	s.store, s.lease, s.length = onPostgres, 600*time.Millisecond, 3*time.Second
 	return s
 }
 
@@ -232,6 +251,13 @@ var plantedBugs = []struct {
 	{opensBeside, "open", history.Exposed},
 	{opensAnyhow, "open", history.Exposed},
 	{freesExposed, "opened", history.Freed},
+	{endsTTLsEarly, "expiry", history.RanAgain},
+	{endsTTLsLate, "expiry", history.Outlived},
+	{endsTTLsLate, "expiry once", history.Outlived},
+	{exitsAtOnce, "deployments", history.GaveUp},
+	{closesConnections, "deployments", history.Dropped},
+	{commitsAlone, "transactions", history.Twice},
+	{losesAttachments, "transactions", history.Torn},
 	{"Redis keeps nothing", "outages", history.RanAgain},
 }
 
@@ -284,6 +310,9 @@ func TestNothingPlanted(t *testing.T) {
 				}
 				if name == "opened" {
 					require.NotZero(t, report.Exposed, "nothing was tested")
+				}
+				if strings.HasPrefix(name, "expiry") {
+					require.Greater(t, report.Lives, report.Keys, "nothing was tested")
 				}
 			})
 		}

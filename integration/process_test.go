@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"strings"
@@ -45,36 +46,49 @@ func startServer(t *testing.T, config replicaConfig) *server {
 // start starts a process.
 func (s *server) start() error {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	s.starts++
-	s.config.Name = fmt.Sprintf("%s.%d", s.name, s.starts)
-	config, err := json.Marshal(s.config)
-	must(err)
-	binary, err := os.Executable()
-	must(err)
-	cmd := exec.Command(binary)
-	cmd.Env = append(os.Environ(), replicaVariable+"="+string(config))
-	cmd.Stderr = &s.stderr
-	if _, err = cmd.StdinPipe(); err != nil { // ends with us
-		return err
-	}
-	stdout, err := cmd.StdoutPipe()
+	config := s.config
+	config.Name = fmt.Sprintf("%s.%d", s.name, s.starts)
+	s.mu.Unlock()
+	cmd, url, err := launch(config, &s.stderr)
 	if err != nil {
-		return err
+		return fmt.Errorf("%s does not serve: %w\n%s", config.Name, err, s.stderr.String())
 	}
-	if err := cmd.Start(); err != nil {
-		return err
-	}
-	s.cmd = cmd
-	line, err := bufio.NewReader(stdout).ReadString('\n')
-	if err != nil {
-		return fmt.Errorf("%s does not serve: %w\n%s", s.config.Name, err, s.stderr.String())
-	}
-	s.url = "http://" + strings.TrimPrefix(strings.TrimSpace(line), "serving on ")
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.config, s.cmd, s.url = config, cmd, url
 	return nil
 }
 
+// launch returns a process when it serves, and its address.
+func launch(config replicaConfig, stderr io.Writer) (cmd *exec.Cmd, url string, err error) {
+	text, err := json.Marshal(config)
+	must(err)
+	binary, err := os.Executable()
+	must(err)
+	cmd = exec.Command(binary)
+	cmd.Env = append(os.Environ(), replicaVariable+"="+string(text))
+	cmd.Stderr = stderr
+	if _, err = cmd.StdinPipe(); err != nil { // ends with us
+		return nil, "", err
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		return nil, "", err
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, "", err
+	}
+	line, err := bufio.NewReader(stdout).ReadString('\n')
+	if err != nil {
+		_ = cmd.Process.Kill()
+		return nil, "", err
+	}
+	return cmd, "http://" + strings.TrimPrefix(strings.TrimSpace(line), "serving on "), nil
+}
+
 // deploy starts another process, and has the one before finish what it does.
+// Until the other one serves, clients are sent to the one before.
 func (s *server) deploy() error {
 	s.mu.Lock()
 	old := s.cmd

@@ -21,26 +21,23 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/redis/go-redis/v9"
-
 	"github.com/go-idempotency/idempotency"
 	"github.com/go-idempotency/idempotency/integration/history"
+	"github.com/go-idempotency/idempotency/postgres"
 )
 
 // A replicaConfig says what a server process is like.
 type replicaConfig struct {
-	Name   string
-	Redis  string
-	Ledger string
-	Epoch  time.Time
-	Lease  time.Duration
-	Wait   time.Duration
-	Bug    string // what to break on purpose
-	TTL    time.Duration
-
-	Soak     string // the kind of store, in a soak
+	Name     string
+	Store    string // the kind of store
 	Database string // its address
-
+	Ledger   string
+	Epoch    time.Time
+	Lease    time.Duration
+	Wait     time.Duration
+	TTL      time.Duration
+	Bug      string // what to break on purpose
+	Soak     bool
 	Provider string // who charges, in a deployment
 }
 
@@ -61,10 +58,10 @@ func runReplica(config replicaConfig) {
 	}
 	background := new(idempotency.Background)
 	var handler http.Handler
-	if config.Soak != "" {
+	if config.Soak {
 		handler = newSoakService(config, background)
 	} else {
-		handler = newReplica(config)
+		handler = newReplica(config, background)
 	}
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	must(err)
@@ -72,7 +69,7 @@ func runReplica(config replicaConfig) {
 	server := &http.Server{Handler: handler, ErrorLog: log.New(io.Discard, "", 0)} // handlers panic on purpose
 	terminated, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
-	context.AfterFunc(terminated, func() { finish(server, background) })
+	context.AfterFunc(terminated, func() { finish(server, background, config.Bug) })
 	go func() {
 		if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
 			panic(err)
@@ -83,35 +80,46 @@ func runReplica(config replicaConfig) {
 }
 
 // finish ends the process when all that it does is done.
-func finish(server *http.Server, background *idempotency.Background) {
+func finish(server *http.Server, background *idempotency.Background, bug string) {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
+	if bug == closesConnections {
+		must(server.Close())
+	}
 	must(server.Shutdown(ctx))
-	must(background.Wait(ctx))
+	if bug != exitsAtOnce {
+		must(background.Wait(ctx))
+	}
 	os.Exit(0)
 }
 
 // A replica is the service of the histories.
 type replica struct {
-	config replicaConfig
-	ledger *ledgerClient
-	store  idempotency.Store
-	visits atomic.Int64
+	config   replicaConfig
+	ledger   *ledgerClient
+	store    idempotency.Store
+	business *postgres.Store // nil if the store is another
+	visits   atomic.Int64
 }
 
-func newReplica(config replicaConfig) http.Handler {
+func newReplica(config replicaConfig, background *idempotency.Background) http.Handler {
 	p := &replica{config: config, ledger: newLedgerClient(config.Ledger)}
-	client := redis.NewClient(&redis.Options{Addr: config.Redis, ContextTimeoutEnabled: true, PoolSize: 64})
-	p.store = plant(config.Bug, client, idempotency.NewRedisStore(client, nil))
+	if config.Store == onPostgres {
+		p.business = openPostgres(config.Database)
+		p.store = p.business
+	} else {
+		client := openRedis(config.Database)
+		p.store = plant(config.Bug, client, idempotency.NewRedisStore(client, nil))
+	}
 	store := plantAbove(config.Bug, &journal{store: p.store, replica: p})
 	mux := http.NewServeMux()
 	for _, kind := range []string{
 		history.Plain, history.Large, history.Once, history.Commit, history.Form, history.Event, history.Tenant, history.Head,
-		history.Broken, history.Open,
+		history.Broken, history.Open, history.Begin, history.Attach,
 	} {
 		opts := &idempotency.Options{
 			Lease: config.Lease, Wait: config.Wait, AtMostOnce: kind == history.Once,
-			TTL: recordTTL, MaxExecution: maxExecution, MaxBufferedBody: maxBufferedBody, FailOpen: kind == history.Open,
+			TTL: config.TTL, Background: background, MaxExecution: maxExecution, MaxBufferedBody: maxBufferedBody, FailOpen: kind == history.Open,
 		}
 		if kind == history.Once || kind == history.Commit {
 			opts.AEAD = newAEAD()
@@ -251,7 +259,7 @@ type handling struct {
 	w         http.ResponseWriter
 	rest      io.Reader // of the body
 
-	yields, large, discarded, committed bool
+	yields, large, discarded, committed, attached bool
 
 	streamed string // what has gone out
 }
@@ -266,9 +274,15 @@ func (h *handling) do(s step) (done bool) {
 	case doWork:
 		return h.work(s.For)
 	case doEffect:
+		if h.visit.about.Kind == history.Begin {
+			return h.insert()
+		}
 		h.note(h.visit, history.RowEffect, nil)
 	case doCommit:
 		return h.commit()
+	case doAttach:
+		h.attached = true
+		h.execution.Attach("an attachment")
 	case doDiscard:
 		h.discarded = true
 		h.execution.Discard()
@@ -314,6 +328,29 @@ func (h *handling) commit() (done bool) {
 	return false
 }
 
+// insert writes the row that is the effect under a Begin key, and hands its
+// transaction over. If it cannot, nothing was done.
+func (h *handling) insert() (done bool) {
+	ctx := h.ctx
+	if h.config.Bug == commitsAlone {
+		ctx = context.Background() // without the Execution, so Commit commits at once
+	}
+	tx, err := h.business.Begin(ctx)
+	if err == nil {
+		defer func() { _ = tx.Rollback(ctx) }()
+		_, err = tx.Exec(ctx, `INSERT INTO charges VALUES ($1, $2)`, h.visit.about.Key, h.visit.about.Run)
+	}
+	if err == nil {
+		err = tx.Commit(ctx)
+	}
+	if err != nil {
+		h.answer(http.StatusServiceUnavailable)
+		return true
+	}
+	h.attached = true
+	return false
+}
+
 func (h *handling) head(status int) {
 	h.w.Header().Set(runHeader, h.visit.about.Run)
 	h.w.WriteHeader(status)
@@ -327,7 +364,8 @@ func (h *handling) answer(status int) {
 	h.readOn()
 	body, cut := h.body(), h.visit.request.broken.Load()
 	h.note(h.visit, history.RowEnd, func(row *history.Row) {
-		row.Cut, row.Status, row.Hash, row.Discard, row.Committed = cut, status, hashOf(body), h.discarded, h.committed
+		row.Cut, row.Status, row.Hash, row.Attached = cut, status, hashOf(body), h.attached
+		row.Discard, row.Committed = h.discarded, h.committed
 	})
 	h.head(status)
 	_, _ = io.WriteString(h.w, body[len(h.streamed):])

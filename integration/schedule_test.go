@@ -26,6 +26,7 @@ type faultKind string
 const (
 	killProcess faultKind = "kill the process"
 	stopProcess faultKind = "stop the process"
+	replace     faultKind = "replace the process"
 	cutLink     faultKind = "cut its connections"
 	breakLink   faultKind = "link " + faultKind(linkDown)
 	slowLink    faultKind = "link " + faultKind(linkSlow)
@@ -41,7 +42,7 @@ func (f fault) String() string {
 	return s
 }
 
-// A schedule is the faults of each part: replica-0, link-0, redis.
+// A schedule is the faults of each part: replica-0, link-0, database.
 type schedule struct {
 	lanes  []string
 	faults map[string][]fault
@@ -66,15 +67,21 @@ func (s schedule) String() string {
 
 // A faultMix says how likely faults are. A part without any has none.
 type faultMix struct {
-	process, link, redis []choice[faultKind]
-	pause                time.Duration // mean time between faults of a part
+	process, link, database []choice[faultKind]
+	pause                   time.Duration // mean time between faults of a part
 }
 
 var allFaults = faultMix{
-	process: []choice[faultKind]{{4, killProcess}, {6, stopProcess}},
-	link:    []choice[faultKind]{{3, cutLink}, {2, breakLink}, {3, slowLink}, {3, muteLink}, {2, hollowLink}},
-	redis:   []choice[faultKind]{{3, killProcess}, {2, stopProcess}},
-	pause:   1200 * time.Millisecond,
+	process:  []choice[faultKind]{{4, killProcess}, {6, stopProcess}},
+	link:     []choice[faultKind]{{3, cutLink}, {2, breakLink}, {3, slowLink}, {3, muteLink}, {2, hollowLink}},
+	database: []choice[faultKind]{{3, killProcess}, {2, stopProcess}},
+	pause:    1200 * time.Millisecond,
+}
+
+// deployments has processes replaced, and all other faults.
+var deployments = faultMix{
+	process: []choice[faultKind]{{8, replace}, {1, killProcess}, {1, stopProcess}},
+	link:    allFaults.link, database: allFaults.database, pause: 900 * time.Millisecond,
 }
 
 // newSchedule returns the schedule of a seed.
@@ -97,7 +104,7 @@ func newSchedule(seed uint64, replicas int, length, lease time.Duration, mix fau
 		add(fmt.Sprintf("replica-%d", n), mix.process, mix.pause)
 		add(fmt.Sprintf("link-%d", n), mix.link, mix.pause)
 	}
-	add("redis", mix.redis, 2*mix.pause)
+	add("database", mix.database, 2*mix.pause)
 	return s
 }
 
@@ -111,7 +118,7 @@ func newFault(r *rand.Rand, what faultKind, lease time.Duration) fault {
 		if r.IntN(3) == 0 { // commands arrive when whoever sent them has lost its lease
 			f.Delay = between(r, lease/2, lease*3/2)
 		}
-	case cutLink:
+	case cutLink, replace:
 	default:
 		f.For = between(r, 10*time.Millisecond, lease*3/2)
 	}
@@ -164,14 +171,18 @@ func (f *fleet) strike(ctx context.Context, t *testing.T, lane string, fault fau
 	n := 0
 	_, _ = fmt.Sscan(number, &n)
 	switch {
-	case name == "redis" && fault.What == killProcess:
-		f.redis.Kill()
+	case name == "database" && fault.What == killProcess:
+		f.database.kill()
 		pauseFor(ctx, fault.For)
-		if !f.redis.Start() {
-			t.Error("redis-server does not start again")
+		if !f.database.start() {
+			t.Error("the database does not start again")
 		}
-	case name == "redis":
-		stopFor(ctx, f.redis.Process(), fault.For)
+	case name == "database":
+		stopFor(ctx, f.database.process(), fault.For)
+	case fault.What == replace:
+		if err := f.servers[n].deploy(); err != nil {
+			t.Error(err)
+		}
 	case fault.What == killProcess:
 		f.kill(n)
 		pauseFor(ctx, fault.For)
@@ -179,7 +190,7 @@ func (f *fleet) strike(ctx context.Context, t *testing.T, lane string, fault fau
 			t.Error(err)
 		}
 	case fault.What == stopProcess:
-		f.servers[n].stopFor(ctx, fault.For)
+		f.stop(ctx, n, fault.For)
 	case fault.What == cutLink:
 		f.links[n].cut()
 	default:

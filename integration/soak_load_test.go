@@ -130,10 +130,12 @@ func (l *soakLoad) storm(ctx context.Context, k soakKey) {
 }
 
 // same wants two lasting answers under a key to be one. An answer that goes out
-// was stored before, so not even the death of its process is an excuse.
+// was stored before, unless the service has said otherwise. So the death of its
+// process alone is no excuse.
 func (l *soakLoad) same(k soakKey, second soakReply) {
 	known := k.first.lasting != "" && second.lasting != ""
-	if known && k.first.lasting != second.lasting && !l.ledger.mayBeLost(k.key) {
+	becomesKnown := (k.first.lasting == unknown || second.lasting == unknown) && l.ledger.wasUnstored(k.key)
+	if known && k.first.lasting != second.lasting && !becomesKnown && !l.ledger.mayBeLost(k.key) {
 		l.blame("%s: answers %s, and then %s", k.key, k.first.lasting, second.lasting)
 	}
 }
@@ -189,10 +191,11 @@ func (l *soakLoad) insist(ctx context.Context, k soakKey, fail bool) soakReply {
 	return soakReply{}
 }
 
-// mayBeUnknown reports whether an at-most-once key may have lost its process:
-// the one that had its effect, or one that may have claimed it and never said.
+// mayBeUnknown reports whether an at-most-once key may have lost its process: the
+// one that had its effect, or one that may have claimed it and never said. Or its
+// answer waits to be stored.
 func (l *soakLoad) mayBeUnknown(k soakKey) bool {
-	dead := k.kind == history.Once && (l.ledger.isDeadOwner(k.key) || l.ledger.mayBeLost(k.key))
+	dead := k.kind == history.Once && (l.ledger.isDeadOwner(k.key) || l.ledger.mayBeLost(k.key) || l.ledger.wasUnstored(k.key))
 	k.asked.Range(func(process, _ any) bool {
 		dead = dead || k.kind == history.Once && l.ledger.isDead(process.(string))
 		return !dead

@@ -18,20 +18,8 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/jackc/pgx/v5/pgxpool"
-	"github.com/redis/go-redis/v9"
-
 	"github.com/go-idempotency/idempotency"
 	"github.com/go-idempotency/idempotency/integration/history"
-	"github.com/go-idempotency/idempotency/internal/idemtest"
-	"github.com/go-idempotency/idempotency/postgres"
-)
-
-// Kinds of stores in a soak.
-const (
-	soakRedis    = "redis"
-	soakPostgres = "postgres"
-	soakMemory   = "memory"
 )
 
 // failHeader asks the handler to answer 500 and to do nothing in its first
@@ -77,19 +65,11 @@ func (s *brokenSoakStore) Acquire(ctx context.Context, key string, c idempotency
 
 // newSoakStore returns the store of the soak's kind.
 func newSoakStore(config replicaConfig, memory *idempotency.MemoryStore) idempotency.Store {
-	switch config.Soak {
-	case soakRedis:
-		return idempotency.NewRedisStore(redis.NewClient(&redis.Options{
-			Addr: config.Database, ContextTimeoutEnabled: true, PoolSize: 64,
-		}), nil)
-	case soakPostgres:
-		pool, err := pgxpool.New(context.Background(), idemtest.PostgresURL(config.Database))
-		must(err)
-		store := postgres.NewStore(pool, &postgres.Options{MaxConns: 16})
-		for err = store.Migrate(context.Background()); err != nil; err = store.Migrate(context.Background()) {
-			time.Sleep(100 * time.Millisecond) // the database is down
-		}
-		return store
+	switch config.Store {
+	case onRedis:
+		return idempotency.NewRedisStore(openRedis(config.Database), nil)
+	case onPostgres:
+		return openPostgres(config.Database)
 	}
 	return memory
 }
@@ -110,13 +90,29 @@ func newSoakService(config replicaConfig, background *idempotency.Background) ht
 		must(json.NewEncoder(w).Encode(takeSample(memory)))
 	})
 	h := &soakHandler{name: config.Name, ledger: ledger}
+	told := func(_ context.Context, e idempotency.Event) {
+		if e.Outcome == idempotency.OutcomeExecuted && e.Err != nil {
+			h.tell(notYetStored, e.Request.Context().Value(soakRunKey{}).(*soakRun).name)
+		}
+	}
 	for _, kind := range []string{history.Plain, history.Once} {
-		mux.Handle("/"+kind, idempotency.Middleware(store, &idempotency.Options{
+		mux.Handle("/"+kind, withSoakRun(idempotency.Middleware(store, &idempotency.Options{
 			TTL: config.TTL, Lease: config.Lease, Wait: config.Wait, AtMostOnce: kind == history.Once,
-			Background: background,
-		})(h))
+			Background: background, OnEvent: told,
+		})(h)))
 	}
 	return mux
+}
+
+// A soakRun is around the middleware. The handler writes the name of its run into it.
+type soakRun struct{ name string }
+
+type soakRunKey struct{}
+
+func withSoakRun(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), soakRunKey{}, new(soakRun))))
+	})
 }
 
 type soakHandler struct {
@@ -142,10 +138,19 @@ func numberOf(run string) (n int64) {
 	return n
 }
 
+// tell writes a line into the ledger.
+func (h *soakHandler) tell(key, run string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	_, err := fmt.Fprintf(h.ledger, "%s %s\n", key, run)
+	must(err)
+}
+
 // ServeHTTP reads the body, has an effect, and answers with what names it.
 func (h *soakHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	_, _ = io.Copy(io.Discard, r.Body)
 	run := fmt.Sprintf("%s-%d", h.name, h.runs.Add(1))
+	r.Context().Value(soakRunKey{}).(*soakRun).name = run
 	status := http.StatusCreated
 	e, keyed := idempotency.FromContext(r.Context())
 	switch {
@@ -156,10 +161,7 @@ func (h *soakHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		if n := numberOf(run) % 32; n == 1 || n == 2 { // some work, so that a kill finds somebody in the middle of it
 			defer pauseFor(r.Context(), 100*time.Millisecond)
 		}
-		h.mu.Lock()
-		_, err := fmt.Fprintf(h.ledger, "%s %s\n", e.Key(), run)
-		h.mu.Unlock()
-		must(err)
+		h.tell(e.Key(), run)
 	}
 	w.Header().Set(runHeader, run)
 	w.WriteHeader(status)

@@ -22,7 +22,7 @@ type soak struct {
 	began    time.Time
 	length   time.Duration
 	ledger   *soakLedger
-	database soakDatabase
+	database database
 	links    []*link
 	servers  []*server
 	load     *soakLoad
@@ -32,11 +32,11 @@ type soak struct {
 
 // TestSoak runs for as long as SOAK says, 10m for example, and not at all
 // without it. SOAK_RATE is the number of requests a second.
-func TestSoak(t *testing.T) { runSoak(t, soakRedis, 2500) }
+func TestSoak(t *testing.T) { runSoak(t, onRedis, 2500) }
 
 // TestSoakPostgres has PostgreSQL in the place of Redis. Every record is flushed
 // to the disk, so it sends fewer requests.
-func TestSoakPostgres(t *testing.T) { runSoak(t, soakPostgres, 250) }
+func TestSoakPostgres(t *testing.T) { runSoak(t, onPostgres, 250) }
 
 func runSoak(t *testing.T, kind string, rate uint64) {
 	length, err := time.ParseDuration(os.Getenv("SOAK"))
@@ -75,7 +75,7 @@ func TestSoakFindsBugs(t *testing.T) {
 		{soakForgetsTimes, "no process of it was killed"},
 	} {
 		t.Run(cmp.Or(row.bug, "nothing planted"), func(t *testing.T) {
-			s := startSoak(t, soakRedis, length, rate, row.bug)
+			s := startSoak(t, onRedis, length, rate, row.bug)
 			if row.bug != "" {
 				s.load.patience = time.Second
 			}
@@ -97,14 +97,14 @@ func startSoak(t *testing.T, kind string, length time.Duration, rate float64, bu
 	// key is free, so clients must have been told by then.
 	lease := ttl / 4
 	s := &soak{t: t, began: time.Now(), length: length, ledger: startSoakLedger(t, lease),
-		database: startSoakDatabase(t, kind), samples: make(map[string][]sample)}
-	config := replicaConfig{Ledger: s.ledger.addr, TTL: ttl, Lease: lease, Wait: 3 * time.Second, Bug: bug}
+		database: startDatabase(t, kind), samples: make(map[string][]sample)}
+	config := replicaConfig{Ledger: s.ledger.addr, TTL: ttl, Lease: lease, Wait: 3 * time.Second, Bug: bug, Soak: true}
 	for n := range 2 {
 		s.links = append(s.links, startLink(t, s.database.addr()))
-		config.Name, config.Database, config.Soak = fmt.Sprintf("%s-%d", kind, n), s.links[n].addr(), kind
+		config.Name, config.Database, config.Store = fmt.Sprintf("%s-%d", kind, n), s.links[n].addr(), kind
 		s.servers = append(s.servers, startServer(t, config))
 	}
-	config.Name, config.Soak = "memory", soakMemory
+	config.Name, config.Store = "memory", inMemory
 	s.servers = append(s.servers, startServer(t, config))
 	s.load = &soakLoad{
 		ledger: s.ledger, stores: [][]*server{s.servers[:2], s.servers[2:]}, ttl: ttl, rate: rate,
@@ -114,9 +114,9 @@ func startSoak(t *testing.T, kind string, length time.Duration, rate float64, bu
 	return s
 }
 
-// trouble cuts connections, kills or replaces the first process, and kills the
-// database, now and then. The second process lives as long as the soak, so that
-// what it keeps can be compared.
+// trouble cuts connections, kills or replaces the first process, kills it while
+// its answers wait to be stored, and kills the database, now and then. The second
+// process lives as long as the soak, so that what it keeps can be compared.
 func (s *soak) trouble(ctx context.Context) {
 	r := newRand(number(s.t, "HISTORY_SEED", 1), "soak")
 	pause := min(5*time.Second, s.length/20)
@@ -136,16 +136,28 @@ func (s *soak) trouble(ctx context.Context) {
 			}
 			s.deployed++
 		case 3:
-			server := s.servers[0]
-			s.ledger.bury(server.config.Name)
-			server.kill()
-			pauseFor(ctx, 200*time.Millisecond)
-			if err := server.start(); err != nil {
-				s.t.Error(err)
-			}
+			s.kill(ctx, 200*time.Millisecond)
+		case 4: // while answers wait to be stored
+			s.links[0].set(linkHollow, 0)
+			pauseFor(ctx, s.ledger.lease/2)
+			s.kill(ctx, 0)
 		default:
 			s.links[r.IntN(2)].cut()
 		}
+	}
+}
+
+// kill kills the first process, and starts another one after a while. That one
+// needs its link.
+func (s *soak) kill(ctx context.Context, while time.Duration) {
+	server := s.servers[0]
+	process, _ := server.current()
+	s.ledger.bury(process)
+	server.kill()
+	s.links[0].set(linkUp, 0)
+	pauseFor(ctx, while)
+	if err := server.start(); err != nil {
+		s.t.Error(err)
 	}
 }
 
@@ -156,11 +168,11 @@ func (s *soak) watch(ctx context.Context) {
 	for pauseFor(ctx, every-time.Since(s.began)%every) {
 		var b strings.Builder
 		sent := s.load.sent.Load()
-		total, again, double := s.ledger.counts()
+		total, again, unkept, double := s.ledger.counts()
 		s.load.mu.Lock()
-		fmt.Fprintf(&b, "%v: %.0f requests/s, %v, %d wrong; %d effects, %d again after a kill, %d double\n",
+		fmt.Fprintf(&b, "%v: %.0f requests/s, %v, %d wrong; %d effects, %d again after a kill, %d after an answer that was not stored, %d double\n",
 			time.Since(s.began).Round(time.Second), float64(sent-last)/every.Seconds(), s.load.answers, len(s.load.wrong),
-			total, again, len(double))
+			total, again, unkept, len(double))
 		s.load.mu.Unlock()
 		last = sent
 		for _, server := range s.servers {
@@ -196,6 +208,16 @@ func (s *soak) take(server *server) (sample sample) {
 	return sample
 }
 
+// takeDatabase asks the database for a sample. One that was just killed has none.
+func (s *soak) takeDatabase() (sample sample) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	var err error
+	sample.Heap, sample.Records, err = s.database.use(ctx)
+	sample.alive, sample.at = err == nil, time.Since(s.began)
+	return sample
+}
+
 // judgeGoroutines wants the load to leave none.
 func (s *soak) judgeGoroutines(base map[string]int) {
 	for _, server := range s.servers {
@@ -210,11 +232,12 @@ func (s *soak) judgeGoroutines(base map[string]int) {
 // judge returns what is wrong: what happened twice or was answered differently,
 // and if too little happened for that to mean anything.
 func (s *soak) judge() (wrong []string) {
-	total, again, double := s.ledger.counts()
+	total, again, unkept, double := s.ledger.counts()
 	s.load.mu.Lock()
 	defer s.load.mu.Unlock()
 	sent, answers := int(s.load.sent.Load()), s.load.answers
-	s.t.Logf("%d requests, %v; %d effects, %d again after a kill, %d deployments", sent, answers, total, again, s.deployed)
+	s.t.Logf("%d requests, %v; %d effects, %d again after a kill, %d after an answer that was not stored, %d deployments",
+		sent, answers, total, again, unkept, s.deployed)
 	for _, what := range double {
 		wrong = append(wrong, "double effect: "+what)
 	}

@@ -4,9 +4,8 @@ import "time"
 
 // checkAnswers judges what clients saw.
 func (c *checker) checkAnswers() {
-	stored := c.storedRun()
 	for _, r := range c.runs {
-		if r.stored && r != stored {
+		if stored := c.storedRun(r.life); r.stored && r != stored {
 			c.violate(Answers, "those of %s and %s are both stored", stored.Run, r.Run)
 		}
 		if r.stored && !r.final() {
@@ -16,16 +15,37 @@ func (c *checker) checkAnswers() {
 	for _, op := range c.ops {
 		switch {
 		case op.Err != "":
+			c.checkNoAnswer(op)
 		case op.Code != "":
 			c.checkCode(op)
 		default:
 			c.checkAnswer(op)
 		}
-		if stored != nil && op.Err == "" && op.Start >= stored.storedBy {
-			c.checkLater(op, stored)
+		if life := c.lifeOf(op); life != noLife && op.Err == "" {
+			if stored := c.storedRun(life); stored != nil && op.Start >= stored.storedBy {
+				c.checkLater(op, stored)
+			}
 		}
 	}
 	c.countUnkept()
+}
+
+// checkNoAnswer judges a request without a whole answer. A process that has
+// taken a request answers it, even one that another process is about to replace.
+func (c *checker) checkNoAnswer(op Op) {
+	if op.HungUp || c.kind == Broken || len(c.arrivals[op.ID]) == 0 {
+		return
+	}
+	for _, visit := range c.arrivals[op.ID] {
+		process := c.processes[visit]
+		if killed, ok := c.Killed[process]; ok && killed <= op.End {
+			return
+		}
+		if r := c.visits[visit]; r != nil && r.end != nil && r.end.Panic {
+			return
+		}
+	}
+	c.violate(Dropped, "request %s has no answer: %s", op.ID, op.Err)
 }
 
 // checkAnswer judges an answer of a handler.
@@ -61,10 +81,11 @@ func (c *checker) checkAnswer(op Op) {
 
 // keptOrFailed reports whether the answer of r was stored before until, or the
 // store failed: then the answer goes out, and may be lost if the store does not
-// take it until the lease ends.
+// take it until the lease ends. An answer with an attachment never goes out then.
 func keptOrFailed(r *run, until time.Duration) bool {
 	for _, row := range r.completes {
-		if row.Err != ErrLeaseLost && row.Returned <= until {
+		failed := row.Err != "" && r.attached()
+		if row.Err != ErrLeaseLost && !failed && row.Returned <= until {
 			return true
 		}
 	}
@@ -81,7 +102,7 @@ func (c *checker) countUnkept() {
 		for _, op := range c.ops {
 			if op.Run == r.Run && op.Err == "" {
 				c.report.Unkept++
-				if i+1 < len(c.runs) {
+				if i+1 < len(c.runs) && c.runs[i+1].life == r.life {
 					c.report.UnkeptRuns++
 				}
 				break
@@ -128,11 +149,14 @@ func (c *checker) mayBeSmall(until time.Duration) bool {
 	return false
 }
 
-// shrunkRun returns the last run that was to have a small record, or whose answer
-// is to a part of a body. When there are
-// several, those before it were overtaken, and have none.
-func (c *checker) shrunkRun() (shrunk *run) {
+// shrunkRun returns the last run until then that was to have a small record, or
+// whose answer is to a part of a body. When there are several, those before it
+// were overtaken, and have none.
+func (c *checker) shrunkRun(until time.Duration) (shrunk *run) {
 	for _, r := range c.runs {
+		if r.Sent > until {
+			continue
+		}
 		if len(r.smalls) > 0 || r.isOfPart() {
 			shrunk = r
 		}
@@ -162,7 +186,9 @@ func (c *checker) checkSweep() {
 			continue
 		}
 		asked[op.Replica] = true
-		if op.Lasting(c.NoneDied) {
+		// Where the TTL is short, the next request may find another life.
+		r := c.byID[op.Run]
+		if op.Lasting(c.NoneDied) || op.Err == "" && r != nil && r.stored {
 			settled[op.Replica] = true
 		}
 	}

@@ -31,6 +31,9 @@ const (
 	Part      = "part"            // a whole body got the answer to a part of it
 	Exposed   = "exposed"         // a run was unprotected without need, or beside one that its request was told of
 	Code      = "unexpected code" // an error that nothing explains
+	Outlived  = "outlived"        // a record was there when its TTL was over
+	Torn      = "torn"            // of an answer and what is stored with it, one is there without the other
+	Dropped   = "dropped"         // a process that was not killed gave a client no answer
 	Stuck     = "stuck"           // no answer, though all faults are over
 	Register  = "not linearizable"
 	Unjudged  = "not judged" // the search for a linearization was given up
@@ -45,6 +48,7 @@ func (v Violation) String() string { return v.Key + ": " + v.Kind + ": " + v.Det
 type Report struct {
 	Violations []Violation
 	Keys, Runs int
+	Lives      int // of keys: one more for each time that a TTL ended
 	Effects    int
 	Answers    int // of handlers, to clients
 	Replays    int
@@ -88,6 +92,8 @@ func Check(h History) *Report {
 		c.checkFreeing()
 		c.checkAnswers()
 		c.checkSweep()
+		c.checkLives()
+		c.checkKept()
 		c.checkRegister()
 	}
 	return report
@@ -96,6 +102,7 @@ func Check(h History) *Report {
 // A run is one call of a handler, as the ledger tells it.
 type run struct {
 	Row       // RowBegin
+	life      int
 	effects   int
 	commits   *Row // the first RowCommits
 	end       *Row
@@ -154,14 +161,16 @@ type checker struct {
 	runs     []*run
 	exposed  []*run // without a claim; runs has none of them
 	byID     map[string]*run
+	lives    []life
 	calls    []*claim
 	claims   []*claim // of calls, those that may have given their visit the key
 	releases []*release
 	search   time.Duration // how long a linearization is searched for
 	report   *Report
 
-	visits    map[string]*run   // that have come to a run
-	processes map[string]string // of visits
+	visits    map[string]*run     // that have come to a run
+	processes map[string]string   // of visits
+	arrivals  map[string][]string // visits of requests
 }
 
 // atMostOnce reports whether an effect must not be repeated even when a process
@@ -179,7 +188,7 @@ func split(h History) []*checker {
 		if c == nil {
 			c = &checker{
 				key: key, kind: kind, History: &h, byID: make(map[string]*run), search: searchTime,
-				visits: make(map[string]*run), processes: make(map[string]string),
+				visits: make(map[string]*run), processes: make(map[string]string), arrivals: make(map[string][]string),
 			}
 			keys[key] = c
 		}
@@ -208,29 +217,15 @@ func (c *checker) index() {
 	slices.SortStableFunc(c.rows, func(a, b Row) int { return a.Seq - b.Seq })
 	for _, row := range c.rows {
 		r := c.visits[row.Visit]
-		c.processes[row.Visit] = row.Process
+		if _, ok := c.processes[row.Visit]; !ok && row.Visit != "" {
+			c.processes[row.Visit] = row.Process
+			c.arrivals[row.Op] = append(c.arrivals[row.Op], row.Visit)
+		}
 		c.indexCall(claims, releases, row)
 		if row.Type == RowRenew && row.Err == "" { // of a mark, before the run
 			renewals[row.Visit] = append(renewals[row.Visit], row)
 		}
-		switch {
-		case row.Type == RowBegin:
-			c.begin(row)
-		case r == nil: // a claim that did not come to a run
-		case row.Type == RowEffect:
-			r.effects++
-		case row.Type == RowCommits && r.commits == nil:
-			r.commits = &row
-		case row.Type == RowEnd:
-			r.end = &row
-		case row.Type == RowSmall:
-			r.smalls = append(r.smalls, row)
-		case row.Type == RowComplete:
-			r.completes = append(r.completes, row)
-			if row.Err == "" {
-				r.storedUntil(row.Returned)
-			}
-		}
+		c.indexRow(r, row)
 	}
 	for _, r := range c.runs {
 		r.renewals = renewals[r.Visit]
@@ -241,8 +236,31 @@ func (c *checker) index() {
 		if r := c.byID[op.Run]; r != nil && op.Replayed {
 			r.storedUntil(op.End)
 		}
-		if r := c.shrunkRun(); r != nil && op.Code == notStored {
+		if r := c.shrunkRun(op.End); r != nil && op.Code == notStored {
 			r.storedUntil(op.End)
+		}
+	}
+	c.indexLives()
+}
+
+// indexRow adds a row to the run that its visit has come to, or nil.
+func (c *checker) indexRow(r *run, row Row) {
+	switch {
+	case row.Type == RowBegin:
+		c.begin(row)
+	case r == nil: // a claim that did not come to a run
+	case row.Type == RowEffect:
+		r.effects++
+	case row.Type == RowCommits && r.commits == nil:
+		r.commits = &row
+	case row.Type == RowEnd:
+		r.end = &row
+	case row.Type == RowSmall:
+		r.smalls = append(r.smalls, row)
+	case row.Type == RowComplete:
+		r.completes = append(r.completes, row)
+		if row.Err == "" {
+			r.storedUntil(row.Returned)
 		}
 	}
 }
@@ -279,12 +297,12 @@ func (c *checker) violate(kind, format string, args ...any) {
 	c.report.Violations = append(c.report.Violations, Violation{kind, c.key, fmt.Sprintf(format, args...)})
 }
 
-// storedRun returns the run whose answer is stored, or nil. checkAnswers finds
-// it when there are several.
-func (c *checker) storedRun() *run {
+// storedRun returns the run whose answer is stored in a life of the key, or nil.
+// checkAnswers finds it when there are several.
+func (c *checker) storedRun(life int) *run {
 	var first *run
 	for _, r := range c.runs {
-		if r.stored && (first == nil || r.storedBy < first.storedBy) {
+		if r.life == life && r.stored && (first == nil || r.storedBy < first.storedBy) {
 			first = r
 		}
 	}

@@ -47,6 +47,12 @@ func TestLegalHistories(t *testing.T) {
 		"a claim to which there was no answer is freed once": told(Plain, asksStore("x", 10, "", "down"), triesToRelease("x", 30),
 			runs("a", 1, 40)),
 		"a process died before it could free the key": killed(50, told(Plain, runs("a", 1, 10), ends("a", 20, 500))),
+		"or was stopped until its claim was over":     stopped(15, 500, told(Plain, asksStore("x", 10, "", "down"))),
+		"or the machine stood still": func() History {
+			h := killed(1800, told(Plain, runs("a", 1, 10), ends("a", 20, 500)))
+			h.Stalled = 1500 * ms
+			return h
+		}(),
 		"or a mark": killed(480, told(Once, asksStoreAs("x", 1, 10, StateAcquired, ""), marksInVain("x", 11, 40, ""), triesToRelease("x", 100))),
 		"a replay to a claim whose first answer was lost": told(Plain, append(whole, asksStore("x", 26, "", "down"),
 			asksStore("x", 28, "Completed", ""))...),
@@ -59,7 +65,7 @@ func TestLegalHistories(t *testing.T) {
 		"but later": told(Plain, runs("a", 1, 10), ends("a", 20, 201), completes("a", 25, "down"), first("a", 30, 201),
 			completes("a", 300, ""), asks("b", 310, replay("a", 201))),
 		"or never": told(Plain, runs("a", 1, 10), ends("a", 20, 201), completes("a", 25, "down"), first("a", 30, 201),
-			completes("a", 300, "down"), asks("b", 5000, refuses("in_progress"))),
+			completes("a", 300, "down"), asks("b", 1200, refuses("in_progress"))),
 		"or died before the lease ended": killed(50, told(Plain, runs("a", 1, 10), ends("a", 20, 201), completes("a", 25, "down"),
 			first("a", 30, 201), runs("b", 2, 115))),
 		"or before it could store it at all": killed(50, told(Plain, runs("a", 1, 10), ends("a", 20, 201), runs("b", 2, 115))),
@@ -309,6 +315,7 @@ func TestRulesOfMarks(t *testing.T) {
 
 		"a failure does not free the key": {told(Plain, runs("a", 1, 10), ends("a", 20, 500)), []string{NotFreed}},
 		"a claim is not freed":            {told(Plain, asksStore("x", 10, "", "down")), []string{NotFreed}},
+		"nor after a stop":                {stopped(15, 60, told(Plain, asksStore("x", 10, "", "down"))), []string{NotFreed}},
 		"a mark is not freed":             {told(Once, claimOf, marksInVain("x", 11, 40, "")), []string{NotFreed}},
 		"or once, and in vain":            {told(Once, claimOf, marksInVain("x", 11, 40, ""), triesToRelease("x", 60)), []string{NotFreed}},
 		"or by somebody else":             {told(Once, claimOf, marksInVain("x", 11, 40, ""), asksStore("y", 20, "in progress", ""), releases("y", 60)), []string{NotFreed}},
@@ -361,7 +368,7 @@ func TestRulesOfStoring(t *testing.T) {
 			releases("b", 121), renews("a", 800)), []string{TookBack}},
 		"though the other had committed": {told(Plain, runs("a", 1, 10), runs("b", 2, 110), commits("b", 115), renews("a", 300)), []string{TookBack}},
 		"though the other had, and is not over": {told(Plain, runs("a", 1, 10), runs("b", 2, 110), commits("b", 115),
-			asksStore("x", 118, "", "down"), releases("x", 121), renews("a", 1300)), []string{TookBack}},
+			renews("b", 1000), asksStore("x", 1118, "", "down"), releases("x", 1121), renews("a", 1300)), []string{TookBack}},
 		"though the other is stored": {told(Plain, runs("a", 1, 10), runs("b", 2, 110), ends("b", 120, 201), completes("b", 121, ""),
 			renews("a", 300)), []string{TookBack}},
 		"sent before, answered after": {told(Plain, runs("a", 1, 10), renewsSlowly("a", 100, 130), runs("b", 2, 112)), []string{TookBack}},

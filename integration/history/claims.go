@@ -4,7 +4,7 @@ import "time"
 
 // A claim is a call of Acquire: a claim of the key, or a renewal of one.
 type claim struct {
-	visit          string
+	visit, op      string
 	asked          int  // the attempt that a renewal names; 0 if it is a claim
 	mark           bool // a renewal that is to set Once
 	sent, returned time.Duration
@@ -15,6 +15,7 @@ type claim struct {
 	known, refused bool
 	completed      bool // refused, with an answer to replay
 	failed         bool // the visit has lived to see that there is no answer
+	failedAt       time.Duration
 	attempt        int
 	marked         bool // the claim has Once
 }
@@ -49,14 +50,14 @@ func (c *checker) indexCall(claims map[call]*claim, releases map[call]*release, 
 	k, r := claims[name], releases[name]
 	switch row.Type {
 	case RowClaim:
-		k = &claim{visit: row.Visit, sent: row.At, asked: row.Asked, mark: row.Asked > 0 && row.Once}
+		k = &claim{visit: row.Visit, op: row.Op, sent: row.At, asked: row.Asked, mark: row.Asked > 0 && row.Once}
 		claims[name] = k
 		c.calls = append(c.calls, k)
 	case RowClaimed, RowRenew:
 		switch {
 		case k == nil:
 		case row.Err != "":
-			k.failed = true
+			k.failed, k.failedAt = true, row.At
 		default:
 			k.known, k.sent, k.returned, k.attempt, k.marked = true, row.Sent, row.Returned, row.Attempt, row.Once
 			k.refused = row.Type == RowClaimed && row.State != StateAcquired
@@ -101,7 +102,7 @@ func (c *checker) hasSentMark(visit string) bool {
 // the visit has sent a mark.
 func (c *checker) marker(r *release) time.Duration {
 	run := c.visits[r.visit]
-	gotSomewhere := run != nil && run.end != nil && (run.end.Status >= 500 || run.end.Cut) && !run.end.Discard
+	gotSomewhere := run != nil && run.end != nil && (run.end.Status >= 500 || run.end.Cut || run.rolledBack()) && !run.end.Discard
 	if r.marks || gotSomewhere {
 		return c.TTL
 	}
@@ -167,17 +168,22 @@ func (c *checker) absent(visit string, attempt int, from, until time.Duration) b
 }
 
 // over reports whether b may have lost the key to a claim that was sent and
-// answered then: it has freed it, or its lease was over and the key may be taken
-// from it.
+// answered then: it has freed it, the TTL of its record was over, or its lease was
+// and the key may be taken from it.
 func (c *checker) over(b *run, sent, returned time.Duration) bool {
 	at, committed := b.committed()
+	held := b.held(sent)
+	last := held
+	if b.stored {
+		last = max(held, b.storedFrom())
+	}
 	switch {
-	case c.freedItself(b, returned):
+	case c.freedItself(b, returned), returned >= last+c.TTL-tolerance:
 		return true
 	case b.storedBefore(sent), committed && at <= sent, c.kind == Once:
 		return false
 	}
-	return returned >= b.held(sent)+c.Lease-tolerance
+	return returned >= held+c.Lease-tolerance
 }
 
 // checkRenewals judges the renewals of each run against the claims that came

@@ -24,6 +24,8 @@ const (
 	Head   = "head"   // like Large, streamed; the handler reads the payload alone, and what follows differs
 	Broken = "broken" // like Large, and in some requests the body breaks off
 	Open   = "open"   // like Plain, with Options.FailOpen
+	Begin  = "begin"  // the effect is a row on a transaction that is committed with the answer
+	Attach = "attach" // like Plain, with Execution.Attach
 )
 
 // An Op is one request of a client. Times are since the history began.
@@ -34,6 +36,9 @@ type Op struct {
 
 	// Err is why there is no whole answer. The client then knows nothing.
 	Err string
+
+	// HungUp says that the client gave up.
+	HungUp bool
 
 	Status   int
 	Code     string // of the middleware's own answers
@@ -59,6 +64,7 @@ const (
 	RowComplete = "complete" // the store was told to keep its answer, or the small record
 	RowRelease  = "release"  // the store is about to be told to free the key
 	RowReleased = "released" // what it said
+	RowKept     = "kept"     // in the end, of a row that a run wrote into the database
 )
 
 // A Row is a line of the ledger. Sent and Returned enclose the call of the
@@ -88,7 +94,10 @@ type Row struct {
 
 	Unprotected bool // of RowBegin: the run has no claim (Options.FailOpen)
 
+	RolledBack bool // of RowComplete: and so was what is attached
+
 	Panic     bool // of RowEnd, like what follows
+	Attached  bool // the answer is to be stored with an attachment, or not at all
 	Cut       bool // the body has broken off under the handler
 	Discard   bool
 	Committed bool // Commit returned nil
@@ -115,9 +124,18 @@ type History struct {
 	// Killed says when processes were killed. They lived until then.
 	Killed map[string]time.Duration
 
+	// Stalled is how long the machine kept a process from running, at most.
+	Stalled time.Duration
+
+	// Stopped says when processes were stopped for a while.
+	Stopped map[string][]Span
+
 	Ops  []Op
 	Rows []Row
 }
+
+// A Span is a time from its beginning to its end.
+type Span struct{ From, To time.Duration }
 
 // String is a line of a key's history.
 func (o Op) String() string {
@@ -150,7 +168,8 @@ func (r Row) String() string {
 	case r.Type == RowEnd && r.Panic:
 		s += ", panic"
 	case r.Type == RowEnd:
-		s += fmt.Sprintf(", status %d body %s discard %t committed %t cut %t", r.Status, r.Hash, r.Discard, r.Committed, r.Cut)
+		s += fmt.Sprintf(", status %d body %s discard %t committed %t cut %t attached %t",
+			r.Status, r.Hash, r.Discard, r.Committed, r.Cut, r.Attached)
 	case r.Err != "":
 		s += ", error: " + r.Err
 	case r.Once:

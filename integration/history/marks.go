@@ -128,7 +128,7 @@ func (c *checker) checkFreeing() {
 }
 
 func (c *checker) checkFreed(visit string, due, until time.Duration) {
-	slack := longestPause * c.Lease
+	slack := c.longestPause()
 	if killed, ok := c.Killed[c.processes[visit]]; ok {
 		if killed < due+slack {
 			return
@@ -145,18 +145,32 @@ func (c *checker) checkFreed(visit string, due, until time.Duration) {
 		}
 		last, tried = max(last, r.sent), true
 	}
+	if !tried && c.wasStopped(c.processes[visit], until) {
+		return // when it went on, a claim was over, and so was the time to free it
+	}
 	if !tried || last < until-slack {
 		c.violate(NotFreed, "%s had from %v until %v to free the key", visit, due, until)
 	}
 }
 
-// mustFree returns the visits that have to free the key, and from when on.
+// wasStopped reports whether a process was stopped then.
+func (c *checker) wasStopped(process string, at time.Duration) bool {
+	for _, s := range c.Stopped[process] {
+		if s.From <= at && at <= s.To {
+			return true
+		}
+	}
+	return false
+}
+
+// mustFree returns the visits that have to free the key, and from when on: since
+// the process knows of it, which may have been stopped meanwhile.
 func (c *checker) mustFree() map[string]time.Duration {
 	visits := make(map[string]time.Duration)
 	completed := make(map[string]bool)
 	for _, k := range c.calls {
 		if c.visits[k.visit] == nil && k.failed && (k.asked == 0 || k.mark) {
-			visits[k.visit] = max(visits[k.visit], k.sent)
+			visits[k.visit] = max(visits[k.visit], k.failedAt)
 		}
 		completed[k.visit] = completed[k.visit] || k.completed
 	}

@@ -40,11 +40,18 @@ const searchTime = 5 * time.Second
 
 // checkRegister searches for an order of the key's claims and answers that is
 // one of the model and keeps to their times. The rules above look at pairs of
-// things; this looks at all of them at once.
+// things; this looks at all of them at once. Each life of the key has its own
+// register.
 //
 // What a client does not know constrains nothing, and answers that went out
 // though the store had failed are no part of the register.
 func (c *checker) checkRegister() {
+	for n := range c.lives {
+		c.checkLife(n)
+	}
+}
+
+func (c *checker) checkLife(life int) {
 	var steps []porcupine.Operation
 	add := func(what int, run string, from, to time.Duration) {
 		steps = append(steps, porcupine.Operation{
@@ -52,12 +59,14 @@ func (c *checker) checkRegister() {
 		})
 	}
 	for _, r := range c.runs {
-		add(claims, r.Run, r.Sent, r.Returned)
+		if r.life == life {
+			add(claims, r.Run, r.Sent, r.Returned)
+		}
 	}
 	for _, op := range c.ops {
 		r := c.byID[op.Run]
 		switch {
-		case op.Err != "":
+		case op.Err != "", c.lifeOf(op) != life:
 		case op.Code == "in_progress" || op.Code == "outcome_unknown":
 			add(refused, "", op.Start, op.End)
 		case op.Code == notStored:

@@ -8,9 +8,9 @@ import (
 
 // checkRuns looks at each run for itself.
 func (c *checker) checkRuns() {
-	effects := 0
+	effects := make([]int, len(c.lives))
 	for _, r := range slices.Concat(c.runs, c.exposed) {
-		effects += r.effects
+		effects[r.life] += r.effects
 		if op := c.op(r.Op); op == nil || op.Payload != r.Payload {
 			c.violate(Payload, "%s ran payload %q, which its request %s did not send", r.Run, r.Payload, r.Op)
 		}
@@ -22,8 +22,10 @@ func (c *checker) checkRuns() {
 		c.checkStoring(r)
 	}
 	c.checkReleases()
-	if c.atMostOnce() && effects > 1 {
-		c.violate(Twice, "%d effects under an at-most-once key", effects)
+	for _, n := range effects {
+		if c.atMostOnce() && n > 1 {
+			c.violate(Twice, "%d effects under an at-most-once key", n)
+		}
 	}
 }
 
@@ -33,7 +35,7 @@ func (c *checker) checkReleases() {
 	for _, f := range c.releases {
 		r := c.visits[f.visit]
 		switch {
-		case r != nil && (r.Unprotected || r.end == nil || r.end.Panic || r.final()):
+		case r != nil && (r.Unprotected || r.end == nil || r.end.Panic || r.final() && !r.rolledBack()):
 			c.violate(Freed, "%s freed the key", r.Run)
 		case f.asked != f.keep:
 			c.violate(Marker, "%s freed the key, with a marker for %v in the place of %v", f.visit, f.asked, f.keep)
@@ -115,6 +117,7 @@ func (c *checker) checkPairs() {
 	for i := 1; i < len(c.runs); i++ {
 		a, b := c.runs[i-1], c.runs[i]
 		switch {
+		case a.life != b.life:
 		case c.atMostOnce():
 		case c.freed(a.Sent, b.Returned):
 			c.report.AfterRelease++
@@ -139,9 +142,17 @@ func (c *checker) add(v *Violation) {
 //     back to it;
 //   - the payload is the same, unless the key was freed, or the store cannot
 //     know it: the claim of a large body has none.
+//
+// When the TTL was over in between, only the answer of a must not come later.
 func (c *checker) judgePair(a, b *run) *Violation {
 	violate := func(kind, format string, args ...any) *Violation {
 		return &Violation{kind, c.key, fmt.Sprintf("%s, then %s: ", a.Run, b.Run) + fmt.Sprintf(format, args...)}
+	}
+	if a.life != b.life {
+		if a.stored && a.storedFrom() >= b.Returned && !c.returned(a, b) {
+			return violate(Stale, "the first stored its answer in a later life of the key")
+		}
+		return nil
 	}
 	own := c.freedItself(a, b.Returned)
 	if at, ok := a.committed(); ok && b.Sent >= at {
@@ -183,11 +194,11 @@ func (r *run) held(until time.Duration) time.Duration {
 // and MaxExecution. Only who may have lost the key to somebody else may stop when
 // told so.
 func (c *checker) gaveUp(r *run) (end time.Duration, gaveUp bool) {
-	if r.stored || !r.final() {
+	if r.stored || !r.final() || r.attached() && len(r.completes) > 0 {
 		return 0, false
 	}
 	end = c.leaseEnd(r) + c.MaxExecution
-	slack := longestPause * c.Lease
+	slack := c.longestPause()
 	if killed, ok := c.Killed[r.Process]; ok {
 		if killed < r.end.At+slack {
 			return end, false
@@ -242,3 +253,6 @@ func (c *checker) mayShrink(r *run, at time.Duration) bool {
 // longestPause is for how many leases there may be nothing between two tries:
 // a process may be stopped for two and a half.
 const longestPause = 4
+
+// longestPause is the same for a machine that had too much to do.
+func (c *checker) longestPause() time.Duration { return longestPause*c.Lease + c.Stalled }

@@ -67,7 +67,7 @@ func runs(run string, attempt int, at time.Duration) func(*tale) {
 
 func runsWith(payload, run string, attempt int, at time.Duration) func(*tale) {
 	return func(t *tale) {
-		t.op(run, at-1, at+1000, func(op *Op) { op.Err, op.Payload = "broken", payload })
+		t.op(run, at-1, at+1000, func(op *Op) { op.Err, op.HungUp, op.Payload = "broken", true, payload })
 		t.claim(run, at-1, RowClaimed, at, func(r *Row) { r.State, r.Attempt = StateAcquired, attempt })
 		if t.kind == Once {
 			marks(run, at, at+1)(t)
@@ -90,7 +90,7 @@ func exposes(run string, at time.Duration) func(*tale) {
 // exposesAnyhow is the same, whatever the store has said.
 func exposesAnyhow(run string, at time.Duration) func(*tale) {
 	return func(t *tale) {
-		t.op(run, at-1, at+1000, func(op *Op) { op.Err = "broken" })
+		t.op(run, at-1, at+1000, func(op *Op) { op.Err, op.HungUp = "broken", true })
 		t.row(at+1, RowBegin, run, func(r *Row) { r.Run, r.Attempt, r.Payload, r.Unprotected = run, 1, "payload", true })
 		t.row(at+2, RowEffect, run, nil)
 	}
@@ -230,9 +230,46 @@ func triesSmall(run string, at time.Duration) func(*tale) {
 	return func(t *tale) { t.row(at, RowSmall, run, nil) }
 }
 
+// attaches ends a run whose answer is to be stored with what is attached.
+func attaches(run string, at time.Duration) func(*tale) {
+	return endsWith(run, at, func(r *Row) { r.Attached = true })
+}
+
+// rollsBack is a Complete that has rolled back what was attached.
+func rollsBack(run string, at time.Duration, err string) func(*tale) {
+	return func(t *tale) {
+		completes(run, at, err)(t)
+		t.h.Rows[len(t.h.Rows)-1].RolledBack = true
+	}
+}
+
+// keeps is a row of the run in the database.
+func keeps(run string) func(*tale) {
+	return func(t *tale) {
+		t.row(5000, RowKept, "", func(r *Row) { r.Visit, r.Run = "", run })
+	}
+}
+
+// expects has the client of a request wait for its answer.
+func expects(id string) func(*tale) {
+	return func(t *tale) {
+		for i := range t.h.Ops {
+			if t.h.Ops[i].ID == id {
+				t.h.Ops[i].HungUp = false
+			}
+		}
+	}
+}
+
 // killed is when the process of all runs was killed.
 func killed(at time.Duration, h History) History {
 	h.Killed = map[string]time.Duration{"": at * ms}
+	return h
+}
+
+// stopped is when the process of all visits was stopped for a while.
+func stopped(from, to time.Duration, h History) History {
+	h.Stopped = map[string][]Span{"": {{From: from * ms, To: to * ms}}}
 	return h
 }
 
