@@ -22,9 +22,25 @@
 //
 // The store promises what the database promises. With synchronous_commit off, a
 // crash of the server may take back answers that clients have seen, and their
-// retries run again. A failover to an asynchronous replica loses the
-// transactions that the replica does not have yet. Effects and responses that
-// were committed together are lost together. With other effects, a handler may
-// run twice. A synchronous replica (synchronous_standby_names with
-// synchronous_commit on) prevents that.
+// retries run again.
+//
+// A failover to an asynchronous standby loses the claims and responses that the
+// standby does not have yet, and their requests run again. Effects that were
+// committed together with a response are lost with it. Other effects happen
+// twice. So name the standby in synchronous_standby_names, and leave
+// synchronous_commit on, for the roles of both pools. The level remote_apply is
+// not needed.
+//
+// A handler then runs only under a claim that the standby has, and a client gets
+// a replay only of a response that the standby has. While the standby is
+// missing, requests get 503 after [idempotency.Options.StoreTimeout]. The
+// response of a handler that has finished meanwhile is sent, unless it belongs
+// to a transaction of [Store.Begin], and is stored when the standby is back. A
+// replay costs a round trip to the standby.
+//
+// An operator who cancels (pg_cancel_backend) a commit that waits for the
+// standby has PostgreSQL report success. The store sees the warning beside that
+// on its own connections, unless client_min_messages hides it, and returns an
+// error. It cannot see the warning on a transaction of Begin, whose response is
+// then sent. A failover loses that response and its rows together.
 package postgres

@@ -72,10 +72,10 @@ SELECT 0::smallint, '', 0, false, ''::bytea, ''::bytea, 0::bigint, false FROM wr
 UNION ALL
 SELECT state, token, attempt, once, fingerprint, value,
 	CASE WHEN state = 1 THEN ceil(extract(epoch FROM lease_until - statement_timestamp())::numeric * 1000000::numeric)::bigint ELSE 0::bigint END, watched
-FROM old WHERE expires_at > statement_timestamp()`
+FROM old AS r WHERE {replicated r} AND expires_at > statement_timestamp()`
 
-	// acquire is for all cells. It writes only when its snapshot lets it. A replay writes nothing and
-	// locks nothing. The conditions are checked once more on the row that is
+	// acquire is for all cells. It writes only when its snapshot lets it. A replay
+	// writes no row and locks none. The conditions are checked once more on the row that is
 	// locked, which may be newer. When they fail there, no row is written.
 	//
 	// $1 key, $2 token, $3 fingerprint, $4 attempt, $5 once, $6 lease, $7 TTL in
@@ -103,7 +103,8 @@ SELECT w.attempt, w.once, coalesce(r.state, 0::smallint), coalesce(r.token, ''),
 	coalesce(r.watched, false)
 FROM (SELECT) AS one
 LEFT JOIN written AS w ON true
-LEFT JOIN old AS r ON NOT {expired r}`
+LEFT JOIN old AS r ON NOT {expired r}
+WHERE {replicated r}`
 
 	// acceptsSQL are the rows of the table in the documentation of Store that
 	// answer Acquired.
@@ -117,6 +118,15 @@ LEFT JOIN old AS r ON NOT {expired r}`
 
 	ownSQL     = `(r.expires_at > statement_timestamp() AND r.state = 1 AND r.token = $2::text)`
 	expiredSQL = `(r.expires_at <= statement_timestamp())`
+
+	// replicated is true for every cell. With a synchronous standby, it keeps the
+	// statement from reading out a response that the standby lacks. The response
+	// was committed on the primary alone when its owner gave up waiting for the
+	// standby, or when the primary has crashed and recovered meanwhile. So the
+	// statement writes an empty message behind it into the log, which makes its
+	// own commit wait until the standby has both.
+	replicatedSQL = `CASE WHEN r.state = 2 AND current_setting('synchronous_standby_names') <> ''
+	THEN pg_logical_emit_message(true, ''::text, ''::text) IS NOT NULL ELSE true END`
 
 	// completeOwn is what Complete sends first. An UPDATE costs the server two
 	// thirds of an INSERT that conflicts. It returns no row unless the cell is
@@ -213,7 +223,7 @@ func newStatements(schema, table string) statements {
 	for _, row := range []string{"r", "t"} {
 		expired := on(row, expiredSQL)
 		pairs = append(pairs, "{expired "+row+"}", expired, "{own "+row+"}", on(row, ownSQL),
-			"{accepts "+row+"}", on(row, strings.ReplaceAll(acceptsSQL, "{expired r}", expiredSQL)))
+			"{replicated "+row+"}", on(row, replicatedSQL), "{accepts "+row+"}", on(row, strings.ReplaceAll(acceptsSQL, "{expired r}", expiredSQL)))
 	}
 	pairs = append(pairs, "{table}", name.Sanitize(), "{index}", pgx.Identifier{table + "_expires"}.Sanitize(),
 		"{channel}", channel)

@@ -102,22 +102,23 @@ var errClosed = errors.New("postgres: store is closed")
 
 // conns returns the store's own pool. The first call makes it, because a pool
 // starts a goroutine, which a constructor must not.
-func (s *Store) conns() (*pgxpool.Pool, error) {
+func (s *Store) conns() (ownPool, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
-		return nil, errClosed
+		return ownPool{}, errClosed
 	}
 	if s.own != nil {
-		return s.own, nil
+		return ownPool{s.own}, nil
 	}
 	config := s.pool.Config()
 	config.MaxConns, config.MinConns, config.MinIdleConns = s.maxConns, 0, 0
+	config.ConnConfig.OnNotice = markUnreplicated(config.ConnConfig.OnNotice)
 	own, err := pgxpool.NewWithConfig(context.Background(), config)
 	if err == nil {
 		s.own = own
 	}
-	return own, err
+	return ownPool{own}, err
 }
 
 // A querier is the store's own pool, or the transaction of a handler.
@@ -324,7 +325,7 @@ const (
 
 // clean deletes a batch of expired rows in every cleanEvery claims. The claim
 // stands, so an error changes nothing for it, and the next batch tries again.
-func (s *Store) clean(ctx context.Context, own *pgxpool.Pool) {
+func (s *Store) clean(ctx context.Context, own ownPool) {
 	if s.acquired.Add(1)%cleanEvery != 0 || !s.cleaning.CompareAndSwap(false, true) {
 		return
 	}

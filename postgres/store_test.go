@@ -15,6 +15,7 @@ import (
 	"github.com/go-idempotency/idempotency"
 	"github.com/go-idempotency/idempotency/postgres"
 	"github.com/go-idempotency/idempotency/storetest"
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/stretchr/testify/require"
 )
@@ -179,6 +180,76 @@ func race(t *testing.T, store *postgres.Store, key string, n int) int {
 	}
 	all.Wait()
 	return int(owners.Load())
+}
+
+// A raceTracer calls a function once, between the statement of a claim that
+// reads and the one that writes.
+type raceTracer struct {
+	once sync.Once
+	race func()
+}
+
+func (r *raceTracer) TraceQueryStart(ctx context.Context, _ *pgx.Conn, q pgx.TraceQueryStartData) context.Context {
+	if len(q.Args) == 7 { // the statement for all cells
+		r.once.Do(r.race)
+	}
+	return ctx
+}
+
+func (*raceTracer) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
+
+// A claim finds a key that it may take. Before it takes the key, the owner of the
+// lapsed claim or another one changes that.
+func TestClaimLosesRace(t *testing.T) {
+	pool := startServer(t).dial(4)
+	store := newStore(t, pool, nil)
+	ctx := t.Context()
+	lapsed := func(token string) idempotency.Claim {
+		return idempotency.Claim{Token: token, Lease: time.Microsecond, TTL: time.Hour}
+	}
+	mustAcquire := func(key string, c idempotency.Claim) {
+		rec, err := store.Acquire(ctx, key, c)
+		require.NoError(t, err)
+		require.Equal(t, idempotency.Acquired, rec.State)
+	}
+	for name, row := range map[string]struct {
+		race func(key string)
+		want idempotency.State
+	}{
+		"the owner has marked it": {func(key string) {
+			mark := lapsed("A")
+			mark.Attempt, mark.Once = 1, true
+			mustAcquire(key, mark)
+		}, idempotency.Abandoned},
+		"the claim has come before and was released": {func(key string) {
+			mustAcquire(key, lapsed("B"))
+			require.NoError(t, store.Release(ctx, key, "B", time.Hour))
+		}, idempotency.Lost},
+		"another request has claimed it": {func(key string) {
+			other := lapsed("C")
+			other.Fingerprint = []byte("one")
+			mustAcquire(key, other)
+		}, idempotency.Mismatch},
+		"the owner has stored a response": {func(key string) {
+			require.NoError(t, store.Complete(ctx, key, "A", idempotency.Result{TTL: time.Hour}))
+		}, idempotency.Completed},
+	} {
+		t.Run(name, func(t *testing.T) {
+			mustAcquire(name, lapsed("A"))
+			config := pool.Config()
+			config.ConnConfig.Tracer = &raceTracer{race: func() { row.race(name) }}
+			racing, err := pgxpool.NewWithConfig(ctx, config)
+			require.NoError(t, err)
+			defer racing.Close()
+			other := postgres.NewStore(racing, nil)
+			defer other.Close()
+			c := lapsed("B")
+			c.Fingerprint = []byte("two")
+			rec, err := other.Acquire(ctx, name, c)
+			require.NoError(t, err)
+			require.Equal(t, row.want, rec.State)
+		})
+	}
 }
 
 // Expired rows are deleted under load while other owners revive them. Every

@@ -264,6 +264,9 @@ func (t *Tx) complete(ctx context.Context, key, token string, r idempotency.Resu
 	}
 	err = t.Tx.Commit(ctx)
 	t.end()
+	if err == nil {
+		err = ctx.Err() // see replicatedRow.Scan
+	}
 	if err != nil {
 		err = t.findOut(ctx, key, token, err)
 	}

@@ -33,7 +33,11 @@ type shop struct {
 // openShop puts handler behind the middleware. The pool of the handlers has n
 // connections.
 func openShop(t *testing.T, n int, opts *idempotency.Options, handler func(s *shop, w http.ResponseWriter, r *http.Request)) *shop {
-	pool := startServer(t).dial(n)
+	return openShopOn(t, startServer(t).dial(n), opts, handler)
+}
+
+// openShopOn is openShop on a database that has none yet.
+func openShopOn(t *testing.T, pool *pgxpool.Pool, opts *idempotency.Options, handler func(s *shop, w http.ResponseWriter, r *http.Request)) *shop {
 	s := &shop{t: t, pool: pool, store: newStore(t, pool, nil)}
 	_, err := pool.Exec(t.Context(), `CREATE TABLE orders (item text)`)
 	require.NoError(t, err)
@@ -223,7 +227,7 @@ func TestTx(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
-			s := openShop(t, 4, &idempotency.Options{Lease: 3 * time.Second}, tc.answer)
+			s := openShop(t, 4, &idempotency.Options{Lease: 3 * time.Second, Wait: idempotency.NoWait}, tc.answer)
 			require.Equal(t, tc.gets, s.post("key"))
 			s.allReturned()
 			require.Equal(t, tc.orders, s.orders())

@@ -41,19 +41,49 @@ func StartPostgres(t testing.TB, args ...string) *PostgresServer {
 		t.Skip("there is no PostgreSQL: neither on the PATH nor in /usr/lib/postgresql")
 	}
 	slices.Sort(found)
-	dir, err := os.MkdirTemp("", "pg") // short: the path of a socket has 107 bytes
+	postgres, err := filepath.EvalSymlinks(found[len(found)-1]) // its folder has the other programs
 	require.NoError(t, err)
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	s := &PostgresServer{T: t, Dir: dir, bin: filepath.Dir(found[len(found)-1]), args: args, nobody: os.Geteuid() == 0}
-	if s.nobody {
-		require.NoError(t, os.Chown(dir, nobody, nobody))
-	}
-	out, err := s.command("initdb", "-D", dir+"/data", "-U", "test", "-A", "trust", "--no-sync").CombinedOutput()
-	require.NoError(t, err, string(out))
-	s.Port = FreePort(t)
-	s.Restart()
-	t.Cleanup(s.Crash)
+	s := &PostgresServer{T: t, bin: filepath.Dir(postgres), args: args, nobody: os.Geteuid() == 0}
+	s.create("initdb", "-U", "test", "-A", "trust")
 	return s
+}
+
+// StartStandby starts a standby with the name "standby", which replicates s. It
+// is asynchronous until synchronous_standby_names of s says otherwise.
+func (s *PostgresServer) StartStandby() *PostgresServer {
+	s.T.Helper()
+	standby := &PostgresServer{T: s.T, bin: s.bin, args: s.args, nobody: s.nobody}
+	standby.create("pg_basebackup", "-R", "-c", "fast", "-d", "host=127.0.0.1 port="+s.Port+" user=test application_name=standby")
+	return standby
+}
+
+// Promote makes a standby a primary, and waits until it is one.
+func (s *PostgresServer) Promote() {
+	s.T.Helper()
+	s.run("pg_ctl", "promote", "-w", "-D", s.Dir+"/data")
+}
+
+// create has a program make the data of a new server, and starts that.
+func (s *PostgresServer) create(program string, args ...string) {
+	s.T.Helper()
+	dir, err := os.MkdirTemp("", "pg") // short: the path of a socket has 107 bytes
+	require.NoError(s.T, err)
+	s.Dir = dir
+	s.T.Cleanup(func() { _ = os.RemoveAll(dir) })
+	if s.nobody {
+		require.NoError(s.T, os.Chown(dir, nobody, nobody))
+	}
+	s.run(program, append(args, "--no-sync", "-D", dir+"/data")...)
+	s.Port = FreePort(s.T)
+	s.Restart()
+	s.T.Cleanup(s.Crash)
+}
+
+// run runs a program of PostgreSQL to its end.
+func (s *PostgresServer) run(program string, args ...string) {
+	s.T.Helper()
+	out, err := s.command(program, args...).CombinedOutput()
+	require.NoError(s.T, err, string(out))
 }
 
 // command is a program of PostgreSQL.
