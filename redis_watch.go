@@ -18,7 +18,27 @@ type redisWatch struct {
 	channel string
 	users   int
 	ready   chan struct{} // closed when Redis has confirmed the subscription
-	changed chan struct{} // closed by a message; nil until the next Watch
+	news    *redisNews    // what the next message brings; nil until the next Watch
+	reading bool          // a message has come, and the key is being read
+}
+
+// redisNews is a change of a key, for all callers that watch it. answer tells of
+// the response if there is one by then. It is set before changed is closed.
+type redisNews struct {
+	name    string
+	changed chan struct{}
+	answer  redisAnswer
+}
+
+// toldOf returns what the news mean for a claim that waited for them. It is
+// false when the claim has to ask Redis.
+func (n *redisNews) toldOf(c Claim) (Record, bool) {
+	select {
+	case <-n.changed:
+		return n.answer.sharedWith(c)
+	default:
+		return Record{}, false
+	}
 }
 
 // isWatched reports whether a caller watches the key and has not been told that
@@ -30,7 +50,7 @@ func (s *RedisStore) isWatched(name string) bool {
 		return false
 	}
 	w := s.session.watches[redisChannel(name)]
-	return w != nil && w.changed != nil
+	return w != nil && w.news != nil
 }
 
 // redisChannel returns the channel of a key. That is its name, made at least 36
@@ -89,14 +109,23 @@ var errWatchDown = errors.New("idempotency: no Redis Pub/Sub connection")
 // permission to SUBSCRIBE to channels that begin with Prefix, and the process
 // that completes needs permission to PUBLISH to them.
 func (s *RedisStore) Watch(ctx context.Context, key string) (<-chan struct{}, error) {
-	session, w, changed := s.join(s.opts.Prefix + key)
+	news, err := s.watch(ctx, s.opts.Prefix+key)
+	if err != nil {
+		return nil, err
+	}
+	return news.changed, nil
+}
+
+// watch is Watch for a name, which has the Prefix.
+func (s *RedisStore) watch(ctx context.Context, name string) (*redisNews, error) {
+	session, w, news := s.join(name)
 	if session == nil {
 		return nil, errWatchDown
 	}
 	stop := context.AfterFunc(ctx, func() { s.leave(session, w) })
 	select { // the usual case needs no timer
 	case <-w.ready:
-		return changed, nil
+		return news, nil
 	default:
 	}
 	timer := time.NewTimer(watchPatience)
@@ -104,7 +133,7 @@ func (s *RedisStore) Watch(ctx context.Context, key string) (<-chan struct{}, er
 	err := errWatchDown
 	select {
 	case <-w.ready:
-		return changed, nil
+		return news, nil
 	case <-session.ctx.Done():
 		err = context.Cause(session.ctx)
 	case <-timer.C:
@@ -122,7 +151,7 @@ func (s *RedisStore) Watch(ctx context.Context, key string) (<-chan struct{}, er
 // join makes the caller a user of a watch, and begins the watch and the session
 // where they are missing. The session is nil for a second after one that
 // failed.
-func (s *RedisStore) join(name string) (*redisSession, *redisWatch, <-chan struct{}) {
+func (s *RedisStore) join(name string) (*redisSession, *redisWatch, *redisNews) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.session == nil {
@@ -141,11 +170,11 @@ func (s *RedisStore) join(name string) (*redisSession, *redisWatch, <-chan struc
 		s.session.watches[channel] = w
 		s.session.enqueueLocked(redisSubscription{watch: w})
 	}
-	if w.changed == nil {
-		w.changed = make(chan struct{})
+	if w.news == nil {
+		w.news = &redisNews{name: name, changed: make(chan struct{})}
 	}
 	w.users++
-	return s.session, w, w.changed
+	return s.session, w, w.news
 }
 
 // leave ends one use of a watch. With the last use it ends the watch, and with
@@ -218,10 +247,36 @@ func (ss *redisSession) endLocked(cause error) {
 // notifyLocked tells the callers that watch. A caller that watches again gets
 // another channel.
 func (w *redisWatch) notifyLocked() {
-	if w.changed != nil {
-		close(w.changed)
-		w.changed = nil
+	if w.news != nil {
+		close(w.news.changed)
+		w.news = nil
 	}
+}
+
+// read reads the key of a watch that a message was for, and tells the callers.
+// One GETEX, which does not go to a replica as GET may, answers them all. If each of 50,000 callers claimed for itself, the
+// replies would wait for a processor behind those callers, and all of them would
+// ask again: that took 30,000 commands and 48 µs of processor time for each.
+func (s *RedisStore) read(w *redisWatch, news *redisNews) {
+	ctx, cancel := context.WithTimeout(context.Background(), watchPatience)
+	defer cancel()
+	cmd := redis.NewStringCmd(ctx, "getex", news.name)
+	_, err := s.send(ctx, news.name, cmd, false)
+	var cell redisCell
+	if err == nil {
+		cell, err = parseRedisCell([]byte(cmd.Val()))
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	w.reading = false
+	if w.news != news {
+		return // the session has ended and told them
+	}
+	// A claim or a marker may have changed again. Its callers ask.
+	if err == nil && cell.state == redisCompleted {
+		news.answer = redisAnswer{Record{State: Completed}, cell}
+	}
+	w.notifyLocked()
 }
 
 // run sends what is pending. It is a goroutine of its own because connecting
@@ -338,9 +393,10 @@ func (ss *redisSession) handle(message any) {
 	defer ss.store.mu.Unlock()
 	switch m := message.(type) {
 	case *redis.Message:
-		// It has no text: the callers ask Redis what became of the key.
-		if w := ss.watches[m.Channel]; w != nil {
-			w.notifyLocked()
+		// It has no text, so Redis is asked what became of the key.
+		if w := ss.watches[m.Channel]; w != nil && w.news != nil && !w.reading {
+			w.reading = true
+			go ss.store.read(w, w.news)
 		}
 	case *redis.Subscription:
 		switch {

@@ -365,3 +365,115 @@ func (c replacingConn) Read(b []byte) (int, error) {
 	copy(b, bytes.ReplaceAll(b[:n], []byte(c.old), []byte(c.new)))
 	return n, err
 }
+
+// waiting returns how many duplicates wait.
+func waiting() int {
+	var stacks strings.Builder
+	_ = pprof.Lookup("goroutine").WriteTo(&stacks, 2)
+	return strings.Count(stacks.String(), "idempotency.sleepUntil(")
+}
+
+// newsOf has 30 duplicates wait for an answer, and returns the answers and what
+// was asked of Redis since the answer was there.
+func newsOf(t *testing.T, addr string, judge func(idemtest.RedisCommand) idemtest.Verdict) (map[string]int, *idemtest.RedisProxy) {
+	const requests = 31
+	proxy := idemtest.StartProxy(t, addr)
+	store := idempotency.NewRedisStore(idemtest.DialRedis(t, proxy.Addr()), nil)
+	answer := make(chan struct{})
+	opts := &idempotency.Options{StoreTimeout: 10 * time.Second, Wait: time.Minute}
+	shop := idemtest.OpenShop(t, store, opts, func(w http.ResponseWriter, _ *http.Request) {
+		<-answer
+		_, _ = io.WriteString(w, "charged")
+	})
+	answers := make(chan map[string]int)
+	go func() { answers <- crowd(requests, "key", shop) }()
+	idemtest.Await(t, "all duplicates wait", func() bool { return waiting() == requests-1 })
+	proxy.Forget()
+	proxy.Set(judge)
+	close(answer)
+	return <-answers, proxy
+}
+
+// Duplicates that wait are told the response, so they need not ask for it.
+func TestRedisDuplicatesAreToldTheResponse(t *testing.T) {
+	eachRedis(t, func(t *testing.T, addr string) {
+		answers, proxy := newsOf(t, addr, nil)
+		require.Equal(t, map[string]int{"200 charged": 31}, answers)
+		require.Equal(t, 1, proxy.Count("getex"))
+		require.Equal(t, 1, proxy.Count("evalsha"), "the response is stored")
+		require.Zero(t, proxy.Count("set"))
+	})
+}
+
+// When nobody can tell the response, the duplicates ask for it.
+func TestRedisDuplicatesOfAResponseThatCannotBeRead(t *testing.T) {
+	for name, verdict := range map[string]idemtest.Verdict{"no reply": idemtest.Swallow, "no connection": idemtest.CutAfter} {
+		t.Run(name, func(t *testing.T) {
+			eachRedis(t, func(t *testing.T, addr string) {
+				start := time.Now()
+				answers, _ := newsOf(t, addr, func(c idemtest.RedisCommand) idemtest.Verdict {
+					if c.Is("getex") {
+						return verdict
+					}
+					return idemtest.Pass
+				})
+				require.Equal(t, map[string]int{"200 charged": 31}, answers)
+				require.Less(t, time.Since(start), 30*time.Second, "they did not wait for their lease")
+			})
+		})
+	}
+}
+
+// readingAfter has the news of a watch read after it is closed.
+type readingAfter <-chan struct{}
+
+func (h readingAfter) DialHook(next redis.DialHook) redis.DialHook { return next }
+
+func (h readingAfter) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
+	return func(ctx context.Context, cmd redis.Cmder) error {
+		if cmd.Name() == "getex" {
+			<-h
+		}
+		return next(ctx, cmd)
+	}
+}
+
+func (h readingAfter) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+	return next
+}
+
+// A duplicate is not told the response to another request that has taken its
+// key meanwhile.
+func TestRedisNewsAreJudgedByEach(t *testing.T) {
+	eachRedis(t, func(t *testing.T, addr string) {
+		client := idemtest.DialRedis(t, addr)
+		fail, taken := make(chan struct{}), make(chan struct{})
+		client.AddHook(readingAfter(taken))
+		store := idempotency.NewRedisStore(client, nil)
+		shop := idemtest.OpenShop(t, store, &idempotency.Options{Wait: time.Minute}, func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.RawQuery == "" {
+				<-fail
+				w.WriteHeader(http.StatusServiceUnavailable)
+			}
+		})
+		post := func(query string) int {
+			req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, shop.URL+query, http.NoBody)
+			require.NoError(t, err)
+			req.Header.Set("Idempotency-Key", "key")
+			resp, err := http.DefaultClient.Do(req)
+			require.NoError(t, err)
+			require.NoError(t, resp.Body.Close())
+			return resp.StatusCode
+		}
+		owner, duplicate := make(chan int, 1), make(chan int, 1)
+		go func() { owner <- post("") }()
+		idemtest.Await(t, "the handler runs", func() bool { return shop.Runs.Load() == 1 })
+		go func() { duplicate <- post("") }()
+		idemtest.Await(t, "the duplicate waits", func() bool { return waiting() == 1 })
+		close(fail)
+		require.Equal(t, http.StatusServiceUnavailable, <-owner)
+		require.Equal(t, http.StatusOK, post("?another"))
+		close(taken)
+		require.Equal(t, http.StatusUnprocessableEntity, <-duplicate)
+	})
+}

@@ -69,7 +69,7 @@ func (c *claim) wait(ctx context.Context, rec Record) (Record, error) {
 
 	poll := firstPoll
 	for first := true; ; first = false {
-		changed, err := c.watch(ctx)
+		changed, news, err := c.watch(ctx)
 		if err != nil && first {
 			c.warn(ctx, c.storeKey, "watching a key failed, polling instead", err)
 		}
@@ -87,6 +87,11 @@ func (c *claim) wait(ctx context.Context, rec Record) (Record, error) {
 		if !sleepUntil(ctx, changed, max(pause, time.Millisecond)) {
 			return rec, nil
 		}
+		if news != nil {
+			if told, ok := news.toldOf(c.question(0, false)); ok {
+				return told, nil
+			}
+		}
 		if rec, err = c.try(ctx); err != nil || rec.State != InProgress {
 			return rec, err
 		}
@@ -98,16 +103,24 @@ func (c *claim) wait(ctx context.Context, rec Record) (Record, error) {
 	}
 }
 
-// watch returns nil when the store cannot watch, or not now.
-func (c *claim) watch(ctx context.Context) (changed <-chan struct{}, err error) {
-	if c.watcher == nil {
-		return nil, nil
-	}
+// watch returns nil when the store cannot watch, or not now. A RedisStore has
+// news, which bring the response to many duplicates at once.
+func (c *claim) watch(ctx context.Context) (changed <-chan struct{}, news *redisNews, err error) {
 	defer containStore(&err)
-	if changed, err = c.watcher.Watch(ctx, c.storeKey); err != nil {
-		return nil, err
+	switch watcher := c.watcher.(type) {
+	case nil:
+		return nil, nil, nil
+	case *RedisStore:
+		if news, err = watcher.watch(ctx, watcher.opts.Prefix+c.storeKey); err == nil {
+			changed = news.changed
+		}
+	default:
+		changed, err = watcher.Watch(ctx, c.storeKey)
 	}
-	return changed, nil
+	if err != nil {
+		return nil, nil, err
+	}
+	return changed, news, nil
 }
 
 // sleepUntil waits for d or changed. It is false when ctx ended first. When ctx
