@@ -16,8 +16,8 @@ import (
 //
 // The more commands go in a pipeline, the less each costs. So many commands
 // share few lanes. How few depends on the length of a round trip, because none
-// of them shall wait for longer than laneWait. With 64 callers on loopback, one
-// lane costs a replay 8.9 µs of processor time, and eight lanes cost 13.9.
+// of them shall wait for longer than laneWait. With 64 callers on loopback, two
+// lanes cost a replay 11.2 µs of processor time, and eight lanes cost 13.9.
 //
 // What a claim brings back is known only afterwards. It may be a large record,
 // and the other commands of its pipeline wait for that. So a pipeline that
@@ -27,12 +27,12 @@ type redisPipe struct {
 	minReplicas int           // that each command waits for
 	waitTimeout time.Duration // for minReplicas
 
-	mu        sync.Mutex // guards what follows
-	lanes     int        // in use: commands and pipelines on their way
-	demand    int
-	sent      int           // commands on their way
-	batch     int           // how many commands the next pipeline may have
-	roundTrip time.Duration // of a pipeline, on average
+	mu        sync.Mutex            // guards what follows
+	lanes     [smallLanes]time.Time // when each began its round trip; zero for one that is not in use
+	sent      int                   // commands on their way
+	demand    int                   // most commands that were queued or on their way lately
+	batch     int                   // how many commands the next pipeline may have
+	roundTrip time.Duration         // of a pipeline, on average
 	queue     []*queuedCommand
 }
 
@@ -52,6 +52,15 @@ const (
 	// crowd is how many commands are queued or on their way when the pipe gives
 	// up lanes. Fewer commands have a lane each.
 	crowd = smallLanes
+
+	// minLanes is how many lanes a crowd has at least, so that one connection
+	// that hangs does not hold up all of them.
+	minLanes = 2
+
+	// lateLane is how long a round trip takes until its lane counts no longer, and
+	// another one may be used in its place. Lanes are given up only where a round
+	// trip takes less than a millisecond, so its connection is likely to hang.
+	lateLane = 20 * time.Millisecond
 
 	// laneWait is for how long a command of a crowd may wait for a lane. The
 	// longest wait is one round trip divided by the number of lanes.
@@ -141,12 +150,13 @@ type queuedCommand struct {
 // goroutine of a lane sends the commands in the queue, so their callers can
 // return at their own deadlines.
 func (p *redisPipe) process(ctx context.Context, client redisSender, cmd redis.Cmder) (replicated bool, err error) {
+	now := time.Now()
 	p.mu.Lock()
-	if p.lanes < p.openLanes() {
-		p.lanes++
+	if lane, ok := p.freeLane(now); ok {
+		p.lanes[lane] = now
 		p.sent++
 		p.mu.Unlock()
-		defer p.freeLane(1)
+		defer p.endLane(lane, 1)
 		if p.minReplicas == 0 {
 			return true, client.Process(ctx, cmd)
 		}
@@ -156,7 +166,7 @@ func (p *redisPipe) process(ctx context.Context, client redisSender, cmd redis.C
 		}
 		return q.replicated, cmd.Err()
 	}
-	// A lane is in use. It is freed in time, and then sends the queue.
+	// A lane is in use. It ends in time, and then sends the queue.
 	q := &queuedCommand{ctx: ctx, client: client, cmd: cmd, done: make(chan struct{})}
 	p.queue = append(p.queue, q)
 	p.mu.Unlock()
@@ -168,6 +178,21 @@ func (p *redisPipe) process(ctx context.Context, client redisSender, cmd redis.C
 	}
 }
 
+// freeLane returns a lane that may be used. It is false when enough lanes are in
+// use, apart from those that are late. Then there is at least one of them.
+func (p *redisPipe) freeLane(now time.Time) (lane int, ok bool) {
+	used, free := 0, -1
+	for i, began := range p.lanes[:p.maxLanes] {
+		switch {
+		case began.IsZero():
+			free = i
+		case now.Sub(began) < lateLane:
+			used++
+		}
+	}
+	return free, free >= 0 && used < p.openLanes()
+}
+
 // openLanes returns how many lanes may be in use. It looks at the demand of
 // late, because callers come in waves: a reply to a pipeline sets many of them
 // free at once.
@@ -176,36 +201,38 @@ func (p *redisPipe) openLanes() int {
 	if p.demand <= crowd {
 		return p.maxLanes
 	}
-	return min(max(1, int(p.roundTrip/laneWait)), p.maxLanes)
+	return min(max(minLanes, int(p.roundTrip/laneWait)), p.maxLanes)
 }
 
-// freeLane has a lane that sent some commands send what is queued, or ends its
-// use. Each use of a lane ends with freeLane, so the queue is empty when no lane
+// endLane has a lane that sent some commands send what is queued, or ends its
+// use. Each use of a lane ends with endLane, so the queue is empty when no lane
 // is in use: no command is left waiting.
-func (p *redisPipe) freeLane(sent int) {
+func (p *redisPipe) endLane(lane, sent int) {
+	now := time.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.lanes[lane] = time.Time{}
 	p.sent -= sent
 	p.demand -= (p.demand + 63) / 64 // half of it after about 45 replies
 	n := min(len(p.queue), p.batch)
-	if n == 0 || p.lanes > p.openLanes() {
-		p.lanes--
+	if _, ok := p.freeLane(now); n == 0 || !ok {
 		return
 	}
+	p.lanes[lane] = now
 	batch := p.queue[:n:n] // what is appended to the queue must not reach into it
 	if p.queue = p.queue[n:]; len(p.queue) == 0 {
 		p.queue = nil
 	}
 	p.sent += n
-	go p.send(batch)
+	go p.send(lane, batch)
 }
 
 // send sends a batch. Its deadline is the latest of its callers' deadlines: an
 // earlier one would fail commands that have time left. A caller that is
 // cancelled must not end the commands of the others, so only the values of its
 // context are used.
-func (p *redisPipe) send(batch []*queuedCommand) {
-	defer p.freeLane(len(batch))
+func (p *redisPipe) send(lane int, batch []*queuedCommand) {
+	defer p.endLane(lane, len(batch))
 	var deadline time.Time
 	limited := true // until a call has no deadline
 	for _, q := range batch {

@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -34,8 +35,9 @@ type gate struct {
 	replicas  int64     // that have what was written
 	waits     int       // how often WAIT asked for them
 	roundTrip time.Duration
-	flying    int // commands and pipelines on their way
-	most      int // of them at a time
+	flying    int                  // commands and pipelines on their way
+	successor atomic.Pointer[gate] // takes what comes from now on
+	most      int                  // of them at a time
 }
 
 // fly is a round trip.
@@ -55,7 +57,10 @@ func (g *gate) DialHook(redis.DialHook) redis.DialHook {
 }
 
 func (g *gate) ProcessHook(redis.ProcessHook) redis.ProcessHook {
-	return func(_ context.Context, cmd redis.Cmder) error {
+	return func(ctx context.Context, cmd redis.Cmder) error {
+		if next := g.successor.Load(); next != nil {
+			return next.ProcessHook(nil)(ctx, cmd)
+		}
 		if table, ok := cmd.(*redis.CommandsInfoCmd); ok { // a Cluster's client asks once
 			table.SetVal(map[string]*redis.CommandInfo{"set": {Name: "set", FirstKeyPos: 1, LastKeyPos: 1, StepCount: 1}})
 			return nil
@@ -83,6 +88,9 @@ func (g *gate) answer(cmd redis.Cmder) error {
 
 func (g *gate) ProcessPipelineHook(redis.ProcessPipelineHook) redis.ProcessPipelineHook {
 	return func(ctx context.Context, cmds []redis.Cmder) error {
+		if next := g.successor.Load(); next != nil {
+			return next.ProcessPipelineHook(nil)(ctx, cmds)
+		}
 		g.fly()
 		g.mu.Lock()
 		defer g.mu.Unlock()
@@ -376,7 +384,7 @@ func TestRedisPipelineThatIsRefused(t *testing.T) {
 }
 
 // Many callers share as many lanes as are needed that none waits for more than
-// 100 microseconds; few callers have one each.
+// 100 microseconds, and at least two; few callers have one each.
 func TestRedisLanesFollowTheRoundTrip(t *testing.T) {
 	rows := []struct {
 		callers   int
@@ -384,7 +392,7 @@ func TestRedisLanesFollowTheRoundTrip(t *testing.T) {
 		lanes     int
 	}{
 		{8, 50 * time.Microsecond, 8},
-		{64, 50 * time.Microsecond, 1},
+		{64, 50 * time.Microsecond, 2},
 		{64, 450 * time.Microsecond, 4},
 		{64, 20 * time.Millisecond, 8},
 		{8, 50 * time.Microsecond, 8}, // again
@@ -475,4 +483,29 @@ func TestRedisNodesHavePipesOfTheirOwn(t *testing.T) {
 		require.NoError(t, <-answers[silent])
 	}
 	require.NotEmpty(t, silent.pipelines)
+}
+
+// Connections that hang do not hold up a crowd, which otherwise has two lanes.
+func TestRedisCrowdGoesAroundLanesThatHang(t *testing.T) {
+	withGate(t, func(t *testing.T, g *gate, claim func(from, to int) <-chan error) {
+		hanging := claim(0, 3)
+		require.Equal(t, 3, g.single)
+		answering := &gate{open: make(chan struct{}), roundTrip: 50 * time.Microsecond}
+		close(answering.open)
+		g.successor.Store(answering)
+		time.Sleep(20 * time.Millisecond)
+		var done sync.WaitGroup
+		for i := range 64 {
+			done.Go(func() {
+				for range 100 {
+					if err := g.claim(t.Context(), 10+i); err != nil {
+						t.Error(err)
+					}
+				}
+			})
+		}
+		done.Wait()
+		close(g.open)
+		requireErrors(t, hanging, nil)
+	})
 }

@@ -19,11 +19,11 @@ type redisWatch struct {
 	users   int
 	ready   chan struct{} // closed when Redis has confirmed the subscription
 	news    *redisNews    // what the next message brings; nil until the next Watch
-	reading bool          // a message has come, and the key is being read
 }
 
-// redisNews is a change of a key, for all callers that watch it. answer tells of
-// the response if there is one by then. It is set before changed is closed.
+// redisNews is a change of a key, for all callers that watched it before the
+// message came. answer tells of the response if there is one by then. It is set
+// before changed is closed.
 type redisNews struct {
 	name    string
 	changed chan struct{}
@@ -174,6 +174,9 @@ func (s *RedisStore) join(name string) (*redisSession, *redisWatch, *redisNews) 
 		w.news = &redisNews{name: name, changed: make(chan struct{})}
 	}
 	w.users++
+	if w.news.name != name { // it has the channel too: it is told of a change, and of no response
+		return s.session, w, &redisNews{name: name, changed: w.news.changed}
+	}
 	return s.session, w, w.news
 }
 
@@ -253,30 +256,24 @@ func (w *redisWatch) notifyLocked() {
 	}
 }
 
-// read reads the key of a watch that a message was for, and tells the callers.
-// One GETEX, which does not go to a replica as GET may, answers them all. If each of 50,000 callers claimed for itself, the
+// read reads a key that has changed, and tells the callers that watched it. One
+// command answers them all. If each of 50,000 callers claimed for itself, the
 // replies would wait for a processor behind those callers, and all of them would
 // ask again: that took 30,000 commands and 48 µs of processor time for each.
-func (s *RedisStore) read(w *redisWatch, news *redisNews) {
+//
+// GETEX goes to the master where a Cluster client sends GET to a replica.
+func (s *RedisStore) read(news *redisNews) {
+	defer close(news.changed)
 	ctx, cancel := context.WithTimeout(context.Background(), watchPatience)
 	defer cancel()
 	cmd := redis.NewStringCmd(ctx, "getex", news.name)
-	_, err := s.send(ctx, news.name, cmd, false)
-	var cell redisCell
-	if err == nil {
-		cell, err = parseRedisCell([]byte(cmd.Val()))
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	w.reading = false
-	if w.news != news {
-		return // the session has ended and told them
+	if _, err := s.send(ctx, news.name, cmd, false); err != nil {
+		return
 	}
 	// A claim or a marker may have changed again. Its callers ask.
-	if err == nil && cell.state == redisCompleted {
+	if cell, err := parseRedisCell([]byte(cmd.Val())); err == nil && cell.state == redisCompleted {
 		news.answer = redisAnswer{Record{State: Completed}, cell}
 	}
-	w.notifyLocked()
 }
 
 // run sends what is pending. It is a goroutine of its own because connecting
@@ -393,10 +390,11 @@ func (ss *redisSession) handle(message any) {
 	defer ss.store.mu.Unlock()
 	switch m := message.(type) {
 	case *redis.Message:
-		// It has no text, so Redis is asked what became of the key.
-		if w := ss.watches[m.Channel]; w != nil && w.news != nil && !w.reading {
-			w.reading = true
-			go ss.store.read(w, w.news)
+		// It has no text, so Redis is asked what became of the key. A caller that
+		// watches from now on is not told: its request may be younger.
+		if w := ss.watches[m.Channel]; w != nil && w.news != nil {
+			go ss.store.read(w.news)
+			w.news = nil
 		}
 	case *redis.Subscription:
 		switch {

@@ -160,9 +160,9 @@ func (l *listener) run(ctx context.Context, on *session) {
 	if l.session != on {
 		return // the last waiter has ended it
 	}
-	for _, waiters := range l.waiters {
-		for w := range waiters {
-			if connected {
+	if connected {
+		for _, waiters := range l.waiters {
+			for w := range waiters {
 				close(w.changed)
 			}
 		}
