@@ -393,9 +393,9 @@ func TestRedisLanesFollowTheRoundTrip(t *testing.T) {
 	}{
 		{8, 50 * time.Microsecond, 8},
 		{64, 50 * time.Microsecond, 2},
+		{8, 50 * time.Microsecond, 8}, // again
 		{64, 450 * time.Microsecond, 4},
 		{64, 20 * time.Millisecond, 8},
-		{8, 50 * time.Microsecond, 8}, // again
 	}
 	withGate(t, func(t *testing.T, g *gate, claim func(from, to int) <-chan error) {
 		close(g.open)

@@ -431,15 +431,22 @@ func TestRedisDuplicatesOfAResponseThatCannotBeRead(t *testing.T) {
 	}
 }
 
-// readingAfter has the news of a watch read after it is closed.
-type readingAfter <-chan struct{}
+// readingAfter has the news of a watch read after begin is closed. limit is for
+// how long the store would wait for them.
+type readingAfter struct {
+	begin <-chan struct{}
+	limit *atomic.Int64
+}
 
 func (h readingAfter) DialHook(next redis.DialHook) redis.DialHook { return next }
 
 func (h readingAfter) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
 	return func(ctx context.Context, cmd redis.Cmder) error {
 		if cmd.Name() == "getex" {
-			<-h
+			if deadline, ok := ctx.Deadline(); ok {
+				h.limit.Store(int64(time.Until(deadline)))
+			}
+			<-h.begin
 		}
 		return next(ctx, cmd)
 	}
@@ -455,7 +462,9 @@ func TestRedisNewsAreJudgedByEach(t *testing.T) {
 	eachRedis(t, func(t *testing.T, addr string) {
 		client := idemtest.DialRedis(t, addr)
 		fail, taken := make(chan struct{}), make(chan struct{})
-		client.AddHook(readingAfter(taken))
+		limit := new(atomic.Int64)
+		limit.Store(int64(time.Hour))
+		client.AddHook(readingAfter{taken, limit})
 		store := idempotency.NewRedisStore(client, nil)
 		shop := idemtest.OpenShop(t, store, &idempotency.Options{Wait: time.Minute}, func(w http.ResponseWriter, r *http.Request) {
 			if r.URL.RawQuery == "" {
@@ -486,5 +495,6 @@ func TestRedisNewsAreJudgedByEach(t *testing.T) {
 		require.Equal(t, http.StatusOK, post("?another"))
 		close(taken)
 		require.Equal(t, http.StatusUnprocessableEntity, <-duplicate)
+		require.LessOrEqual(t, time.Duration(limit.Load()), 200*time.Millisecond)
 	})
 }
