@@ -76,7 +76,7 @@ func deploy(t *testing.T, config replicaConfig) *deployed {
 	binary, err := os.Executable()
 	require.NoError(t, err)
 	d := &deployed{cmd: exec.CommandContext(t.Context(), binary)}
-	d.cmd.Env = append(os.Environ(), replicaVariable+"="+string(text))
+	d.cmd.Env = replicaEnviron(text)
 	d.cmd.Stderr = os.Stderr
 	stdout, err := d.cmd.StdoutPipe()
 	require.NoError(t, err)

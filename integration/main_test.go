@@ -36,3 +36,9 @@ var durable = []string{"--appendonly", "yes", "--appendfsync", "always"}
 
 // patience is how long tests wait for what must happen.
 const patience = 20 * time.Second
+
+// replicaEnviron is the environment of a server process with a replicaConfig. A
+// race detector would let its other goroutines go on for a second after os.Exit.
+func replicaEnviron(config []byte) []string {
+	return append(os.Environ(), replicaVariable+"="+string(config), "GORACE=atexit_sleep_ms=0")
+}

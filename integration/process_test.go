@@ -67,7 +67,7 @@ func launch(config replicaConfig, stderr io.Writer) (cmd *exec.Cmd, url string, 
 	binary, err := os.Executable()
 	must(err)
 	cmd = exec.Command(binary)
-	cmd.Env = append(os.Environ(), replicaVariable+"="+string(text))
+	cmd.Env = replicaEnviron(text)
 	cmd.Stderr = stderr
 	if _, err = cmd.StdinPipe(); err != nil { // ends with us
 		return nil, "", err
